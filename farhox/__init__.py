@@ -1,0 +1,27 @@
+"""farhox: gradient-based hyperparameter optimisation and meta-learning for Keras models on TensorFlow."""
+
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "farhox differentiates through training with TensorFlow and needs Keras to run on it. Received the Keras "
+        f"backend {keras.backend.backend()!r}: set the environment variable KERAS_BACKEND=tensorflow before the first "
+        "import of keras.")
+
+from farhox.batches import gather, repeat, stack  # noqa: E402
+from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # noqa: E402
+from farhox.hypergradients import ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ReverseHG  # noqa: E402
+from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
+from farhox.linear_solvers import (  # noqa: E402
+    GMRES, ConjugateGradient, Dense, FixedPoint, LinearSolver, Neumann, NormalConjugateGradient, Nystrom)
+from farhox.problem import BilevelProblem, InnerState  # noqa: E402
+from farhox.supervised import supervised_problem  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adam", "BilevelProblem", "ConjugateGradient", "Dense", "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES",
+    "GradientDescent", "HyperGradient", "HyperGradientResult", "Hyperparameter", "ImplicitHG", "InnerDynamics",
+    "InnerState", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom",
+    "ReverseHG", "gather", "repeat", "stack", "supervised_problem",
+]

@@ -1,0 +1,81 @@
+"""The only tapes: gradients, transposed products and forward products of functions on flat lists of tensors.
+
+All functions take `function(list of tensors) -> nest of tensors` and watch just the tensors they are given. A missing
+dependency is reported as None, so that callers can tell "does not depend" from "is zero".
+"""
+
+import tensorflow as tf
+
+
+def dense(gradient):
+    """A gradient as a tensor: the sparse gradients of lookups are added up, None stays None."""
+    return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def gradients(function, inputs):
+    """Value and gradients of a scalar function.
+
+    Args:
+        function: `list -> (scalar, auxiliary nest)`.
+        inputs: List of floating-point tensors.
+
+    Returns:
+        scalar, auxiliary nest, list of gradients aligned with `inputs` (None where the scalar does not depend).
+    """
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(inputs)
+        value, auxiliary = function(inputs)
+    return value, auxiliary, [dense(gradient) for gradient in tape.gradient(value, inputs)]
+
+
+class Linearization:
+    """A function recorded once at a point, whose transposed products can be taken any number of times.
+
+    Args:
+        function: `list -> list of tensors`, called with `inputs + parameters`.
+        inputs: List of floating-point tensors.
+        parameters: List of floating-point tensors.
+
+    Attributes:
+        inputs, parameters: As given, the point of linearisation.
+        outputs: function(inputs + parameters).
+    """
+
+    def __init__(self, function, inputs, parameters):
+        self.inputs = inputs
+        self.parameters = parameters
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as self._tape:
+            self._tape.watch(inputs + parameters)
+            self.outputs = function(inputs + parameters)
+
+    def input_product(self, cotangents):
+        """(d outputs / d inputs)' cotangents as a list, zero where no output depends on an input."""
+        products = self._products(self.inputs, cotangents)
+        return [tf.zeros_like(x) if product is None else product for x, product in zip(self.inputs, products)]
+
+    def parameter_product(self, cotangents):
+        """(d outputs / d parameters)' cotangents as a list, None where no output depends on a parameter."""
+        return self._products(self.parameters, cotangents)
+
+    def _products(self, sources, cotangents):
+        return [dense(product) for product in
+                self._tape.gradient(self.outputs, sources, output_gradients=cotangents)]
+
+
+def transposed_product(function, inputs, cotangents):
+    """cotangents' (d function / d inputs) at `inputs`: one step of reverse mode. List, None where independent."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(inputs)
+        outputs = function(inputs)
+    return [dense(product) for product in tape.gradient(outputs, inputs, output_gradients=cotangents)]
+
+
+def forward_product(function, inputs, tangents):
+    """(d function / d inputs) tangents: one step of forward mode.
+
+    Returns:
+        Outputs of the function, and the list of their tangents (zeros where independent).
+    """
+    with tf.autodiff.ForwardAccumulator(inputs, tangents) as accumulator:
+        outputs = function(inputs)
+    return outputs, [accumulator.jvp(output, unconnected_gradients=tf.UnconnectedGradients.ZERO) for output in outputs]

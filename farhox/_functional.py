@@ -1,0 +1,56 @@
+"""Keras code as pure functions: the only `keras.StatelessScope`.
+
+`call` runs a user's closure with tensors in the place of its Keras variables and returns what it assigned, so that
+nothing outside changes and the result can be differentiated with respect to every tensor that was put in.
+"""
+
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from farhox import _exact
+
+
+class FunctionalResult(NamedTuple):
+    """What a closure returned, and the value of every bound variable after it.
+
+    Attributes:
+        value: The closure's return value.
+        values: List of tensors, the values of the bound variables afterwards, in the order of the bindings.
+        assigned: List of the variables that the closure assigned, bound or not.
+    """
+
+    value: Any
+    values: list
+    assigned: list
+
+
+class _Scope(keras.StatelessScope):
+    """A `StatelessScope` that remembers which variables were assigned."""
+
+    def __init__(self, bindings):
+        super().__init__(state_mapping=bindings, collect_losses=True)
+        self.assigned = []
+
+    def add_update(self, update):
+        self.assigned.append(update[0])
+        super().add_update(update)
+
+
+def call(function, *arguments, bindings):
+    """Calls `function(*arguments)` with tensors in the place of Keras variables.
+
+    Args:
+        function: Any Python callable that reads or assigns Keras variables.
+        bindings: List of (keras.Variable, tensor). Of two entries for one variable the later one counts.
+
+    Returns:
+        A `FunctionalResult`. No variable changes.
+    """
+    bindings = list(bindings)
+    with _exact.exact_derivatives(), _Scope(bindings) as scope:
+        value = function(*arguments)
+        value = tf.nest.map_structure(
+            lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, keras.Variable) else leaf, value)
+    return FunctionalResult(value, [scope.get_current_value(variable) for variable, _ in bindings], scope.assigned)

@@ -1,0 +1,73 @@
+"""Arithmetic on nests of tensors: lists, tuples and dictionaries as one vector.
+
+Every function takes nests of the same structure and works leaf by leaf. Only the module's functions know how a nest is
+walked; callers speak of vectors.
+"""
+
+import tensorflow as tf
+
+
+def map(function, *nests):
+    """Applies `function` to the corresponding leaves of `nests`."""
+    return tf.nest.map_structure(function, *nests)
+
+
+def zeros_like(nest):
+    """The zero vector of the same structure."""
+    return map(tf.zeros_like, nest)
+
+
+def add(first, second):
+    """first + second."""
+    return map(tf.add, first, second)
+
+
+def subtract(first, second):
+    """first - second."""
+    return map(tf.subtract, first, second)
+
+
+def dot(first, second):
+    """Inner product over all leaves, a scalar of the widest leaf type (float32 for an empty nest)."""
+    products = [tf.reduce_sum(a * b) for a, b in zip(tf.nest.flatten(first), tf.nest.flatten(second))]
+    if not products:
+        return tf.constant(0.0)
+    dtype = max((product.dtype for product in products), key=lambda dtype: dtype.size)
+    return tf.add_n([tf.cast(product, dtype) for product in products])
+
+
+def norm(nest):
+    """Euclidean norm over all leaves, with derivative zero at zero."""
+    square = dot(nest, nest)
+    positive = square > 0
+    return tf.where(positive, tf.sqrt(tf.where(positive, square, tf.ones_like(square))), tf.zeros_like(square))
+
+
+def is_finite(nest):
+    """Scalar bool tensor: no entry of a floating-point leaf is infinite or not a number."""
+    leaves = [leaf for leaf in tf.nest.flatten(nest) if leaf.dtype.is_floating]
+    if not leaves:
+        return tf.constant(True)
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(leaf)) for leaf in leaves])
+
+
+def select(condition, first, second):
+    """`first` where the scalar `condition` holds, else `second`."""
+    return map(lambda a, b: tf.where(condition, a, b), first, second)
+
+
+def ravel(nest, dtype=None):
+    """One flat vector, leaf after leaf in the order of `tf.nest.flatten`."""
+    leaves = tf.nest.flatten(nest)
+    dtype = dtype or max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.size)
+    return tf.concat([tf.cast(tf.reshape(leaf, [-1]), dtype) for leaf in leaves], axis=0)
+
+
+def unravel(vector, like):
+    """The inverse of `ravel` for the structure, shapes and types of `like`."""
+    leaves = tf.nest.flatten(like)
+    sizes = [tf.size(leaf) if leaf.shape.num_elements() is None else leaf.shape.num_elements() for leaf in leaves]
+    pieces = tf.split(vector, sizes)
+    shaped = [tf.cast(tf.reshape(piece, tf.shape(leaf) if not leaf.shape.is_fully_defined() else leaf.shape), leaf.dtype)
+              for piece, leaf in zip(pieces, leaves)]
+    return tf.nest.pack_sequence_as(like, shaped)

@@ -1,0 +1,153 @@
+"""T inner batches that can be read again, in any order, on the way back through the inner training.
+
+Inner batches are one of three things, all of them nests of tensors, so that they can be elements of a `tf.data.Dataset`
+and arguments of a `tf.function`: what `repeat` returns (one batch, T times), what `gather` returns (arrays, and the
+indices of each batch), or any other nest, whose leaves then have a leading axis T.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+
+class RepeatedBatch(NamedTuple):
+    """One batch used in each of T inner steps. Made by `repeat`.
+
+    Attributes:
+        batch: Nest of tensors.
+        steps: Integer tensor [T]; its length carries T, so that T stays static in data sets.
+    """
+
+    batch: Any
+    steps: Any
+
+
+class GatheredBatches(NamedTuple):
+    """Batches given by indices into arrays. Made by `gather`.
+
+    Attributes:
+        data: Nest of tensors with a common leading axis of examples.
+        indices: Integer tensor [T, batch].
+    """
+
+    data: Any
+    indices: Any
+
+
+def repeat(batch, steps):
+    """The same batch in each of `steps` inner steps: full-batch training.
+
+    Args:
+        batch: Nest of arrays or tensors.
+        steps: Positive int, T.
+
+    Returns:
+        Inner batches.
+
+    Raises:
+        ValueError: If `steps` is not a positive integer.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"The number of inner steps must be a positive integer. Received: steps={steps!r}")
+    return RepeatedBatch(tf.nest.map_structure(tf.convert_to_tensor, batch), tf.range(steps))
+
+
+def stack(batches):
+    """A list of T batches of equal shapes as one nest with a leading axis T.
+
+    Args:
+        batches: Iterable of nests of arrays or tensors.
+
+    Returns:
+        Inner batches.
+
+    Raises:
+        ValueError: If there is no batch, or the batches differ in structure or shape.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("stack needs at least one batch. Received an empty list.")
+    for batch in batches[1:]:
+        try:
+            tf.nest.assert_same_structure(batches[0], batch)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"All batches must have the same structure. Received: {error}") from error
+        shapes = [[tuple(np.shape(leaf)) for leaf in tf.nest.flatten(b)] for b in (batches[0], batch)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"All batches must have the same shapes. Received: {shapes[0]} and {shapes[1]}")
+    return tf.nest.map_structure(lambda *leaves: tf.stack(leaves), *batches)
+
+
+def gather(data, indices):
+    """Batches by their indices into arrays, which stay where they are.
+
+    Args:
+        data: Nest of arrays or tensors with a common leading axis of examples.
+        indices: Integers of shape [T, batch].
+
+    Returns:
+        Inner batches.
+
+    Raises:
+        ValueError: If the indices do not have two axes, or the arrays differ in length.
+        TypeError: If the indices are not integers.
+    """
+    data = tf.nest.map_structure(tf.convert_to_tensor, data)
+    indices = tf.convert_to_tensor(indices)
+    if not indices.dtype.is_integer:
+        raise TypeError(f"indices must be integers. Received dtype: {indices.dtype.name}")
+    if indices.shape.rank is not None and indices.shape.rank != 2:
+        raise ValueError(f"indices must have shape [T, batch]. Received shape: {tuple(indices.shape)}")
+    lengths = {leaf.shape[0] if leaf.shape.rank else None for leaf in tf.nest.flatten(data)}
+    if len(lengths) > 1:
+        raise ValueError(f"All arrays must have the same number of examples. Received lengths: {sorted(map(str, lengths))}")
+    return GatheredBatches(data, indices)
+
+
+def as_inner_batches(inner_batches):
+    """Checks inner batches and turns their leaves into tensors.
+
+    Raises:
+        ValueError: If there is no tensor, T is zero, or the leading axes differ.
+    """
+    inner_batches = tf.nest.map_structure(tf.convert_to_tensor, inner_batches)
+    leaves = _leaves_with_steps(inner_batches)
+    if not leaves:
+        raise ValueError("inner_batches must hold at least one tensor. Received an empty nest.")
+    if any(leaf.shape.rank == 0 for leaf in leaves):
+        raise ValueError("Inner batches must have a leading axis T, one entry per inner step: use farhox.repeat(batch, "
+                         "steps) for the same batch in every step. Received a scalar.")
+    counts = {leaf.shape[0] for leaf in leaves if leaf.shape.rank}
+    if 0 in counts:
+        raise ValueError("There must be at least one inner step. Received inner batches with T=0.")
+    if len(counts - {None}) > 1:
+        raise ValueError("All tensors of the inner batches must have the same leading axis T. Received leading axes: "
+                         f"{sorted(count for count in counts if count is not None)}. Use farhox.repeat(batch, steps) "
+                         "for the same batch in every step.")
+    return inner_batches
+
+
+def num_steps(inner_batches):
+    """T: a Python int where it is static, else a scalar int32 tensor."""
+    leaf = _leaves_with_steps(inner_batches)[0]
+    return leaf.shape[0] if leaf.shape[0] is not None else tf.shape(leaf)[0]
+
+
+def batch_at(inner_batches, step):
+    """The batch of the inner step `step`, a scalar integer tensor."""
+    if isinstance(inner_batches, RepeatedBatch):
+        return inner_batches.batch
+    if isinstance(inner_batches, GatheredBatches):
+        indices = inner_batches.indices[step]
+        return tf.nest.map_structure(lambda leaf: tf.gather(leaf, indices), inner_batches.data)
+    return tf.nest.map_structure(lambda leaf: leaf[step], inner_batches)
+
+
+def _leaves_with_steps(inner_batches):
+    """The tensors whose leading axis is T."""
+    if isinstance(inner_batches, RepeatedBatch):
+        return [inner_batches.steps]
+    if isinstance(inner_batches, GatheredBatches):
+        return [inner_batches.indices]
+    return tf.nest.flatten(inner_batches)

@@ -1,0 +1,185 @@
+"""What every hypergradient method shares: the interface, the result, the forward run of the inner training."""
+
+import abc
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from farhox import _autodiff, _tree
+from farhox.batches import as_inner_batches, batch_at
+from farhox.problem import BilevelProblem, float_leaves, variable_names
+
+
+class HyperGradientResult(NamedTuple):
+    """What one computation of a hypergradient returns.
+
+    Attributes:
+        gradients: List of tensors aligned with `problem.outer_variables`, dE/dλ.
+        outer_loss: Scalar, E(s_T, λ).
+        inner_losses: Tensor [T], the inner objective before each step.
+        state: The inner state s_T; pass it back to go on from there.
+        carry: The method's own memory; pass it back together with the state.
+        diagnostics: Dictionary of scalar tensors. Always there: "finite" (bool), "inner_gradient_norm" (before the last
+            step), "hypergradient_norm". Implicit methods add the residual and the steps of their linear solver.
+    """
+
+    gradients: list
+    outer_loss: Any
+    inner_losses: Any
+    state: Any
+    carry: Any
+    diagnostics: dict
+
+
+class InnerRun(NamedTuple):
+    """The inner training without derivatives.
+
+    Attributes:
+        state: The state after the last step.
+        losses: `tf.TensorArray` with the inner objective before each step.
+        gradient_norm: Scalar, the norm of the last inner gradient.
+        store: A `StateStore` with the states before each step, or None.
+    """
+
+    state: Any
+    losses: Any
+    gradient_norm: Any
+    store: Any
+
+
+class HyperGradient(abc.ABC):
+    """A method that computes dE/dλ. Subclasses are frozen settings."""
+
+    def compute(self, problem, inner_batches, outer_batch, state=None, carry=None):
+        """Runs T inner steps and computes the hypergradient. Pure TensorFlow: no variable changes.
+
+        Args:
+            problem: A `BilevelProblem`.
+            inner_batches: T inner batches: `repeat`, `gather`, or a nest with a leading axis T.
+            outer_batch: The batch of the outer objective.
+            state: Inner state to start from; default: the initial state Φ_0(λ).
+            carry: The method's memory from an earlier result; default: none.
+
+        Returns:
+            A `HyperGradientResult`.
+
+        Raises:
+            TypeError: If `problem` is not a `BilevelProblem`.
+            ValueError: If there is no inner step, or nothing depends on an outer variable; it is named.
+        """
+        if not isinstance(problem, BilevelProblem):
+            raise TypeError(f"problem must be a farhox.BilevelProblem. Received: {problem!r}")
+        inner_batches = as_inner_batches(inner_batches)
+        outer_batch = tf.nest.map_structure(tf.convert_to_tensor, outer_batch)
+        return self._compute(problem, inner_batches, outer_batch, state, carry)
+
+    @abc.abstractmethod
+    def _compute(self, problem, inner_batches, outer_batch, state, carry):
+        """`compute` on checked tensors."""
+
+    # Whether the carry is of use when the inner state starts anew.
+    carry_outlives_state = False
+
+    def initial_carry(self, problem):
+        """The memory before the first computation, of the structure of `result.carry`: a nest of tensors."""
+        del problem
+        return []
+
+
+class StateStore:
+    """States of the inner training by their index, inside loops of a graph.
+
+    Args:
+        like: A nest of tensors with the structure, types and shapes to store.
+        size: Number of entries, int or scalar tensor.
+        arrays: For internal use: the tensor arrays of a store that a loop carries.
+    """
+
+    def __init__(self, like, size=None, arrays=None):
+        self._like = like
+        self.arrays = arrays if arrays is not None else [
+            tf.TensorArray(leaf.dtype, size=size, element_shape=leaf.shape, clear_after_read=False)
+            for leaf in tf.nest.flatten(like)]
+
+    def write(self, index, state):
+        """The store with `state` at `index`."""
+        return StateStore(self._like, arrays=[
+            array.write(index, leaf) for array, leaf in zip(self.arrays, tf.nest.flatten(state))])
+
+    def read(self, index):
+        """The state at `index`."""
+        return tf.nest.pack_sequence_as(self._like, [array.read(index) for array in self.arrays])
+
+    def with_arrays(self, arrays):
+        """The same store with the arrays that came out of a loop."""
+        return StateStore(self._like, arrays=arrays)
+
+
+def run_inner(problem, state, outer, inner_batches, start, stop, losses, store=None):
+    """Inner steps `start` to `stop` in one `tf.while_loop`.
+
+    Args:
+        problem: A `BilevelProblem`.
+        state: The state before step `start`.
+        outer: List of tensors, λ.
+        inner_batches: The batches; step t uses batch t.
+        start, stop: Ints or scalar int32 tensors.
+        losses: `tf.TensorArray`; the inner objective before step t is written at t.
+        store: A `StateStore` or None; the state before step t is written at t - start.
+
+    Returns:
+        An `InnerRun`.
+    """
+    def body(t, state, losses, norm, arrays):
+        if store is not None:
+            arrays = store.with_arrays(arrays).write(t - start, state).arrays
+        result = problem.step(state, outer, batch_at(inner_batches, t))
+        return t + 1, result.state, losses.write(t, result.loss), result.gradient_norm, arrays
+
+    _, state, losses, norm, arrays = tf.while_loop(
+        lambda t, *_: t < stop, body,
+        [tf.convert_to_tensor(start, tf.int32), state, losses, tf.zeros([], problem.loss_dtype),
+         [] if store is None else store.arrays],
+        parallel_iterations=1)
+    return InnerRun(state, losses, norm, None if store is None else store.with_arrays(arrays))
+
+
+def new_losses(problem, steps):
+    """An empty `tf.TensorArray` for the inner losses of `steps` steps."""
+    return tf.TensorArray(problem.loss_dtype, size=steps, element_shape=[], clear_after_read=False)
+
+
+def reached_by_step(problem, state, outer, batch):
+    """Which outer variables one inner step depends on: a list of bools. In a graph its operations are never run."""
+    leaves = float_leaves(state)
+    products = _autodiff.transposed_product(
+        lambda inputs: float_leaves(problem.step(state, inputs, batch).state), list(outer), leaves)
+    return [product is not None for product in products]
+
+
+def gradients_or_error(problem, gradients, reached, reason):
+    """The hypergradients, or an error that names the outer variables which nothing depends on.
+
+    Args:
+        problem: A `BilevelProblem`.
+        gradients: List of tensors aligned with `problem.outer_variables`.
+        reached: List of bools: whether anything that was computed depends on the variable.
+        reason: What the method sees, the end of the error message.
+
+    Raises:
+        ValueError: If a variable is not reached.
+    """
+    missing = [variable for variable, ok in zip(problem.outer_variables, reached) if not ok]
+    if missing:
+        raise ValueError(f"Every outer variable must have an effect that the method can see. Nothing that was computed "
+                         f"depends on {variable_names(missing)}. {reason}")
+    return gradients
+
+
+def common_diagnostics(gradients, outer_loss, run):
+    """The diagnostics that every method reports."""
+    return {
+        "finite": tf.logical_and(_tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
+        "inner_gradient_norm": run.gradient_norm,
+        "hypergradient_norm": _tree.norm(gradients),
+    }

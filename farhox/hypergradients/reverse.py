@@ -1,0 +1,182 @@
+"""ReverseHG: the adjoint of the inner training, walked back from its end."""
+
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+import tensorflow as tf
+
+from farhox import _autodiff
+from farhox.batches import batch_at, num_steps
+from farhox.hypergradients.base import (
+    HyperGradient, HyperGradientResult, StateStore, common_diagnostics, gradients_or_error, new_losses, run_inner)
+from farhox.problem import float_leaves, with_float_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseHG(HyperGradient):
+    """Hypergradient by reverse-mode differentiation of the inner dynamics.
+
+    Walks back from s_T: gradients += B_t' adjoint, adjoint = A_t' adjoint with A_t = ∂Φ_t/∂s and B_t = ∂Φ_t/∂λ, each
+    step recomputed from a stored state with the batch, seeds and statistics it had. Costs about three times the inner
+    training whatever the number of outer variables; memory grows by one stored state per step.
+
+    Args:
+        truncation: Non-negative int or None. Differentiate only the last `truncation` steps; 0 keeps dE/dλ alone.
+        checkpoint_every: Positive int, "sqrt" or None. Store one state in this many and recompute the others, at the
+            price of running the inner training once more. "sqrt" stores about the square root of T. None: store all.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Reference:
+        [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785), Algorithm 1;
+        [Shaban et al., 2019](https://arxiv.org/abs/1810.10667) (truncation).
+    """
+
+    truncation: Any = None
+    checkpoint_every: Any = None
+
+    def __post_init__(self):
+        if self.truncation is not None and (not _is_integer(self.truncation) or self.truncation < 0):
+            raise ValueError(f"truncation must be a non-negative integer or None. Received: {self.truncation!r}")
+        if self.checkpoint_every not in (None, "sqrt") and (
+                not _is_integer(self.checkpoint_every) or self.checkpoint_every < 1):
+            raise ValueError("checkpoint_every must be a positive integer, 'sqrt' or None. "
+                             f"Received: {self.checkpoint_every!r}")
+
+    def _compute(self, problem, inner_batches, outer_batch, state, carry):
+        outer = problem.outer_values()
+        from_initial_state = state is None
+        if from_initial_state:
+            state = problem.initial_state(outer)
+        steps = num_steps(inner_batches)
+        first = self._first_differentiated_step(steps)
+        segment = self._segment_length(steps, first)
+
+        run = run_inner(problem, state, outer, inner_batches, 0, first, new_losses(problem, steps))
+        run, segments = _run_in_segments(problem, run, outer, inner_batches, first, steps, segment)
+        at_end = problem.outer_gradients(run.state, outer, outer_batch)
+        reached = [gradient is not None for gradient in at_end.outer]
+        adjoint = _zeros_for_none(at_end.state, float_leaves(run.state))
+        gradients = _zeros_for_none(at_end.outer, outer)
+
+        if self.truncation != 0:
+            adjoint, gradients = _walk_back(
+                problem, segments, outer, inner_batches, first, steps, segment, adjoint, gradients, reached)
+        if from_initial_state and (self.truncation is None or (isinstance(first, int) and first == 0)):
+            gradients = _add_initial_dynamics(problem, outer, adjoint, gradients, reached)
+        elif self.truncation == 0:
+            reached = [True] * len(outer)  # What the user asked for: the explicit dependence alone.
+
+        gradients = gradients_or_error(
+            problem, gradients, reached,
+            "ReverseHG sees what the inner steps, the outer objective and the initial state depend on"
+            f"{'' if from_initial_state else '; a state that is passed in does not depend on initial values'}.")
+        return HyperGradientResult(
+            gradients, at_end.loss, run.losses.stack(), run.state, [], common_diagnostics(gradients, at_end.loss, run))
+
+    def _first_differentiated_step(self, steps):
+        if self.truncation is None:
+            return 0
+        return max(steps - self.truncation, 0) if isinstance(steps, int) else tf.maximum(steps - self.truncation, 0)
+
+    def _segment_length(self, steps, first):
+        """Steps between stored states; None for a single segment all of whose states are stored."""
+        count = steps - first
+        if self.checkpoint_every == "sqrt":
+            if isinstance(count, int):
+                return max(1, math.isqrt(max(count - 1, 0)) + 1)
+            return tf.cast(tf.math.ceil(tf.sqrt(tf.cast(tf.maximum(count, 1), tf.float32))), tf.int32)
+        return self.checkpoint_every
+
+
+def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment):
+    """The differentiated part of the inner training, and the store of its states or of each segment's first state."""
+    if segment is None:
+        store = StateStore(run.state, steps - first)
+        run = run_inner(problem, run.state, outer, inner_batches, first, steps, run.losses, store)
+        return run, run.store
+    count = (steps - first + segment - 1) // segment
+    store = StateStore(run.state, count)
+
+    def body(index, state, losses, norm, arrays):
+        arrays = store.with_arrays(arrays).write(index, state).arrays
+        start = first + index * segment
+        inner = run_inner(problem, state, outer, inner_batches, start, tf.minimum(start + segment, steps), losses)
+        return index + 1, inner.state, inner.losses, inner.gradient_norm, arrays
+
+    _, state, losses, norm, arrays = tf.while_loop(
+        lambda index, *_: index < count, body,
+        [tf.constant(0), run.state, run.losses, run.gradient_norm, store.arrays], parallel_iterations=1)
+    run = run._replace(state=state, losses=losses, gradient_norm=norm)
+    return run, store.with_arrays(arrays)
+
+
+def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjoint, gradients, reached):
+    """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
+    if segment is None:
+        return _reverse_steps(problem, store, outer, inner_batches, first, steps, adjoint, gradients, reached)
+    count = (steps - first + segment - 1) // segment
+
+    def body(index, adjoint, gradients):
+        start = first + index * segment
+        stop = tf.minimum(start + segment, steps)
+        state = store.read(index)
+        states = StateStore(state, segment)
+        states = run_inner(
+            problem, state, outer, inner_batches, start, stop, new_losses(problem, steps), states).store
+        adjoint, gradients = _reverse_steps(
+            problem, states, outer, inner_batches, start, stop, adjoint, gradients, reached)
+        return index - 1, adjoint, gradients
+
+    _, adjoint, gradients = tf.while_loop(
+        lambda index, *_: index >= 0, body, [tf.convert_to_tensor(count - 1, tf.int32), adjoint, gradients],
+        parallel_iterations=1)
+    return adjoint, gradients
+
+
+def _reverse_steps(problem, states, outer, inner_batches, start, stop, adjoint, gradients, reached):
+    """Steps stop - 1 down to `start`; `states` holds the state before each of them.
+
+    `reached` is updated in place with the outer variables that a step depends on.
+    """
+    def body(t, adjoint, gradients):
+        state = states.read(t - start)
+        leaves = float_leaves(state)
+
+        def step(inputs):
+            at_state = with_float_leaves(state, inputs[:len(leaves)])
+            result = problem.step(at_state, inputs[len(leaves):], batch_at(inner_batches, t))
+            return float_leaves(result.state)
+
+        products = _autodiff.transposed_product(step, leaves + list(outer), adjoint)
+        for i, product in enumerate(products[len(leaves):]):
+            reached[i] = reached[i] or product is not None
+        adjoint = _zeros_for_none(products[:len(leaves)], leaves)
+        gradients = [total if product is None else total + product
+                     for total, product in zip(gradients, products[len(leaves):])]
+        return t - 1, adjoint, gradients
+
+    _, adjoint, gradients = tf.while_loop(
+        lambda t, *_: t >= start, body, [tf.convert_to_tensor(stop - 1, tf.int32), adjoint, gradients],
+        parallel_iterations=1)
+    return adjoint, gradients
+
+
+def _add_initial_dynamics(problem, outer, adjoint, gradients, reached):
+    """gradients + (∂Φ_0/∂λ)' adjoint."""
+    products = _autodiff.transposed_product(
+        lambda inputs: float_leaves(problem.initial_state(inputs)), list(outer), adjoint)
+    for i, product in enumerate(products):
+        reached[i] = reached[i] or product is not None
+    return [total if product is None else total + product for total, product in zip(gradients, products)]
+
+
+def _zeros_for_none(products, like):
+    return [tf.zeros_like(leaf) if product is None else product for product, leaf in zip(products, like)]
+
+
+def _is_integer(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

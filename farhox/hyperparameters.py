@@ -1,0 +1,232 @@
+"""Outer variables that a person reads and sets in natural units: hyperparameters, example weights, schedules."""
+
+import abc
+import math
+import numbers
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from farhox.constraints import CappedSimplex
+
+
+class OuterVariable(abc.ABC):
+    """A quantity in natural units that is a function of one unconstrained Keras variable.
+
+    Attributes:
+        variable: The `keras.Variable` that outer optimizers update.
+        name: Name in logs and errors.
+    """
+
+    def __init__(self, unconstrained, name, dtype=None):
+        self.name = name
+        self.variable = keras.Variable(
+            np.asarray(unconstrained), dtype=dtype or keras.backend.floatx(), name=name, trainable=True)
+
+    @abc.abstractmethod
+    def natural_value(self):
+        """The whole value in natural units as a differentiable tensor of the variable's shape."""
+
+    def numpy(self):
+        """The current value in natural units as a NumPy array."""
+        return keras.ops.convert_to_numpy(self.natural_value())
+
+    def __repr__(self):
+        shape = tuple(self.variable.shape)
+        value = f"value={self.numpy():.6g}" if not shape else f"shape={shape}"
+        return f"<{type(self).__name__} {self.name!r}, {value}>"
+
+
+class Hyperparameter(OuterVariable):
+    """A scalar or array that is kept within its bounds by a smooth map.
+
+    With u the unconstrained variable the value is low + (high - low) sigmoid(u) for two bounds, low + softplus(u) or
+    high - softplus(u) for one, u for none, and exp(u) for `log=True`.
+
+    ```python
+    learning_rate = farhox.Hyperparameter(0.1, low=0.0, log=True, name="learning_rate")
+    ```
+
+    Args:
+        initial: Float or array, the initial value, strictly inside the bounds.
+        low: Float or None, the greatest lower bound.
+        high: Float or None, the least upper bound.
+        log: Bool. Use exp(u), so that an outer step multiplies the value. Needs `low=0.0` and no `high`.
+        discrete: Bool. Floor the value where it is used. It then has no derivative: for self-tuning networks only.
+        name: Name in logs and errors.
+        dtype: Floating-point type of the variable; default: `keras.config.floatx()`.
+
+    Raises:
+        ValueError: If the bounds are the wrong way round, the initial value is not strictly inside them, or `log` is
+            given with other bounds than `low=0.0`.
+        TypeError: If the initial value is not a number or an array of numbers.
+    """
+
+    def __init__(self, initial, low=None, high=None, log=False, discrete=False, name="hyperparameter", dtype=None):
+        self.low = _bound("low", low, name)
+        self.high = _bound("high", high, name)
+        self.log = bool(log)
+        self.discrete = bool(discrete)
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError(f"low must be less than high. Received for {name!r}: low={low}, high={high}")
+        if self.log and (self.low != 0.0 or self.high is not None):
+            raise ValueError(
+                f"log=True needs low=0.0 and no high bound. Received for {name!r}: low={low}, high={high}")
+        super().__init__(self._unconstrained(_number_array(initial, name), name), name, dtype)
+
+    def __call__(self):
+        """The value as a differentiable tensor; floored, without derivative, for a discrete hyperparameter."""
+        value = self.natural_value()
+        return tf.floor(value) if self.discrete else value
+
+    def natural_value(self):
+        u = tf.convert_to_tensor(self.variable)
+        if self.log:
+            return tf.exp(u)
+        if self.low is not None and self.high is not None:
+            return self.low + (self.high - self.low) * tf.sigmoid(u)
+        if self.low is not None:
+            return self.low + tf.nn.softplus(u)
+        if self.high is not None:
+            return self.high - tf.nn.softplus(u)
+        return tf.identity(u)
+
+    def assign(self, value):
+        """Sets the value in natural units.
+
+        Raises:
+            ValueError: If it is outside the bounds or has another shape.
+        """
+        value = _number_array(value, self.name)
+        if value.shape != tuple(self.variable.shape):
+            raise ValueError(f"A value for {self.name!r} must have shape {tuple(self.variable.shape)}. "
+                             f"Received shape: {value.shape}")
+        self.variable.assign(self._unconstrained(value, self.name))
+
+    def _unconstrained(self, value, name):
+        too_low = self.low is not None and np.any(value <= self.low)
+        too_high = self.high is not None and np.any(value >= self.high)
+        if too_low or too_high or not np.all(np.isfinite(value)):
+            raise ValueError(f"The value of {name!r} must be finite and strictly between its bounds "
+                             f"low={self.low} and high={self.high}. Received: {value}")
+        if self.log:
+            return np.log(value)
+        if self.low is not None and self.high is not None:
+            fraction = (value - self.low) / (self.high - self.low)
+            return np.log(fraction) - np.log1p(-fraction)
+        if self.low is not None:
+            return _inverse_softplus(value - self.low)
+        if self.high is not None:
+            return _inverse_softplus(self.high - value)
+        return value
+
+
+class ExampleWeights(OuterVariable):
+    """One weight for every training example, each in (0, 1), or in [0, 1] within a budget.
+
+    Without a budget the weight is the sigmoid of an unconstrained number. With one the variable holds the weights
+    themselves, and the outer optimizer projects them on {0 <= w <= 1, sum(w) <= budget} after each update, so that
+    weights of useless examples become exactly zero.
+
+    Args:
+        num_examples: Positive int.
+        initial: Float, the initial weight of every example. Default: 0.5, or budget / num_examples.
+        budget: Positive float or None.
+        name: Name in logs and errors.
+        dtype: Floating-point type of the variable; default: `keras.config.floatx()`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Reference:
+        [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785), section 5.1 (data hyper-cleaning).
+    """
+
+    def __init__(self, num_examples, initial=None, budget=None, name="example_weights", dtype=None):
+        if not isinstance(num_examples, numbers.Integral) or num_examples < 1:
+            raise ValueError(f"num_examples must be a positive integer. Received: {num_examples}")
+        if budget is not None and not budget > 0:
+            raise ValueError(f"budget must be positive. Received: budget={budget}")
+        if initial is None:
+            initial = 0.5 if budget is None else min(1.0, budget / num_examples)
+        if budget is None and not 0.0 < initial < 1.0:
+            raise ValueError(f"The initial weight must be strictly between 0 and 1. Received: initial={initial}")
+        if budget is not None and not (0.0 <= initial <= 1.0 and initial * num_examples <= budget * (1 + 1e-6)):
+            raise ValueError("The initial weight must be in [0, 1] and its sum over all examples within the budget. "
+                             f"Received: initial={initial}, num_examples={num_examples}, budget={budget}")
+        self.num_examples = int(num_examples)
+        self.budget = budget
+        start = math.log(initial) - math.log1p(-initial) if budget is None else initial
+        super().__init__(np.full([num_examples], start), name, dtype)
+        if budget is not None:
+            # A constraint given to the constructor of keras.Variable is ignored.
+            self.variable.constraint = CappedSimplex(budget)
+
+    def __call__(self, indices):
+        """Weights of the examples `indices`: an integer tensor of shape [batch] to a tensor of shape [batch].
+
+        Raises:
+            TypeError: If the indices are not integers.
+        """
+        indices = tf.convert_to_tensor(indices)
+        if not indices.dtype.is_integer:
+            raise TypeError(f"indices of {self.name!r} must be integers. Received dtype: {indices.dtype.name}")
+        chosen = tf.gather(tf.convert_to_tensor(self.variable), indices)
+        return tf.sigmoid(chosen) if self.budget is None else chosen
+
+    def natural_value(self):
+        value = tf.convert_to_tensor(self.variable)
+        return tf.sigmoid(value) if self.budget is None else tf.identity(value)
+
+
+class LearnedSchedule(OuterVariable):
+    """One positive value for each inner step, a learning rate for example; the last one holds beyond the end.
+
+    Args:
+        steps: Positive int, the number of inner steps.
+        initial: Positive float, or array of shape [steps].
+        name: Name in logs and errors.
+        dtype: Floating-point type of the variable; default: `keras.config.floatx()`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, steps, initial=0.1, name="schedule", dtype=None):
+        if not isinstance(steps, numbers.Integral) or steps < 1:
+            raise ValueError(f"steps must be a positive integer. Received: {steps}")
+        values = _number_array(initial, name)
+        if values.shape not in ((), (steps,)) or not np.all(np.isfinite(values)) or np.any(values <= 0):
+            raise ValueError("The initial value of a schedule must be positive, a number or one per step. "
+                             f"Received for {name!r}: {initial}")
+        self.steps = int(steps)
+        super().__init__(np.log(np.broadcast_to(values, [steps])), name, dtype)
+
+    def __call__(self, step):
+        """The value at the inner step `step`, a scalar integer tensor."""
+        return tf.exp(tf.gather(tf.convert_to_tensor(self.variable), tf.clip_by_value(step, 0, self.steps - 1)))
+
+    def natural_value(self):
+        return tf.exp(tf.convert_to_tensor(self.variable))
+
+
+def _number_array(value, name):
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"The value of {name!r} must be a number or an array of numbers. "
+                        f"Received: {value!r} of type {type(value).__name__}") from error
+
+
+def _bound(kind, bound, name):
+    if bound is None:
+        return None
+    if isinstance(bound, bool) or not isinstance(bound, numbers.Real) or not math.isfinite(bound):
+        raise ValueError(f"{kind} must be a finite number or None. Received for {name!r}: {kind}={bound!r}")
+    return float(bound)
+
+
+def _inverse_softplus(value):
+    # log(exp(value) - 1) without overflow.
+    return value + np.log(-np.expm1(-value))

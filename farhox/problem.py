@@ -1,0 +1,309 @@
+"""The bilevel problem: what is trained inside, what is learned outside, as pure functions of tensors."""
+
+import numbers
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from farhox import _autodiff, _functional, _tree
+from farhox.dynamics import GradientDescent, InnerDynamics
+from farhox.hyperparameters import Hyperparameter, OuterVariable
+
+
+class InnerState(NamedTuple):
+    """The inner state s: everything that one inner step reads and writes.
+
+    Attributes:
+        variables: List of tensors, the inner variables w.
+        state_variables: List of tensors: batch-norm statistics, random seeds.
+        slots: Nest of tensors, the optimizer's own state.
+        step: Scalar int64 tensor, inner steps taken so far.
+    """
+
+    variables: list
+    state_variables: list
+    slots: Any
+    step: Any
+
+
+class StepResult(NamedTuple):
+    """One inner step.
+
+    Attributes:
+        state: The state after the step.
+        loss: Scalar, the inner objective before the step.
+        gradient_norm: Scalar, the Euclidean norm of the inner gradient before the step.
+    """
+
+    state: InnerState
+    loss: Any
+    gradient_norm: Any
+
+
+class OuterGradients(NamedTuple):
+    """The outer objective E and its partial derivatives.
+
+    Attributes:
+        loss: Scalar, E.
+        state: List aligned with `float_leaves(state)`, dE/ds; None where E does not depend.
+        outer: List aligned with `problem.outer_variables`, the explicit dE/dλ; None where E does not depend.
+    """
+
+    loss: Any
+    state: list
+    outer: list
+
+
+class BilevelProblem:
+    """Minimise E(w_T(λ), λ) over λ, where w_T is what T steps of inner training make of the inner variables.
+
+    Objectives are ordinary Keras code, `batch -> scalar tensor`, and close over models and variables. Which variables
+    are inner (w, trained by the dynamics) and which are outer (λ, learned by hypergradients) is said here, once. A
+    variable named as both is learned as an initial value.
+
+    ```python
+    problem = farhox.BilevelProblem(
+        inner_objective=lambda batch: loss(batch[1], model(batch[0], training=True)) + strength() * penalty(),
+        outer_objective=lambda batch: loss(batch[1], model(batch[0], training=False)),
+        inner_variables=model.trainable_variables,
+        outer_variables=[learning_rate, strength],
+        state_variables=model.non_trainable_variables,
+        dynamics=farhox.GradientDescent(learning_rate))
+    ```
+
+    Args:
+        inner_objective: Callable `batch -> scalar`, minimised by the dynamics.
+        outer_objective: Callable `batch -> scalar`, minimised over the outer variables.
+        inner_variables: List of floating-point `keras.Variable`.
+        outer_variables: List of floating-point `keras.Variable`, `Hyperparameter`, `ExampleWeights`,
+            `LearnedSchedule`.
+        dynamics: An `InnerDynamics`. Settings that are hyperparameters must be named in `outer_variables` too if they
+            are to be learned.
+        state_variables: List of `keras.Variable` that the inner objective assigns: batch-norm statistics, seeds of
+            dropout. They are part of the inner state. Default: none.
+        proximal: Float or `Hyperparameter` ρ, adds ρ/2 ||w - w_0||^2 to the inner objective. Default: none.
+        outer_predictions: Callable `batch -> (targets, predictions, sample_weight or None)` of the outer objective's
+            model, for metrics. Default: none.
+
+    Attributes:
+        inner_variables, state_variables: As given.
+        outer_variables: Flat list of `keras.Variable`, the order of every list of hypergradients.
+        hyperparameters: The entries of `outer_variables` that have natural units.
+        dynamics: As given.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a list is empty or names a variable twice, or a variable is not floating-point.
+
+    Reference:
+        [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), equations 1 to 4.
+    """
+
+    def __init__(self, inner_objective, outer_objective, inner_variables, outer_variables, dynamics=None,
+                 state_variables=None, proximal=None, outer_predictions=None):
+        for name, objective in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
+            if not callable(objective):
+                raise TypeError(f"{name} must be a callable batch -> scalar. Received: {objective!r}")
+        dynamics = GradientDescent() if dynamics is None else dynamics
+        if not isinstance(dynamics, InnerDynamics):
+            raise TypeError("dynamics must be one of farhox' dynamics, for example farhox.GradientDescent(0.1) or "
+                            f"farhox.KerasDynamics(optimizer). Received: {dynamics!r} of type {type(dynamics).__name__}")
+        if proximal is not None and not isinstance(proximal, Hyperparameter) and (
+                isinstance(proximal, bool) or not isinstance(proximal, numbers.Real)):
+            raise TypeError(f"proximal must be a float, a farhox.Hyperparameter or None. Received: {proximal!r}")
+        if isinstance(proximal, numbers.Real) and proximal < 0:
+            raise ValueError(f"proximal must not be negative. Received: {proximal}")
+        self.hyperparameters = [entry for entry in outer_variables if isinstance(entry, OuterVariable)]
+        self.inner_variables = _checked_variables("inner_variables", inner_variables)
+        self.outer_variables = _checked_variables(
+            "outer_variables", [e.variable if isinstance(e, OuterVariable) else e for e in outer_variables])
+        self.state_variables = _checked_variables("state_variables", state_variables or [], state=True)
+        self.dynamics = dynamics
+        self.proximal = proximal
+        self.outer_predictions = outer_predictions
+        self._inner_objective = inner_objective
+        self._outer_objective = outer_objective
+        outer_index = {id(variable): i for i, variable in enumerate(self.outer_variables)}
+        self._learned = [outer_index.get(id(variable)) for variable in self.inner_variables]
+        for variable in self.state_variables:
+            if id(variable) in outer_index or any(variable is v for v in self.inner_variables):
+                raise ValueError("A state variable must not be an inner or an outer variable. "
+                                 f"Received: {variable.path!r}")
+
+    @property
+    def loss_dtype(self):
+        """Type of inner losses and norms: that of the widest inner variable, at least float32."""
+        return tf.float64 if any(variable.dtype == "float64" for variable in self.inner_variables) else tf.float32
+
+    @property
+    def learns_initialization(self):
+        """Whether an inner variable is an outer variable too."""
+        return any(index is not None for index in self._learned)
+
+    def outer_values(self):
+        """The current values of the outer variables λ, a list of tensors."""
+        return [tf.convert_to_tensor(variable) for variable in self.outer_variables]
+
+    def initial_state(self, outer=None):
+        """Φ_0(λ): the inner variables at their stored values, those that are learned at the value in `outer`.
+
+        Args:
+            outer: List of tensors aligned with `outer_variables`; default: the current values.
+
+        Returns:
+            An `InnerState` at step 0.
+        """
+        outer = self.outer_values() if outer is None else outer
+        variables = self._anchors(outer)
+        slots = _functional.call(
+            self.dynamics.initial_slots, variables, bindings=zip(self.outer_variables, outer)).value
+        state_variables = [tf.convert_to_tensor(variable) for variable in self.state_variables]
+        return InnerState(variables, state_variables, slots, tf.constant(0, tf.int64))
+
+    def inner_gradients(self, variables, state_variables, outer, batch):
+        """The inner objective and its gradient with respect to the inner variables.
+
+        Returns:
+            loss: Scalar.
+            state_variables: List of tensors, their values after the objective ran.
+            gradients: List of tensors aligned with `variables`, None where the objective does not depend.
+
+        Raises:
+            ValueError: If the objective is not a scalar or assigns a variable that is not a state variable.
+        """
+        return _autodiff.gradients(
+            lambda variables: self.inner_loss(variables, state_variables, outer, batch), variables)
+
+    def inner_loss(self, variables, state_variables, outer, batch):
+        """The inner objective, proximal term included, and the state variables after it.
+
+        Raises:
+            ValueError: If the objective is not a scalar or assigns a variable that is not a state variable.
+        """
+        result = _functional.call(
+            self._inner_objective, batch, bindings=self._bindings(variables, state_variables, outer))
+        stray = [variable for variable in result.assigned if not any(variable is v for v in self.state_variables)]
+        if stray:
+            raise ValueError(
+                "The inner objective may assign state variables only: what it assigns elsewhere is lost from step to "
+                f"step. It assigned {variable_names(stray)}. Name these in state_variables (of a Keras model: "
+                "state_variables=model.non_trainable_variables).")
+        loss = _checked_scalar("inner_objective", result.value)
+        if self.proximal is not None:
+            strength = self.proximal
+            if isinstance(strength, Hyperparameter):
+                strength = _functional.call(strength, bindings=zip(self.outer_variables, outer)).value
+            distance = _tree.subtract(variables, self._anchors(outer))
+            loss += tf.cast(0.5 * strength * _tree.dot(distance, distance), loss.dtype)
+        count = len(self.state_variables)
+        return loss, (result.values[len(result.values) - count:] if count else [])
+
+    def step(self, state, outer, batch):
+        """One inner step s_{t+1} = Φ_t(s_t, λ).
+
+        Args:
+            state: An `InnerState`.
+            outer: List of tensors, λ.
+            batch: The inner batch of this step.
+
+        Returns:
+            A `StepResult`.
+
+        Raises:
+            ValueError: If the inner objective does not depend on an inner variable; it is named.
+        """
+        loss, state_variables, gradients = self.inner_gradients(
+            state.variables, state.state_variables, outer, batch)
+        missing = [v for v, gradient in zip(self.inner_variables, gradients) if gradient is None]
+        if missing:
+            raise ValueError("The inner objective must depend on every inner variable. It does not depend on "
+                             f"{variable_names(missing)}: take them out of inner_variables.")
+        if self.dynamics.first_order:
+            gradients = [tf.stop_gradient(gradient) for gradient in gradients]
+        variables, slots = _functional.call(
+            self.dynamics.update, gradients, state.variables, state.slots, state.step,
+            bindings=zip(self.outer_variables, outer)).value
+        return StepResult(
+            state=InnerState(variables, state_variables, slots, state.step + 1),
+            loss=tf.cast(loss, self.loss_dtype),
+            gradient_norm=tf.cast(_tree.norm(gradients), self.loss_dtype))
+
+    def outer_loss(self, state, outer, batch):
+        """The outer objective E(s, λ), a scalar. What it assigns is dropped."""
+        result = _functional.call(
+            self._outer_objective, batch, bindings=self._bindings(state.variables, state.state_variables, outer))
+        return _checked_scalar("outer_objective", result.value)
+
+    def outer_gradients(self, state, outer, batch):
+        """E and its partial derivatives with respect to the state and the outer variables, as `OuterGradients`."""
+        leaves = float_leaves(state)
+
+        def objective(inputs):
+            at_state = with_float_leaves(state, inputs[:len(leaves)])
+            return self.outer_loss(at_state, inputs[len(leaves):], batch), ()
+
+        loss, _, gradients = _autodiff.gradients(objective, leaves + list(outer))
+        return OuterGradients(loss, gradients[:len(leaves)], gradients[len(leaves):])
+
+    def predict_outer(self, state, outer, batch):
+        """Targets, predictions and sample weights of the outer batch at the state `state`, for metrics."""
+        return _functional.call(
+            self.outer_predictions, batch,
+            bindings=self._bindings(state.variables, state.state_variables, outer)).value
+
+    def _anchors(self, outer):
+        """The initial values w_0, differentiable where they are learned."""
+        return [tf.convert_to_tensor(variable) if index is None else tf.identity(outer[index])
+                for variable, index in zip(self.inner_variables, self._learned)]
+
+    def _bindings(self, variables, state_variables, outer):
+        # Inner variables come after the outer ones: of a variable that is both, the objective sees w_t.
+        return (list(zip(self.outer_variables, outer)) + list(zip(self.inner_variables, variables))
+                + list(zip(self.state_variables, state_variables)))
+
+
+def float_leaves(state):
+    """The floating-point tensors of a state as a flat list: what can be differentiated."""
+    return [leaf for leaf in tf.nest.flatten(state) if leaf.dtype.is_floating]
+
+
+def with_float_leaves(state, leaves):
+    """The state with its floating-point tensors replaced, in the order of `float_leaves`."""
+    leaves = iter(leaves)
+    return tf.nest.map_structure(lambda leaf: next(leaves) if leaf.dtype.is_floating else leaf, state)
+
+
+def variable_names(variables):
+    """Variables as a person reads them in an error message."""
+    return ", ".join(repr(variable.path) for variable in variables)
+
+
+def _checked_variables(name, variables, state=False):
+    if not isinstance(variables, (list, tuple)):
+        raise TypeError(f"{name} must be a list. Received: {variables!r} of type {type(variables).__name__}")
+    if not variables and not state:
+        raise ValueError(f"{name} must not be empty.")
+    seen = set()
+    for variable in variables:
+        if not isinstance(variable, keras.Variable):
+            raise TypeError(f"{name} must hold keras.Variables"
+                            f"{' or farhox hyperparameters' if name == 'outer_variables' else ''}. "
+                            f"Received: {variable!r} of type {type(variable).__name__}")
+        if not state and not keras.backend.is_float_dtype(variable.dtype):
+            raise ValueError(f"{name} must be floating-point. Received {variable.path!r} of dtype {variable.dtype}")
+        if id(variable) in seen:
+            raise ValueError(f"{name} must not name a variable twice. Received twice: {variable.path!r}")
+        seen.add(id(variable))
+    return list(variables)
+
+
+def _checked_scalar(name, value):
+    try:
+        value = tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must return a scalar tensor. Received: {value!r}") from error
+    if not value.dtype.is_floating or value.shape.rank != 0:
+        raise ValueError(f"{name} must return a floating-point scalar. Received shape {tuple(value.shape)} and dtype "
+                         f"{value.dtype.name}. Reduce the loss over the batch, for example with keras.ops.mean.")
+    return value

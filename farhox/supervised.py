@@ -1,0 +1,150 @@
+"""The bilevel problem of a Keras model, a loss and batches (x, y)."""
+
+import keras
+import tensorflow as tf
+from keras.src.losses.losses import LossFunctionWrapper
+
+from farhox.hyperparameters import ExampleWeights
+from farhox.problem import BilevelProblem
+
+LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
+
+
+def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=None, outer_variables=(),
+                       representation=None, example_weights=None, learn_initialization=False, proximal=None,
+                       training_at_outer=False):
+    """A `BilevelProblem` for a Keras model: training loss inside, validation loss outside.
+
+    The inner objective is the loss of `model(x, training=True)` on an inner batch plus the regularisation and activity
+    losses that the model's layers add; the outer objective is the loss alone, of `model(x, training=training_at_outer)`
+    on the outer batch. Batch-norm statistics and random seeds of the layers are part of the inner state.
+
+    ```python
+    learning_rate = farhox.Hyperparameter(0.1, low=0.0, log=True, name="learning_rate")
+    problem = farhox.supervised_problem(
+        model, loss="sparse_categorical_crossentropy",
+        dynamics=farhox.GradientDescent(learning_rate), outer_variables=[learning_rate])
+    ```
+
+    Args:
+        model: A built `keras.Model`.
+        loss: Name of a Keras loss, `keras.losses.Loss`, or callable `(targets, predictions) -> [batch]`.
+        dynamics: An `InnerDynamics`. Default: gradient descent with rate 0.01.
+        outer_variables: List of outer variables as for `BilevelProblem`.
+        representation: List of layers of the model whose weights are outer variables; the rest of the model is inner.
+        example_weights: An `ExampleWeights`. Inner batches are then (x, y, index), and the inner loss is
+            mean(weights(index) * losses). It is added to the outer variables if not named there.
+        learn_initialization: Bool. The inner variables' initial values are outer variables too.
+        proximal: Float or `Hyperparameter`, see `BilevelProblem`.
+        training_at_outer: Bool, the `training` argument of the model in the outer objective.
+
+    Returns:
+        A `BilevelProblem`. Batches are (x, y) or, as in Keras, (x, y, sample_weight).
+
+    Raises:
+        TypeError: If the model is not a Keras model, or `example_weights` not an `ExampleWeights`.
+        ValueError: If the model is not built, has nothing left to train, or `representation` names a layer that is not
+            the model's.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model must be a keras.Model. Received: {model!r} of type {type(model).__name__}")
+    if not model.built or not model.weights:
+        raise ValueError(f"The model must be built before a problem is made of it, so that its variables exist: call "
+                         f"model.build(input_shape) or give it an Input. Received the unbuilt model {model.name!r}")
+    if example_weights is not None and not isinstance(example_weights, ExampleWeights):
+        raise TypeError(f"example_weights must be a farhox.ExampleWeights. Received: {example_weights!r}")
+    trainable = list(model.trainable_variables)
+    shared = _representation_variables(model, representation or [])
+    inner = [v for v in trainable if id(v) not in {id(s) for s in shared}]
+    if not inner:
+        raise ValueError(f"The model {model.name!r} has no trainable variable left for the inner problem: "
+                         f"representation holds {len(shared)} of its {len(trainable)} trainable variables.")
+    outer = list(outer_variables) + shared + (inner if learn_initialization else [])
+    if example_weights is not None and not any(entry is example_weights for entry in outer):
+        outer.append(example_weights)
+    loss_function = _loss(loss, inner)
+    sparse = isinstance(loss_function, keras.losses.SparseCategoricalCrossentropy) or (
+        getattr(loss_function, "fn", None) is keras.losses.sparse_categorical_crossentropy)
+
+    def loss_value(targets, predictions, weights):
+        if sparse:
+            targets = _checked_labels(targets, predictions)
+        return loss_function(targets, predictions, sample_weight=weights)
+
+    def inner_objective(batch):
+        x, y, extra = _unpacked(batch, "(x, y, index)" if example_weights is not None else None)
+        weights = extra if example_weights is None else example_weights(extra)
+        value = loss_value(y, model(x, training=True), weights)
+        for addition in model.losses:
+            value += tf.cast(addition, value.dtype)
+        return value
+
+    def outer_objective(batch):
+        x, y, weights = _unpacked(batch)
+        return loss_value(y, model(x, training=training_at_outer), weights)
+
+    def outer_predictions(batch):
+        x, y, weights = _unpacked(batch)
+        return y, model(x, training=training_at_outer), weights
+
+    return BilevelProblem(
+        inner_objective, outer_objective, inner_variables=inner, outer_variables=outer, dynamics=dynamics,
+        state_variables=_state_variables(model), proximal=proximal, outer_predictions=outer_predictions)
+
+
+def _state_variables(model):
+    """Statistics and seeds: variables that are not trainable by nature, rather than frozen weights."""
+    frozen = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
+    return [v for v in model.non_trainable_variables if id(v) not in frozen]
+
+
+def _representation_variables(model, layers):
+    own = {id(layer) for layer in model._flatten_layers()}
+    variables, seen = [], set()
+    for layer in layers:
+        if not isinstance(layer, keras.Layer) or id(layer) not in own:
+            raise ValueError(f"representation must hold layers of the model {model.name!r}. Received: {layer!r}")
+        for variable in layer.trainable_variables:
+            if id(variable) not in seen:
+                seen.add(id(variable))
+                variables.append(variable)
+    return variables
+
+
+def _loss(loss, inner):
+    loss = keras.losses.get(loss)
+    if isinstance(loss, keras.losses.Loss):
+        return loss
+    if not callable(loss):
+        raise TypeError(f"loss must be the name of a Keras loss, a keras.losses.Loss or a callable. Received: {loss!r}")
+    # Keras' losses compute in floatx; a float64 model keeps its precision.
+    dtype = "float64" if any(v.dtype == "float64" for v in inner) else None
+    return LossFunctionWrapper(loss, dtype=dtype)
+
+
+def _unpacked(batch, needed=None):
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or (needed and len(batch) != 3):
+        length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(f"A batch must be a tuple {needed or '(x, y) or (x, y, sample_weight)'}. "
+                         f"Received: {type(batch).__name__}{length}"
+                         f"{'; farhox.bilevel_dataset(..., index=True) adds the index' if needed else ''}")
+    return (*batch, None) if len(batch) == 2 else tuple(batch)
+
+
+def _checked_labels(labels, predictions):
+    """The labels, after checking their range: a ValueError where they are known, an assertion inside a graph."""
+    classes = predictions.shape[-1]
+    if classes is None:
+        return labels
+    if tf.is_tensor(labels) and not hasattr(labels, "numpy"):
+        inside = tf.reduce_all((labels >= 0) & (labels < tf.cast(classes, labels.dtype)))
+        check = tf.debugging.Assert(inside, [f"{LABEL_RULE} ({classes}). Received labels from",
+                                             tf.reduce_min(labels), "to", tf.reduce_max(labels)])
+        if check is None:
+            return labels
+        with tf.control_dependencies([check]):
+            return tf.identity(labels)
+    low, high = int(tf.reduce_min(labels)), int(tf.reduce_max(labels))
+    if low < 0 or high >= classes:
+        raise ValueError(f"{LABEL_RULE} ({classes}). Received labels from {low} to {high}")
+    return labels
