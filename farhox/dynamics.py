@@ -47,6 +47,18 @@ class InnerDynamics(abc.ABC):
             New variables, new slots.
         """
 
+    def bound_to(self, variables):
+        """The dynamics of one problem, which asks once for it. Dynamics that need more than tensors override this.
+
+        Args:
+            variables: List of `keras.Variable`, the inner variables of the problem.
+
+        Returns:
+            An `InnerDynamics` of the same class.
+        """
+        del variables
+        return self
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GradientDescent(InnerDynamics):

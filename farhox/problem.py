@@ -90,7 +90,7 @@ class BilevelProblem:
         inner_variables, state_variables: As given.
         outer_variables: Flat list of `keras.Variable`, the order of every list of hypergradients.
         hyperparameters: The entries of `outer_variables` that have natural units.
-        dynamics: As given.
+        dynamics: As given, bound to the inner variables.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -119,7 +119,7 @@ class BilevelProblem:
         self.outer_variables = _checked_variables(
             "outer_variables", [e.variable if isinstance(e, OuterVariable) else e for e in outer_variables])
         self.state_variables = _checked_variables("state_variables", state_variables or [], state=True)
-        self.dynamics = dynamics
+        self.dynamics = dynamics.bound_to(self.inner_variables)
         self.proximal = proximal
         self.outer_predictions = outer_predictions
         self._inner_objective = inner_objective
