@@ -9,19 +9,21 @@ if keras.backend.backend() != "tensorflow":
         "import of keras.")
 
 from farhox.batches import gather, repeat, stack  # noqa: E402
+from farhox.constraints import Box, CappedSimplex, Simplex  # noqa: E402
 from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # noqa: E402
 from farhox.hypergradients import ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ReverseHG  # noqa: E402
 from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
 from farhox.linear_solvers import (  # noqa: E402
     GMRES, ConjugateGradient, Dense, FixedPoint, LinearSolver, Neumann, NormalConjugateGradient, Nystrom)
 from farhox.problem import BilevelProblem, InnerState  # noqa: E402
+from farhox.regularizers import L1L2  # noqa: E402
 from farhox.supervised import supervised_problem  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adam", "BilevelProblem", "ConjugateGradient", "Dense", "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES",
-    "GradientDescent", "HyperGradient", "HyperGradientResult", "Hyperparameter", "ImplicitHG", "InnerDynamics",
-    "InnerState", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom",
-    "ReverseHG", "gather", "repeat", "stack", "supervised_problem",
+    "Adam", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "Dense", "ExampleWeights", "FixedPoint",
+    "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "Hyperparameter", "ImplicitHG",
+    "InnerDynamics", "InnerState", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann",
+    "NormalConjugateGradient", "Nystrom", "ReverseHG", "Simplex", "gather", "repeat", "stack", "supervised_problem",
 ]

@@ -68,6 +68,6 @@ def unravel(vector, like):
     leaves = tf.nest.flatten(like)
     sizes = [tf.size(leaf) if leaf.shape.num_elements() is None else leaf.shape.num_elements() for leaf in leaves]
     pieces = tf.split(vector, sizes)
-    shaped = [tf.cast(tf.reshape(piece, tf.shape(leaf) if not leaf.shape.is_fully_defined() else leaf.shape), leaf.dtype)
-              for piece, leaf in zip(pieces, leaves)]
+    shapes = [leaf.shape if leaf.shape.is_fully_defined() else tf.shape(leaf) for leaf in leaves]
+    shaped = [tf.cast(tf.reshape(piece, shape), leaf.dtype) for piece, shape, leaf in zip(pieces, shapes, leaves)]
     return tf.nest.pack_sequence_as(like, shaped)
