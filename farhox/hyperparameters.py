@@ -20,9 +20,11 @@ class OuterVariable(abc.ABC):
     """
 
     def __init__(self, unconstrained, name, dtype=None):
+        dtype = keras.backend.standardize_dtype(dtype)
+        if not keras.backend.is_float_dtype(dtype):
+            raise ValueError(f"The dtype of {name!r} must be floating-point. Received: {dtype}")
         self.name = name
-        self.variable = keras.Variable(
-            np.asarray(unconstrained), dtype=dtype or keras.backend.floatx(), name=name, trainable=True)
+        self.variable = keras.Variable(np.asarray(unconstrained), dtype=dtype, name=name, trainable=True)
 
     @abc.abstractmethod
     def natural_value(self):
@@ -59,7 +61,7 @@ class Hyperparameter(OuterVariable):
 
     Raises:
         ValueError: If the bounds are the wrong way round, the initial value is not strictly inside them, or `log` is
-            given with other bounds than `low=0.0`.
+            given with other bounds than `low=0.0`, or the dtype is not floating-point.
         TypeError: If the initial value is not a number or an array of numbers.
     """
 
@@ -144,8 +146,7 @@ class ExampleWeights(OuterVariable):
     """
 
     def __init__(self, num_examples, initial=None, budget=None, name="example_weights", dtype=None):
-        if not isinstance(num_examples, numbers.Integral) or num_examples < 1:
-            raise ValueError(f"num_examples must be a positive integer. Received: {num_examples}")
+        self.num_examples = _positive_integer("num_examples", num_examples)
         if budget is not None and not budget > 0:
             raise ValueError(f"budget must be positive. Received: budget={budget}")
         if initial is None:
@@ -155,7 +156,6 @@ class ExampleWeights(OuterVariable):
         if budget is not None and not (0.0 <= initial <= 1.0 and initial * num_examples <= budget * (1 + 1e-6)):
             raise ValueError("The initial weight must be in [0, 1] and its sum over all examples within the budget. "
                              f"Received: initial={initial}, num_examples={num_examples}, budget={budget}")
-        self.num_examples = int(num_examples)
         self.budget = budget
         start = math.log(initial) - math.log1p(-initial) if budget is None else initial
         super().__init__(np.full([num_examples], start), name, dtype)
@@ -194,14 +194,12 @@ class LearnedSchedule(OuterVariable):
     """
 
     def __init__(self, steps, initial=0.1, name="schedule", dtype=None):
-        if not isinstance(steps, numbers.Integral) or steps < 1:
-            raise ValueError(f"steps must be a positive integer. Received: {steps}")
+        self.steps = _positive_integer("steps", steps)
         values = _number_array(initial, name)
         if values.shape not in ((), (steps,)) or not np.all(np.isfinite(values)) or np.any(values <= 0):
             raise ValueError("The initial value of a schedule must be positive, a number or one per step. "
                              f"Received for {name!r}: {initial}")
-        self.steps = int(steps)
-        super().__init__(np.log(np.broadcast_to(values, [steps])), name, dtype)
+        super().__init__(np.log(np.broadcast_to(values, [self.steps])), name, dtype)
 
     def __call__(self, step):
         """The value at the inner step `step`, a scalar integer tensor."""
@@ -210,13 +208,40 @@ class LearnedSchedule(OuterVariable):
     def natural_value(self):
         return tf.exp(tf.convert_to_tensor(self.variable))
 
+    def to_keras(self):
+        """The current values as a schedule of Keras, for training that goes on without farhox.
+
+        Steps with the same value as the one before share a piece. Keras goes through all pieces in every step, so
+        that training with thousands of different values is slower than with a constant.
+
+        Returns:
+            A `keras.optimizers.schedules.PiecewiseConstantDecay` with the value of step t at `optimizer.iterations` t,
+            in Keras' default floating-point type.
+        """
+        values = self.numpy().tolist()
+        # Keras takes values[i] up to and including boundaries[i].
+        boundaries = [step for step in range(self.steps - 1) if values[step] != values[step + 1]]
+        pieces = [values[step] for step in boundaries] + [values[-1]]
+        # A single piece needs a boundary too.
+        return keras.optimizers.schedules.PiecewiseConstantDecay(
+            boundaries or [0], pieces if boundaries else pieces * 2)
+
 
 def _number_array(value, name):
     try:
-        return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        array = np.asarray(value)
+    except ValueError:  # A ragged list.
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf":
         raise TypeError(f"The value of {name!r} must be a number or an array of numbers. "
-                        f"Received: {value!r} of type {type(value).__name__}") from error
+                        f"Received: {value!r} of type {type(value).__name__}")
+    return array.astype("float64")
+
+
+def _positive_integer(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be a positive integer. Received: {name}={value!r}")
+    return int(value)
 
 
 def _bound(kind, bound, name):
