@@ -90,18 +90,29 @@ def gather(data, indices):
         Inner batches.
 
     Raises:
-        ValueError: If the indices do not have two axes, or the arrays differ in length.
+        ValueError: If the indices do not have two axes, the arrays differ in length or have none, or, in eager mode,
+            an index is out of range.
         TypeError: If the indices are not integers.
     """
     data = tf.nest.map_structure(tf.convert_to_tensor, data)
     indices = tf.convert_to_tensor(indices)
     if not indices.dtype.is_integer:
         raise TypeError(f"indices must be integers. Received dtype: {indices.dtype.name}")
-    if indices.shape.rank is not None and indices.shape.rank != 2:
+    if indices.shape.rank is not None and (indices.shape.rank != 2 or indices.shape[1] == 0):
         raise ValueError(f"indices must have shape [T, batch]. Received shape: {tuple(indices.shape)}")
-    lengths = {leaf.shape[0] if leaf.shape.rank else None for leaf in tf.nest.flatten(data)}
+    leaves = tf.nest.flatten(data)
+    if not leaves or any(leaf.shape.rank == 0 for leaf in leaves):
+        raise ValueError("gather needs arrays with a leading axis of examples. "
+                         f"Received {'a scalar' if leaves else 'no array'}.")
+    lengths = {leaf.shape[0] if leaf.shape.rank else None for leaf in leaves} - {None}
     if len(lengths) > 1:
-        raise ValueError(f"All arrays must have the same number of examples. Received lengths: {sorted(map(str, lengths))}")
+        raise ValueError(f"All arrays must have the same number of examples. Received lengths: {sorted(lengths)}")
+    # On a GPU an index out of range would silently read zeros. Inside a graph the values are not known.
+    if lengths and tf.executing_eagerly() and tf.size(indices) > 0:
+        low, high, length = int(tf.reduce_min(indices)), int(tf.reduce_max(indices)), lengths.pop()
+        if low < 0 or high >= length:
+            raise ValueError(f"indices must be from 0 to the number of examples - 1 ({length - 1}). "
+                             f"Received indices from {low} to {high}")
     return GatheredBatches(data, indices)
 
 
