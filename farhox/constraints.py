@@ -37,9 +37,9 @@ class Box(keras.constraints.Constraint):
     def __call__(self, w):
         values = tf.convert_to_tensor(w)
         if self.low is not None:
-            values = tf.maximum(values, tf.cast(self.low, values.dtype))
+            values = tf.maximum(values, self.low)
         if self.high is not None:
-            values = tf.minimum(values, tf.cast(self.high, values.dtype))
+            values = tf.minimum(values, self.high)
         return values
 
     def get_config(self):
