@@ -81,7 +81,7 @@ class ImplicitHG(HyperGradient):
             product = _tree.ravel(system.input_product(_tree.unravel(vector, unknowns)))
             if self.linear_solver.on_dynamics:
                 product = vector - product
-            return product + tf.cast(self.damping, vector.dtype) * vector
+            return product + self.damping * vector
 
         start, iteration = (None, tf.constant(0, tf.int64)) if not carry else carry
         solution = self.linear_solver.solve(matvec, rhs, start if self.warm_start else None, iteration)
