@@ -10,7 +10,9 @@ if keras.backend.backend() != "tensorflow":
 
 from farhox.batches import gather, repeat, stack  # noqa: E402
 from farhox.constraints import Box, CappedSimplex, Simplex  # noqa: E402
+from farhox.datasets import bilevel_dataset  # noqa: E402
 from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # noqa: E402
+from farhox.hyper_optimizer import HyperOptimizer  # noqa: E402
 from farhox.hypergradients import ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ReverseHG  # noqa: E402
 from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
 from farhox.linear_solvers import (  # noqa: E402
@@ -23,7 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adam", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "Dense", "ExampleWeights", "FixedPoint",
-    "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "Hyperparameter", "ImplicitHG",
+    "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG",
     "InnerDynamics", "InnerState", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann",
     "NormalConjugateGradient", "Nystrom", "ReverseHG", "Simplex", "gather", "repeat", "stack", "supervised_problem",
 ]

@@ -1,0 +1,100 @@
+"""Data sets of hyper-iterations: elements (inner_batches, outer_batch) from arrays or `tf.data`."""
+
+import numbers
+
+import numpy as np
+import tensorflow as tf
+
+from farhox.batches import GatheredBatches, RepeatedBatch
+
+
+def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch_size=None, index=False, seed=0):
+    """A `tf.data.Dataset` whose elements are hyper-iterations, for `HyperOptimizer.fit`.
+
+    Without `batch_size` inner training is full-batch and one epoch is one hyper-iteration. With it, each hyper-iteration
+    takes `inner_steps` batches of a shuffled stream that goes through the training examples again and again; one epoch
+    is as many hyper-iterations as go once through them, and at least one. Shuffling goes on over the epochs.
+
+    Args:
+        train: Training data: a nest of arrays such as (x, y), or an unbatched `tf.data.Dataset` of examples (x, y).
+        validation: Outer data, of the same kinds.
+        inner_steps: Positive int, T.
+        batch_size: Positive int or None, examples in an inner batch.
+        outer_batch_size: Positive int or None, examples in an outer batch. None: all of them.
+        index: Bool. Inner batches are (x, y, index) with the position of each example in the training data (int64).
+        seed: Int, seed of the shuffling.
+
+    Returns:
+        A `tf.data.Dataset` of pairs. Arrays are held once, and batches are made of indices into them.
+
+    Raises:
+        ValueError: If a data set is empty, arrays differ in length, or a size is not a positive integer or larger than
+            the data.
+        TypeError: If the data are neither arrays nor a `tf.data.Dataset`.
+    """
+    for name, value in (("inner_steps", inner_steps), ("batch_size", batch_size),
+                        ("outer_batch_size", outer_batch_size)):
+        if value is None and name != "inner_steps":
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{name} must be a positive integer. Received: {value!r}")
+    train, num_train = _arrays("train", train)
+    validation, num_validation = _arrays("validation", validation)
+    if index:
+        train = (*train, tf.range(num_train, dtype=tf.int64)) if isinstance(train, (tuple, list)) else (
+            train, tf.range(num_train, dtype=tf.int64))
+    if batch_size is None:
+        inner = tf.data.Dataset.from_tensors(RepeatedBatch(train, tf.range(inner_steps)))
+        epoch = 1
+    else:
+        if batch_size > num_train:
+            raise ValueError(f"batch_size must not exceed the number of training examples. Received: "
+                             f"batch_size={batch_size} for {num_train} examples")
+        indices = _shuffled_indices(num_train, batch_size, seed).batch(inner_steps, drop_remainder=True)
+        inner = indices.map(lambda chosen: GatheredBatches(train, chosen))
+        epoch = max(1, num_train // (batch_size * inner_steps))
+    if outer_batch_size is None:
+        outer = tf.data.Dataset.from_tensors(validation).repeat()
+    else:
+        if outer_batch_size > num_validation:
+            raise ValueError(f"outer_batch_size must not exceed the number of validation examples. Received: "
+                             f"outer_batch_size={outer_batch_size} for {num_validation} examples")
+        outer = _shuffled_indices(num_validation, outer_batch_size, seed + 1).map(
+            lambda chosen: tf.nest.map_structure(lambda leaf: tf.gather(leaf, chosen), validation))
+    return tf.data.Dataset.zip(inner, outer).take(epoch).prefetch(tf.data.AUTOTUNE)
+
+
+def _shuffled_indices(count, batch_size, seed):
+    """Batches of indices, an endless stream reshuffled on every pass."""
+    return tf.data.Dataset.range(count).shuffle(count, seed=seed, reshuffle_each_iteration=True).repeat().batch(
+        batch_size, drop_remainder=True)
+
+
+def _arrays(name, data):
+    """Data as a nest of tensors with a common leading axis, and its length."""
+    if isinstance(data, tf.data.Dataset):
+        data = _read(name, data)
+    if isinstance(data, list):
+        data = tuple(data)
+    try:
+        data = tf.nest.map_structure(tf.convert_to_tensor, data)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a nest of arrays such as (x, y), or a tf.data.Dataset of examples. "
+                        f"Received: {type(data).__name__}") from error
+    leaves = tf.nest.flatten(data)
+    lengths = [leaf.shape[0] if leaf.shape.rank else None for leaf in leaves]
+    if not leaves or None in lengths or len(set(lengths)) > 1:
+        raise ValueError(f"All arrays of {name} must have the same number of examples. Received lengths: {lengths}")
+    if lengths[0] == 0:
+        raise ValueError(f"{name} must hold at least one example. Received an empty data set.")
+    return data, lengths[0]
+
+
+def _read(name, dataset):
+    """All examples of a data set, stacked: inner batches are read again on the way back, so they must stay."""
+    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(f"{name} must be finite. Received a tf.data.Dataset that repeats without end; take(n) cuts it.")
+    examples = list(dataset.as_numpy_iterator())
+    if not examples:
+        raise ValueError(f"{name} must hold at least one example. Received an empty tf.data.Dataset.")
+    return tf.nest.map_structure(lambda *leaves: np.stack(leaves), *examples)

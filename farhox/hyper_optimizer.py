@@ -1,0 +1,417 @@
+"""HyperOptimizer: a bilevel problem as a `keras.Model` that is trained with `fit`. The only mutable object."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from farhox import _tree
+from farhox.batches import as_inner_batches, num_steps
+from farhox.hypergradients import HyperGradient, ReverseHG
+from farhox.hypergradients.base import new_losses, run_inner
+from farhox.problem import BilevelProblem, InnerState, variable_names
+from farhox.supervised import LABEL_RULE
+
+_ADVICE = (
+    "Try a smaller inner learning rate or tighter bounds on it, fewer inner steps, a smaller outer learning rate or "
+    "clipnorm on the outer optimizer; with an inner rate that is learned, an upper bound (high=...) keeps it stable.")
+
+
+class HyperOptimizer(keras.Model):
+    """Learns the outer variables of a bilevel problem with `fit`; callbacks, logs and strategies are those of Keras.
+
+    One element of the data set, (inner_batches, outer_batch), is one hyper-iteration: T inner steps, the hypergradient,
+    one update of the outer variables by the compiled optimizer. The logs hold `loss` and `outer_loss` (both the outer
+    objective, averaged over the epoch), `inner_loss` (the inner objective before the last inner step), the compiled
+    metrics on the outer batch, the current value of each hyperparameter in natural units under its name, and
+    `skipped_updates`.
+
+    ```python
+    optimizer = farhox.HyperOptimizer(problem, farhox.ReverseHG())
+    optimizer.compile(optimizer=keras.optimizers.Adam(1e-2), metrics=["accuracy"])
+    optimizer.fit(farhox.bilevel_dataset((x, y), (x_val, y_val), inner_steps=100), epochs=20)
+    ```
+
+    A hypergradient that is not finite never reaches the outer variables: the update is skipped and counted.
+
+    Args:
+        problem: A `BilevelProblem`.
+        hypergradient: A `HyperGradient`; default `ReverseHG()`.
+        online: Bool. The inner training goes on from one hyper-iteration to the next instead of starting anew: the
+            model itself is trained, and tangents of `ForwardHG` are carried along.
+        max_skipped_updates: Positive int, updates skipped in a row after which `fit` stops with an error.
+        name: Name of the Keras model.
+
+    Raises:
+        TypeError: If `problem` or `hypergradient` has the wrong type.
+        ValueError: If `max_skipped_updates` is not positive, or `online` is asked of a problem whose initial state
+            matters: with learned initial values or a proximal term.
+    """
+
+    def __init__(self, problem, hypergradient=None, online=False, max_skipped_updates=10, name="hyper_optimizer"):
+        super().__init__(name=name)
+        hypergradient = ReverseHG() if hypergradient is None else hypergradient
+        if not isinstance(problem, BilevelProblem):
+            raise TypeError(f"problem must be a farhox.BilevelProblem. Received: {problem!r}")
+        if not isinstance(hypergradient, HyperGradient):
+            raise TypeError("hypergradient must be one of farhox' methods, for example farhox.ReverseHG(). "
+                            f"Received: {hypergradient!r}")
+        if online and (problem.learns_initialization or problem.proximal is not None):
+            raise ValueError("online=True goes on from the last inner state, so the initial state must not matter. "
+                             "Received a problem with "
+                             f"{'a proximal term' if problem.proximal is not None else 'learned initial values'}.")
+        if isinstance(max_skipped_updates, bool) or int(max_skipped_updates) < 1:
+            raise ValueError(f"max_skipped_updates must be a positive integer. Received: {max_skipped_updates!r}")
+        self.problem = problem
+        self.hypergradient = hypergradient
+        self.online = bool(online)
+        self.max_skipped_updates = int(max_skipped_updates)
+        # Tracked by Keras, so that save_weights and BackupAndRestore hold all there is to go on from.
+        self._outer = list(problem.outer_variables)
+        self._inner = list(problem.inner_variables) + list(problem.state_variables)
+        self._log_names = _log_names(problem)
+        self._outer_loss = keras.metrics.Mean(name="outer_loss")
+        self._inner_loss = keras.metrics.Mean(name="inner_loss")
+        self._skipped = _counter(0, "skipped_updates")
+        self._skipped_in_a_row = _counter(0, "skipped_in_a_row")
+        # Which of the inner loss, the outer loss and each hypergradient was not finite at the last skip.
+        self._not_finite = _counter(np.zeros(2 + len(self._outer)), "not_finite")
+        initial = problem.initial_state()
+        self._slots = [_kept(leaf) for leaf in tf.nest.flatten([initial.slots, initial.step])] if online else []
+        self._slot_structure = [initial.slots, initial.step]
+        self._keeps_carry = self.online or hypergradient.carry_outlives_state
+        self._carry = []
+        if self._keeps_carry:
+            self._carry = [_kept(leaf) for leaf in tf.nest.flatten(hypergradient.initial_carry(problem))]
+        self.built = True
+        self._step_function = None
+        self._inner_function = None
+
+    def compile(self, optimizer="adam", metrics=None, jit_compile=False, **kwargs):
+        """Configures the outer optimizer and metrics.
+
+        Args:
+            optimizer: A Keras optimizer, or its name, for the outer variables.
+            metrics: List of Keras metrics on the outer batch; needs a problem with `outer_predictions`, as
+                `supervised_problem` makes it.
+            jit_compile: Bool. Compile hyper-iterations with XLA; on CPUs this slows convolutions down.
+            **kwargs: `weighted_metrics`, `run_eagerly`, `steps_per_execution` of `keras.Model.compile`.
+
+        Raises:
+            ValueError: If a loss is given (the objectives are part of the problem), or metrics cannot be computed.
+        """
+        if any(kwargs.pop(name, None) is not None for name in ("loss", "loss_weights")):
+            raise ValueError("A HyperOptimizer takes no loss: the inner and outer objective are part of the problem.")
+        if (metrics or kwargs.get("weighted_metrics")) and self.problem.outer_predictions is None:
+            raise ValueError("Metrics need predictions: give BilevelProblem(outer_predictions=batch -> (targets, "
+                             "predictions, sample_weight)), or make the problem with farhox.supervised_problem.")
+        # Losses are not scaled: a hypergradient is computed before the optimizer sees it.
+        super().compile(optimizer=optimizer, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False, **kwargs)
+        if not self.optimizer.built:
+            self.optimizer.build(self._outer)
+        self._step_function = self._inner_function = None
+
+    @property
+    def metrics(self):
+        return [self._outer_loss, self._inner_loss] + super().metrics
+
+    def fit(self, x=None, callbacks=None, validation_data=None, **kwargs):
+        """Runs hyper-iterations, one per element of the data set; arguments and callbacks are those of Keras.
+
+        Args:
+            x: `tf.data.Dataset` of (inner_batches, outer_batch), for example from `bilevel_dataset`; or one such pair.
+            callbacks: List of Keras callbacks.
+            validation_data: A data set of the same kind; see `evaluate`.
+            **kwargs: `epochs`, `verbose`, `steps_per_epoch`, ... of `keras.Model.fit`.
+
+        Returns:
+            A Keras `History`.
+
+        Raises:
+            RuntimeError: If too many hypergradients in a row were not finite.
+            ValueError: If the data are empty or not pairs, or labels are out of range.
+        """
+        if validation_data is not None:
+            validation_data = self._dataset(validation_data)
+        kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = [_DivergenceGuard()] + (
+                list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else [])
+        with _clear_errors():
+            return super().fit(self._dataset(x), callbacks=callbacks, validation_data=validation_data, **kwargs)
+
+    def evaluate(self, x=None, **kwargs):
+        """The outer loss and metrics with the current outer variables; nothing is updated.
+
+        Each element's inner batches train the inner variables from their initial state before the outer batch is
+        evaluated. Online, the outer batch is evaluated at the state kept, and the inner batches are not used.
+
+        Args:
+            x: As for `fit`.
+            **kwargs: `verbose`, `return_dict`, `steps`, ... of `keras.Model.evaluate`.
+
+        Returns:
+            As `keras.Model.evaluate`.
+        """
+        with _clear_errors():
+            return super().evaluate(self._dataset(x), **kwargs)
+
+    def step(self, inner_batches, outer_batch):
+        """One hyper-iteration by hand: compiled, with the same update as in `fit`.
+
+        Args:
+            inner_batches: T inner batches.
+            outer_batch: The outer batch.
+
+        Returns:
+            The `HyperGradientResult`.
+
+        Raises:
+            RuntimeError: If too many hypergradients in a row were not finite.
+            ValueError: If the optimizer was not compiled.
+        """
+        if self.optimizer is None:
+            raise ValueError("A HyperOptimizer must be compiled with an outer optimizer before step() or fit().")
+        if self._step_function is None:
+            self._step_function = self._compiled(self._hyper_iteration)
+        with _clear_errors():
+            result = self._step_function(as_inner_batches(inner_batches), _as_tensors(outer_batch))
+        self.raise_if_diverged()
+        return result
+
+    def train_inner(self, inner_batches):
+        """Trains the inner variables with the current outer variables and keeps the result in the model.
+
+        Args:
+            inner_batches: T inner batches.
+
+        Returns:
+            Tensor [T], the inner objective before each step.
+        """
+        if self._inner_function is None:
+            self._inner_function = self._compiled(self._train_inner)
+        with _clear_errors():
+            return self._inner_function(as_inner_batches(inner_batches))
+
+    def train_step(self, data):
+        inner_batches, outer_batch = _pair(data)
+        result = self._hyper_iteration(inner_batches, outer_batch)
+        self._inner_loss.update_state(result.inner_losses[-1])
+        return self._logs(result.outer_loss, result.state, outer_batch)
+
+    def test_step(self, data):
+        inner_batches, outer_batch = _pair(data)
+        outer = self.problem.outer_values()
+        if self.online:
+            state = self._kept_state()
+            loss = self.problem.outer_loss(state, outer, outer_batch)
+        else:
+            run = self._run(inner_batches, outer)
+            state = run.state
+            loss = self.problem.outer_loss(state, outer, outer_batch)
+            self._inner_loss.update_state(run.losses.stack()[-1])
+        return self._logs(loss, state, outer_batch)
+
+    def raise_if_diverged(self):
+        """Raises a RuntimeError that says what diverged if too many updates in a row were skipped."""
+        in_a_row = int(self._skipped_in_a_row.numpy())
+        if in_a_row < self.max_skipped_updates:
+            return
+        inner, outer, *gradients = (bool(flag) for flag in self._not_finite.numpy())
+        names = variable_names([v for v, bad in zip(self._outer, gradients) if bad])
+        causes = ["the inner objective"] * inner + ["the outer objective"] * outer
+        causes += [f"the hypergradients of {names}"] if names else []
+        raise RuntimeError(
+            f"Training stopped: {in_a_row} updates in a row were skipped because a value was not finite. At the last "
+            f"one: {', '.join(causes)}. {_ADVICE}")
+
+    def reset_inner_state(self):
+        """Starts the optimizer's slots, the step count and the carried memory anew; variables stay as they are."""
+        initial = self.problem.initial_state()
+        kept = self._slots + self._carry
+        fresh = tf.nest.flatten([initial.slots, initial.step]) if self.online else []
+        if self._keeps_carry:
+            fresh = fresh + tf.nest.flatten(self.hypergradient.initial_carry(self.problem))
+        for variable, value in zip(kept, fresh):
+            variable.assign(value)
+
+    def save(self, *args, **kwargs):
+        raise ValueError("A HyperOptimizer holds objectives, which are Python code and cannot be saved. Use "
+                         "save_weights (ModelCheckpoint with save_weights_only=True): it holds inner and outer "
+                         "variables, the outer optimizer and all memory. Save the Keras model itself with model.save.")
+
+    def _hyper_iteration(self, inner_batches, outer_batch):
+        state = self._kept_state() if self.online else None
+        carry = self._kept_carry() if self._keeps_carry else None
+        result = self.hypergradient.compute(self.problem, inner_batches, outer_batch, state=state, carry=carry)
+        flags = [tf.logical_not(_tree.is_finite(part))
+                 for part in [result.inner_losses, result.outer_loss, *result.gradients]]
+        flags = tf.cast(tf.stack(flags), tf.int32)
+        context = tf.distribute.get_replica_context()
+        if context.num_replicas_in_sync > 1:
+            if self.online:
+                raise ValueError("online=True keeps one inner state and needs one replica. Received a strategy with "
+                                 f"{context.num_replicas_in_sync} replicas.")
+            flags = context.all_reduce(tf.distribute.ReduceOp.SUM, flags)
+        # A diverged inner loss with a finite hypergradient is a diverged run all the same.
+        finite = tf.reduce_all(flags == 0)
+        self._update(finite, result.gradients, context)
+        kept = [(variable, leaf) for variable, leaf in zip(self._carry, tf.nest.flatten(result.carry))]
+        if self.online:
+            kept += zip(self._inner + self._slots, tf.nest.flatten(
+                [result.state.variables, result.state.state_variables, result.state.slots, result.state.step]))
+        for variable, value in kept:
+            variable.assign(tf.where(finite, value, tf.convert_to_tensor(variable)))
+        skipped = tf.cast(tf.logical_not(finite), tf.int32)
+        self._skipped.assign(tf.convert_to_tensor(self._skipped) + skipped)
+        self._skipped_in_a_row.assign((tf.convert_to_tensor(self._skipped_in_a_row) + skipped) * skipped)
+        self._not_finite.assign(tf.cast(flags > 0, tf.int32))
+        return result
+
+    def _update(self, finite, gradients, context):
+        """Applies the hypergradients if they are finite. Over replicas the optimizer adds them up: hence the mean."""
+        replicas = context.num_replicas_in_sync
+        if replicas == 1:
+            tf.cond(finite, lambda: self._apply(gradients), lambda: tf.no_op())
+            return
+        gradients = [gradient / replicas for gradient in gradients]
+
+        def across_replicas(strategy, finite, gradients):
+            # A condition may not hold a call that merges replicas, so the merge comes first and splits again inside.
+            def apply():
+                strategy.extended.call_for_each_replica(self._apply, args=(gradients,))
+                return tf.no_op()
+
+            return tf.cond(strategy.experimental_local_results(finite)[0], apply, lambda: tf.no_op())
+
+        context.merge_call(across_replicas, args=(finite, gradients))
+
+    def _apply(self, gradients):
+        self.optimizer.apply(gradients, self._outer)
+        return tf.no_op()
+
+    def _train_inner(self, inner_batches):
+        run = self._run(inner_batches, self.problem.outer_values(), self._kept_state() if self.online else None)
+        values = tf.nest.flatten([run.state.variables, run.state.state_variables])
+        for variable, value in zip(self._inner, values):
+            variable.assign(value)
+        for variable, value in zip(self._slots, tf.nest.flatten([run.state.slots, run.state.step])):
+            variable.assign(value)
+        return run.losses.stack()
+
+    def _run(self, inner_batches, outer, state=None):
+        inner_batches = as_inner_batches(inner_batches)
+        steps = num_steps(inner_batches)
+        state = self.problem.initial_state(outer) if state is None else state
+        return run_inner(self.problem, state, outer, inner_batches, 0, steps, new_losses(self.problem, steps))
+
+    def _kept_state(self):
+        count = len(self.problem.inner_variables)
+        values = [tf.convert_to_tensor(variable) for variable in self._inner]
+        slots, step = tf.nest.pack_sequence_as(
+            self._slot_structure, [tf.convert_to_tensor(variable) for variable in self._slots])
+        return InnerState(values[:count], values[count:], slots, step)
+
+    def _kept_carry(self):
+        return [tf.convert_to_tensor(variable) for variable in self._carry]
+
+    def _logs(self, outer_loss, state, outer_batch):
+        self._outer_loss.update_state(outer_loss)
+        outer_mean = self._outer_loss.result()
+        logs = {"loss": outer_mean, "outer_loss": outer_mean, "inner_loss": self._inner_loss.result()}
+        if self._compile_metrics is not None:
+            targets, predictions, weights = self.problem.predict_outer(state, self.problem.outer_values(), outer_batch)
+            values = self.compute_metrics(None, targets, predictions, sample_weight=weights)
+            own = {metric.name for metric in (self._outer_loss, self._inner_loss)} | {"loss"}
+            logs.update({name: value for name, value in values.items() if name not in own})
+        logs.update(self._hyperparameter_logs())
+        logs["skipped_updates"] = tf.convert_to_tensor(self._skipped)
+        return logs
+
+    def _hyperparameter_logs(self):
+        logs = {}
+        for name, entry in self._log_names.items():
+            value = tf.convert_to_tensor(entry) if isinstance(entry, keras.Variable) else entry.natural_value()
+            size = value.shape.num_elements()
+            if value.shape.rank == 0:
+                logs[name] = value
+            elif size <= 16:
+                logs.update({f"{name}_{i}": part for i, part in enumerate(tf.unstack(tf.reshape(value, [-1])))})
+            else:
+                logs[f"{name}_mean"] = tf.reduce_mean(value)
+        return logs
+
+    def _compiled(self, function):
+        if self.run_eagerly:
+            return function
+        return tf.function(function, autograph=False, jit_compile=bool(self.jit_compile))
+
+    def _dataset(self, x):
+        """A data set of pairs. Under a strategy each replica takes elements of its own: none is split."""
+        if isinstance(x, (tuple, list)) and len(x) == 2:
+            x = tf.data.Dataset.from_tensors((as_inner_batches(x[0]), _as_tensors(x[1])))
+        if isinstance(x, tf.data.Dataset):
+            if x.cardinality() == 0:
+                raise ValueError("The data set must hold at least one pair (inner_batches, outer_batch). "
+                                 "Received an empty one.")
+            strategy = self.distribute_strategy
+            if strategy.num_replicas_in_sync > 1:
+                return strategy.distribute_datasets_from_function(
+                    lambda context: x.shard(context.num_input_pipelines, context.input_pipeline_id))
+            return x
+        if isinstance(x, tf.distribute.DistributedDataset):
+            return x
+        raise ValueError("Data must be a tf.data.Dataset of pairs (inner_batches, outer_batch), as "
+                         f"farhox.bilevel_dataset makes it, or one such pair. Received: {type(x).__name__}")
+
+
+class _DivergenceGuard(keras.callbacks.Callback):
+    """Ends `fit` with an error when updates keep being skipped."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.raise_if_diverged()
+
+
+class _clear_errors:
+    """Turns the assertion on labels inside a graph into the ValueError that it would be outside."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, tf.errors.InvalidArgumentError) and LABEL_RULE in str(error):
+            message = str(error)
+            raise ValueError(message[message.index(LABEL_RULE):].splitlines()[0]) from error
+
+
+def _log_names(problem):
+    """Names in the logs of all outer variables a person can read: hyperparameters and scalar Keras variables."""
+    owned = {id(entry.variable) for entry in problem.hyperparameters}
+    entries = problem.hyperparameters + [
+        v for v in problem.outer_variables if id(v) not in owned and tuple(v.shape) == ()]
+    names = {}
+    for entry in entries:
+        name, count = entry.name, 1
+        while name in names:
+            name, count = f"{entry.name}_{count}", count + 1
+        names[name] = entry
+    return names
+
+
+def _pair(data):
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        length = f" of length {len(data)}" if isinstance(data, (tuple, list)) else ""
+        raise ValueError("An element of the data set must be a pair (inner_batches, outer_batch). "
+                         f"Received: {type(data).__name__}{length}")
+    return data
+
+
+def _as_tensors(nest):
+    return tf.nest.map_structure(tf.convert_to_tensor, nest)
+
+
+def _counter(value, name):
+    return keras.Variable(value, dtype="int32", trainable=False, name=name, aggregation="only_first_replica")
+
+
+def _kept(value):
+    return keras.Variable(value, dtype=value.dtype.name, trainable=False, aggregation="only_first_replica")
