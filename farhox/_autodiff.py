@@ -73,9 +73,35 @@ def transposed_product(function, inputs, cotangents):
 def forward_product(function, inputs, tangents):
     """(d function / d inputs) tangents: one step of forward mode.
 
+    TensorFlow's forward accumulator cannot enter the loops of a graph (LSTM and GRU without `unroll`) and some
+    functions with a gradient of their own. There the product is the derivative of the transposed product u'J in u,
+    along the tangents: the same numbers for about twice the work. An error of the function itself comes up again there.
+
     Returns:
         Outputs of the function, and the list of their tangents (zeros where independent).
     """
-    with tf.autodiff.ForwardAccumulator(inputs, tangents) as accumulator:
-        outputs = function(inputs)
-    return outputs, [accumulator.jvp(output, unconnected_gradients=tf.UnconnectedGradients.ZERO) for output in outputs]
+    try:
+        with tf.autodiff.ForwardAccumulator(inputs, tangents) as accumulator:
+            outputs = function(inputs)
+        return outputs, [
+            accumulator.jvp(output, unconnected_gradients=tf.UnconnectedGradients.ZERO) for output in outputs]
+    except Exception:  # The accumulator fails with errors of many kinds.
+        return _doubly_transposed_product(function, inputs, tangents)
+
+
+def _doubly_transposed_product(function, inputs, tangents):
+    with tf.GradientTape(watch_accessed_variables=False) as outer_tape:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(inputs)
+            outputs = function(inputs)
+        # The transposed product is linear in the cotangents: its derivative is the same at every value of them.
+        cotangents = [tf.zeros_like(output) for output in outputs]
+        outer_tape.watch(cotangents)
+        products = [dense(product) for product in tape.gradient(outputs, inputs, output_gradients=cotangents)]
+    pairs = [(product, tangent) for product, tangent in zip(products, tangents) if product is not None]
+    if not pairs:
+        return outputs, [tf.zeros_like(output) for output in outputs]
+    products, tangents = zip(*pairs)
+    return outputs, outer_tape.gradient(
+        list(products), cotangents, output_gradients=list(tangents),
+        unconnected_gradients=tf.UnconnectedGradients.ZERO)

@@ -375,8 +375,8 @@ def _largest_eigenvalue(matvec, like, steps):
 
 def _products_with_unit_vectors(matvec, indices, dimension, dtype):
     """A e_i for each index, as the rows of a matrix."""
-    return tf.map_fn(lambda i: matvec(tf.one_hot(i, dimension, dtype=dtype)), indices, fn_output_signature=dtype,
-                     parallel_iterations=1)
+    product = tf.autograph.experimental.do_not_convert(lambda i: matvec(tf.one_hot(i, dimension, dtype=dtype)))
+    return tf.map_fn(product, indices, fn_output_signature=dtype, parallel_iterations=1)
 
 
 def _normalised(vector):

@@ -52,8 +52,7 @@ class ForwardHG(HyperGradient):
             def tangent(direction):
                 return _forward_product(step, leaves + list(outer), direction)
 
-            new_tangents = tf.map_fn(tangent, tangents + directions, parallel_iterations=1,
-                                     fn_output_signature=[leaf.dtype for leaf in leaves])
+            new_tangents = _map_directions(tangent, tangents + directions, leaves)
             for new, old in zip(new_tangents, tangents):
                 new.set_shape(old.shape)
             result = problem.step(state, outer, batch)
@@ -98,8 +97,8 @@ def _initial_tangents(problem, outer, directions, reached):
     leaves = initial(outer)
     for i, product in enumerate(_autodiff.transposed_product(initial, list(outer), leaves)):
         reached[i] = reached[i] or product is not None
-    tangents = tf.map_fn(lambda direction: _forward_product(initial, list(outer), direction), directions,
-                         parallel_iterations=1, fn_output_signature=[leaf.dtype for leaf in leaves])
+    tangents = _map_directions(
+        lambda direction: _forward_product(initial, list(outer), direction), directions, leaves)
     count = directions[0].shape[0]
     return [tf.ensure_shape(z, [count] + list(leaf.shape)) for z, leaf in zip(tangents, leaves)]
 
@@ -121,6 +120,12 @@ def _contract(at_end, tangents, outer):
     pieces = tf.split(total, [value.shape.num_elements() for value in outer])
     return [tf.cast(tf.reshape(piece, value.shape), value.dtype) + (0 if explicit is None else explicit)
             for piece, value, explicit in zip(pieces, outer, at_end.outer)]
+
+
+def _map_directions(function, directions, like):
+    # AutoGraph would rewrite the user's objective, and turn its errors into others.
+    return tf.map_fn(tf.autograph.experimental.do_not_convert(function), directions, parallel_iterations=1,
+                     fn_output_signature=[leaf.dtype for leaf in like])
 
 
 def _forward_product(function, inputs, tangents):
