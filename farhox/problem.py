@@ -108,16 +108,16 @@ class BilevelProblem:
         dynamics = GradientDescent() if dynamics is None else dynamics
         if not isinstance(dynamics, InnerDynamics):
             raise TypeError("dynamics must be one of farhox' dynamics, for example farhox.GradientDescent(0.1) or "
-                            f"farhox.KerasDynamics(optimizer). Received: {dynamics!r} of type {type(dynamics).__name__}")
+                            "farhox.KerasDynamics(optimizer). "
+                            f"Received: {dynamics!r} of type {type(dynamics).__name__}")
         if proximal is not None and not isinstance(proximal, Hyperparameter) and (
                 isinstance(proximal, bool) or not isinstance(proximal, numbers.Real)):
             raise TypeError(f"proximal must be a float, a farhox.Hyperparameter or None. Received: {proximal!r}")
         if isinstance(proximal, numbers.Real) and proximal < 0:
             raise ValueError(f"proximal must not be negative. Received: {proximal}")
-        self.hyperparameters = [entry for entry in outer_variables if isinstance(entry, OuterVariable)]
         self.inner_variables = _checked_variables("inner_variables", inner_variables)
-        self.outer_variables = _checked_variables(
-            "outer_variables", [e.variable if isinstance(e, OuterVariable) else e for e in outer_variables])
+        self.outer_variables = _checked_variables("outer_variables", outer_variables)
+        self.hyperparameters = [entry for entry in outer_variables if isinstance(entry, OuterVariable)]
         self.state_variables = _checked_variables("state_variables", state_variables or [], state=True)
         self.dynamics = dynamics.bound_to(self.inner_variables)
         self.proximal = proximal
@@ -280,22 +280,25 @@ def variable_names(variables):
 
 
 def _checked_variables(name, variables, state=False):
+    """The list of Keras variables; of a hyperparameter among outer variables, the variable behind it."""
     if not isinstance(variables, (list, tuple)):
         raise TypeError(f"{name} must be a list. Received: {variables!r} of type {type(variables).__name__}")
     if not variables and not state:
         raise ValueError(f"{name} must not be empty.")
-    seen = set()
-    for variable in variables:
+    outer = name == "outer_variables"
+    checked, seen = [], set()
+    for entry in variables:
+        variable = entry.variable if outer and isinstance(entry, OuterVariable) else entry
         if not isinstance(variable, keras.Variable):
-            raise TypeError(f"{name} must hold keras.Variables"
-                            f"{' or farhox hyperparameters' if name == 'outer_variables' else ''}. "
+            raise TypeError(f"{name} must hold keras.Variables{' or farhox hyperparameters' if outer else ''}. "
                             f"Received: {variable!r} of type {type(variable).__name__}")
         if not state and not keras.backend.is_float_dtype(variable.dtype):
             raise ValueError(f"{name} must be floating-point. Received {variable.path!r} of dtype {variable.dtype}")
         if id(variable) in seen:
             raise ValueError(f"{name} must not name a variable twice. Received twice: {variable.path!r}")
         seen.add(id(variable))
-    return list(variables)
+        checked.append(variable)
+    return checked
 
 
 def _checked_scalar(name, value):
