@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 from keras.src.losses.losses import LossFunctionWrapper
 
-from farhox.hyperparameters import ExampleWeights
+from farhox.hyperparameters import ExampleWeights, Hyperparameter
 from farhox.problem import BilevelProblem
 
 LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
@@ -12,7 +12,7 @@ LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
 
 def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=None, outer_variables=(),
                        representation=None, example_weights=None, learn_initialization=False, proximal=None,
-                       training_at_outer=False):
+                       training_at_outer=False, class_weights=None):
     """A `BilevelProblem` for a Keras model: training loss inside, validation loss outside.
 
     The inner objective is the loss of `model(x, training=True)` on an inner batch plus the regularisation and activity
@@ -37,14 +37,19 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         learn_initialization: Bool. The inner variables' initial values are outer variables too.
         proximal: Float or `Hyperparameter`, see `BilevelProblem`.
         training_at_outer: Bool, the `training` argument of the model in the outer objective.
+        class_weights: A `Hyperparameter` of shape [classes]: the inner loss of an example is multiplied by the weight
+            of its class, as with `class_weight` in Keras' `fit`. Labels are class numbers or one-hot. It is added to
+            the outer variables if not named there.
 
     Returns:
         A `BilevelProblem`. Batches are (x, y) or, as in Keras, (x, y, sample_weight).
 
     Raises:
-        TypeError: If the model is not a Keras model, or `example_weights` not an `ExampleWeights`.
-        ValueError: If the model is not built, has nothing left to train, or `representation` names a layer that is not
-            the model's.
+        TypeError: If the model is not a Keras model, `example_weights` not an `ExampleWeights`, `class_weights` not a
+            `Hyperparameter`, or the loss not one.
+        ValueError: If the model is not built, has nothing left to train, `representation` names a layer that is not
+            the model's, or `class_weights` does not have one axis. When called: if a batch is not a tuple as above, a
+            label is out of range, or there is not one class weight per class.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model. Received: {model!r} of type {type(model).__name__}")
@@ -53,6 +58,11 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
                          f"model.build(input_shape) or give it an Input. Received the unbuilt model {model.name!r}")
     if example_weights is not None and not isinstance(example_weights, ExampleWeights):
         raise TypeError(f"example_weights must be a farhox.ExampleWeights. Received: {example_weights!r}")
+    if class_weights is not None and not isinstance(class_weights, Hyperparameter):
+        raise TypeError(f"class_weights must be a farhox.Hyperparameter. Received: {class_weights!r}")
+    if class_weights is not None and len(class_weights.variable.shape) != 1:
+        raise ValueError("class_weights must have shape [classes]. "
+                         f"Received shape: {tuple(class_weights.variable.shape)}")
     trainable = list(model.trainable_variables)
     shared = _representation_variables(model, representation or [])
     inner = [v for v in trainable if id(v) not in {id(s) for s in shared}]
@@ -60,21 +70,26 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         raise ValueError(f"The model {model.name!r} has no trainable variable left for the inner problem: "
                          f"representation holds {len(shared)} of its {len(trainable)} trainable variables.")
     outer = list(outer_variables) + shared + (inner if learn_initialization else [])
-    if example_weights is not None and not any(entry is example_weights for entry in outer):
-        outer.append(example_weights)
+    for weights in (example_weights, class_weights):
+        if weights is not None and not any(entry is weights for entry in outer):
+            outer.append(weights)
     loss_function = _loss(loss, inner)
     sparse = isinstance(loss_function, keras.losses.SparseCategoricalCrossentropy) or (
         getattr(loss_function, "fn", None) is keras.losses.sparse_categorical_crossentropy)
+    ignored = loss_function.get_config().get("ignore_class") if sparse else None
 
-    def loss_value(targets, predictions, weights):
+    def loss_value(targets, predictions, weights, by_class=None):
         if sparse:
-            targets = _checked_labels(targets, predictions)
+            targets = _checked_labels(targets, predictions, ignored)
+        if by_class is not None:
+            of_class = _weights_of_classes(by_class(), targets, predictions)
+            weights = of_class if weights is None else of_class * tf.cast(weights, of_class.dtype)
         return loss_function(targets, predictions, sample_weight=weights)
 
     def inner_objective(batch):
         x, y, extra = _unpacked(batch, "(x, y, index)" if example_weights is not None else None)
         weights = extra if example_weights is None else example_weights(extra)
-        value = loss_value(y, model(x, training=True), weights)
+        value = loss_value(y, model(x, training=True), weights, class_weights)
         for addition in model.losses:
             value += tf.cast(addition, value.dtype)
         return value
@@ -112,11 +127,11 @@ def _representation_variables(model, layers):
 
 
 def _loss(loss, inner):
+    if not isinstance(loss, (str, keras.losses.Loss)) and not callable(loss):
+        raise TypeError(f"loss must be the name of a Keras loss, a keras.losses.Loss or a callable. Received: {loss!r}")
     loss = keras.losses.get(loss)
     if isinstance(loss, keras.losses.Loss):
         return loss
-    if not callable(loss):
-        raise TypeError(f"loss must be the name of a Keras loss, a keras.losses.Loss or a callable. Received: {loss!r}")
     # Keras' losses compute in floatx; a float64 model keeps its precision.
     dtype = "float64" if any(v.dtype == "float64" for v in inner) else None
     return LossFunctionWrapper(loss, dtype=dtype)
@@ -131,20 +146,36 @@ def _unpacked(batch, needed=None):
     return (*batch, None) if len(batch) == 2 else tuple(batch)
 
 
-def _checked_labels(labels, predictions):
+def _checked_labels(labels, predictions, ignored):
     """The labels, after checking their range: a ValueError where they are known, an assertion inside a graph."""
     classes = predictions.shape[-1]
     if classes is None:
         return labels
-    if tf.is_tensor(labels) and not hasattr(labels, "numpy"):
-        inside = tf.reduce_all((labels >= 0) & (labels < tf.cast(classes, labels.dtype)))
-        check = tf.debugging.Assert(inside, [f"{LABEL_RULE} ({classes}). Received labels from",
-                                             tf.reduce_min(labels), "to", tf.reduce_max(labels)])
-        if check is None:
-            return labels
-        with tf.control_dependencies([check]):
-            return tf.identity(labels)
-    low, high = int(tf.reduce_min(labels)), int(tf.reduce_max(labels))
-    if low < 0 or high >= classes:
-        raise ValueError(f"{LABEL_RULE} ({classes}). Received labels from {low} to {high}")
-    return labels
+    labels = tf.convert_to_tensor(labels)
+    numbers = tf.cast(labels, tf.int64)
+    inside = (numbers >= 0) & (numbers < classes)
+    if ignored is not None:
+        inside |= numbers == ignored
+    inside = tf.reduce_all(inside)
+    low, high = tf.reduce_min(numbers), tf.reduce_max(numbers)
+    if tf.executing_eagerly():
+        if not inside:
+            raise ValueError(f"{LABEL_RULE} ({classes - 1}). Received labels from {low.numpy()} to {high.numpy()}")
+        return labels
+    check = tf.debugging.Assert(inside, [f"{LABEL_RULE} ({classes - 1}). Received labels from", low, "to", high])
+    with tf.control_dependencies([check]):
+        return tf.identity(labels)
+
+
+def _weights_of_classes(weights, targets, predictions):
+    """The weight of each example's class; of a one-hot or soft label, the weights' mean under it."""
+    classes = 2 if predictions.shape[-1] == 1 else predictions.shape[-1]
+    if classes is not None and weights.shape[0] != classes:
+        raise ValueError(f"class_weights must have one entry for each of the {classes} classes. "
+                         f"Received shape: {tuple(weights.shape)}")
+    targets = tf.convert_to_tensor(targets)
+    same_rank = targets.shape.rank == predictions.shape.rank
+    if same_rank and predictions.shape[-1] != 1 and targets.shape[-1] == predictions.shape[-1]:
+        return tf.linalg.matvec(tf.cast(targets, weights.dtype), weights)
+    labels = tf.squeeze(targets, -1) if same_rank and targets.shape[-1] == 1 else targets
+    return tf.gather(weights, tf.cast(labels, tf.int32))
