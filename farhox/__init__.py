@@ -11,6 +11,7 @@ if keras.backend.backend() != "tensorflow":
 from farhox.batches import gather, repeat, stack  # noqa: E402
 from farhox.constraints import Box, CappedSimplex, Simplex  # noqa: E402
 from farhox.datasets import bilevel_dataset  # noqa: E402
+from farhox.diagnostics import check_hypergradient, compare_hypergradients  # noqa: E402
 from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # noqa: E402
 from farhox.hyper_optimizer import HyperOptimizer  # noqa: E402
 from farhox.hypergradients import ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ReverseHG  # noqa: E402
@@ -25,7 +26,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adam", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "Dense", "ExampleWeights", "FixedPoint",
-    "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG",
-    "InnerDynamics", "InnerState", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann",
-    "NormalConjugateGradient", "Nystrom", "ReverseHG", "Simplex", "gather", "repeat", "stack", "supervised_problem",
+    "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer",
+    "Hyperparameter", "ImplicitHG", "InnerDynamics", "InnerState", "L1L2", "LearnedSchedule", "LinearSolver",
+    "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ReverseHG", "Simplex", "bilevel_dataset",
+    "check_hypergradient", "compare_hypergradients", "gather", "repeat", "stack", "supervised_problem",
 ]

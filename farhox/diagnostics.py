@@ -1,0 +1,293 @@
+"""Checks of hypergradients: against finite differences, and of one method against another."""
+
+import dataclasses
+import math
+import os
+import statistics
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from farhox import _tree
+from farhox.batches import as_inner_batches, num_steps
+from farhox.hypergradients.base import HyperGradient, new_losses, run_inner
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedEntry:
+    """One entry of the hypergradient beside its finite difference.
+
+    Attributes:
+        name: Path of the outer variable.
+        index: Index of the entry, a tuple.
+        hypergradient: Float.
+        finite_difference: Float, (E(λ + h) - E(λ - h)) / 2h.
+        error: Float, |difference| over the largest magnitude of the two over all checked entries of the variable.
+    """
+
+    name: str
+    index: tuple
+    hypergradient: float
+    finite_difference: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientCheck:
+    """What `check_hypergradient` found; `print` shows it as a table.
+
+    Attributes:
+        entries: List of `CheckedEntry`.
+        maximum_error: Float, the largest relative error.
+    """
+
+    entries: list
+    maximum_error: float
+
+    def __str__(self):
+        rows = [["outer variable", "entry", "hypergradient", "finite difference", "relative error"]]
+        for entry in self.entries:
+            rows.append([entry.name, str(list(entry.index)) if entry.index else "", f"{entry.hypergradient:.8g}",
+                         f"{entry.finite_difference:.8g}", f"{entry.error:.1e}"])
+        return _table(rows) + f"\nlargest relative error: {self.maximum_error:.1e}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodReport:
+    """One method in `compare_hypergradients`.
+
+    Attributes:
+        name: Name of the method.
+        error: None, or why the method cannot compute this hypergradient; the other fields are then None.
+        gradients: List of NumPy arrays aligned with `problem.outer_variables`.
+        norm: Float, Euclidean norm over all outer variables.
+        cosine: Float, cosine of the angle to the first method's hypergradient.
+        relative_difference: Float, ||this - first|| / ||first||.
+        outer_loss: Float.
+        seconds: Float, median time of one compiled computation.
+        tracing_seconds: Float, time of the first call, tracing included, less one computation.
+        peak_bytes: Int, largest growth of the process' resident memory during the calls, where the system tells;
+            memory that an earlier method left for reuse is not counted again.
+        diagnostics: Dictionary of floats.
+    """
+
+    name: str
+    error: Any = None
+    gradients: Any = None
+    norm: Any = None
+    cosine: Any = None
+    relative_difference: Any = None
+    outer_loss: Any = None
+    seconds: Any = None
+    tracing_seconds: Any = None
+    peak_bytes: Any = None
+    diagnostics: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientComparison:
+    """What `compare_hypergradients` found; `print` shows it as a table.
+
+    Attributes:
+        reports: List of `MethodReport`, in the order given.
+    """
+
+    reports: list
+
+    def __str__(self):
+        rows = [["method", "norm", "cosine", "difference", "ms", "tracing s", "memory MB", "remarks"]]
+        for report in self.reports:
+            if report.error is not None:
+                rows.append([report.name] + ["-"] * 6 + [report.error.split(". ")[0]])
+                continue
+            memory = "-" if report.peak_bytes is None else f"{report.peak_bytes / 2**20:.1f}"
+            residual = report.diagnostics.get("solver_residual")
+            remarks = [] if report.diagnostics["finite"] else ["not finite"]
+            remarks += [] if residual is None else [f"solver residual {residual:.1e}"]
+            rows.append([report.name, f"{report.norm:.4g}", f"{report.cosine:.6f}", f"{report.relative_difference:.1e}",
+                         f"{1e3 * report.seconds:.1f}", f"{report.tracing_seconds:.2f}", memory, ", ".join(remarks)])
+        return _table(rows)
+
+
+def check_hypergradient(problem, inner_batches, outer_batch, hypergradient, max_entries=10, step_size=None, seed=0):
+    """Compares a hypergradient with central finite differences of the whole inner training.
+
+    ```python
+    print(farhox.check_hypergradient(problem, inner_batches, outer_batch, farhox.ReverseHG()))
+    ```
+
+    Use float64 (`keras.config.set_floatx("float64")` before the model is made) to see more than about three digits.
+    A truncated or implicit hypergradient is an approximation: its error here is that of the approximation.
+
+    Args:
+        problem: A `BilevelProblem`.
+        inner_batches: T inner batches.
+        outer_batch: The outer batch.
+        hypergradient: A `HyperGradient`.
+        max_entries: Positive int, entries checked of each outer variable, drawn at random from larger ones.
+        step_size: Positive float h in the unconstrained variable. Default: the cube root of the rounding unit.
+        seed: Int, draws the entries.
+
+    Returns:
+        A `HypergradientCheck`.
+
+    Raises:
+        ValueError: If `max_entries` or `step_size` is not positive.
+        TypeError: If `hypergradient` is not a method.
+    """
+    if max_entries < 1:
+        raise ValueError(f"max_entries must be a positive integer. Received: {max_entries}")
+    if step_size is not None and not step_size > 0:
+        raise ValueError(f"step_size must be positive. Received: {step_size}")
+    _check_method(hypergradient)
+    inner_batches = as_inner_batches(inner_batches)
+    gradients = tf.function(
+        lambda: hypergradient.compute(problem, inner_batches, outer_batch).gradients, autograph=False)()
+
+    @tf.function(autograph=False)
+    def loss(outer):
+        steps = num_steps(inner_batches)
+        state = problem.initial_state(outer)
+        run = run_inner(problem, state, outer, inner_batches, 0, steps, new_losses(problem, steps))
+        return problem.outer_loss(run.state, outer, outer_batch)
+
+    values = [np.asarray(value) for value in problem.outer_values()]
+    generator = np.random.default_rng(seed)
+    entries = []
+    for position, (variable, value, gradient) in enumerate(zip(problem.outer_variables, values, gradients)):
+        chosen = generator.permutation(value.size)[:max_entries]
+        h = step_size or float(np.finfo(value.dtype).eps) ** (1 / 3)
+        pairs = []
+        for flat_index in sorted(chosen):
+            index = tuple(int(i) for i in np.unravel_index(flat_index, value.shape))
+            ends = []
+            for sign in (1.0, -1.0):
+                moved = value.copy()
+                moved[index] += sign * h
+                ends.append((float(loss([tf.constant(moved) if i == position else tf.constant(other)
+                                         for i, other in enumerate(values)])), float(moved[index])))
+            # The distance as it was rounded, not as it was meant.
+            pairs.append((index, float(np.asarray(gradient)[index]), (ends[0][0] - ends[1][0]) / (ends[0][1] - ends[1][1])))
+        scale = max(max(abs(a), abs(b)) for _, a, b in pairs) or 1.0
+        entries += [CheckedEntry(variable.path, index, a, b, abs(a - b) / scale) for index, a, b in pairs]
+    errors = [entry.error for entry in entries]
+    return HypergradientCheck(entries, math.nan if any(math.isnan(error) for error in errors) else max(errors))
+
+
+def compare_hypergradients(problem, inner_batches, outer_batch, methods, repeats=3):
+    """Computes one hypergradient by several methods: agreement with the first one, time and memory.
+
+    ```python
+    print(farhox.compare_hypergradients(problem, inner_batches, outer_batch,
+                                        [farhox.ReverseHG(), farhox.ReverseHG(truncation=10), farhox.ForwardHG()]))
+    ```
+
+    Args:
+        problem: A `BilevelProblem`.
+        inner_batches: T inner batches.
+        outer_batch: The outer batch.
+        methods: List of `HyperGradient`, or dictionary from names to them. The first is what others are compared with.
+        repeats: Positive int, timed computations of each method after its first.
+
+    Returns:
+        A `HypergradientComparison`. A method that cannot see an outer variable is reported with the reason.
+
+    Raises:
+        ValueError: If there is no method or `repeats` is not positive.
+        TypeError: If a method is not a `HyperGradient`.
+    """
+    if not isinstance(methods, dict):
+        methods = {_method_name(method): method for method in methods}
+    if not methods:
+        raise ValueError("compare_hypergradients needs at least one method. Received none.")
+    if repeats < 1:
+        raise ValueError(f"repeats must be a positive integer. Received: {repeats}")
+    inner_batches = as_inner_batches(inner_batches)
+    reports, reference = [], None
+    for name, method in methods.items():
+        _check_method(method)
+        try:
+            report, reference = _report(name, method, problem, inner_batches, outer_batch, repeats, reference)
+        except ValueError as error:
+            report = MethodReport(name, error=str(error))
+        reports.append(report)
+    return HypergradientComparison(reports)
+
+
+def _report(name, method, problem, inner_batches, outer_batch, repeats, reference):
+    compute = tf.function(lambda: method.compute(problem, inner_batches, outer_batch), autograph=False)
+
+    def timed():
+        start = time.perf_counter()
+        result = compute()
+        vector = _tree.ravel(result.gradients, tf.float64).numpy()
+        return time.perf_counter() - start, result, vector
+
+    with _ResidentMemory() as memory:
+        first, result, vector = timed()
+        seconds = statistics.median(timed()[0] for _ in range(repeats))
+    reference = vector if reference is None else reference
+    norms = np.linalg.norm(vector), np.linalg.norm(reference)
+    cosine = float(vector @ reference / (norms[0] * norms[1])) if norms[0] and norms[1] else math.nan
+    difference = float(np.linalg.norm(vector - reference) / norms[1]) if norms[1] else math.nan
+    report = MethodReport(
+        name, gradients=[np.asarray(gradient) for gradient in result.gradients], norm=float(norms[0]), cosine=cosine,
+        relative_difference=difference, outer_loss=float(result.outer_loss), seconds=seconds,
+        tracing_seconds=max(0.0, first - seconds), peak_bytes=memory.growth,
+        diagnostics={key: float(value) for key, value in result.diagnostics.items()})
+    return report, reference
+
+
+class _ResidentMemory:
+    """Largest growth of the process' resident memory while the context is open, sampled from another thread."""
+
+    _FILE = "/proc/self/statm"
+
+    def __enter__(self):
+        self.growth = None
+        self._stop = threading.Event()
+        self._thread = None
+        if os.path.exists(self._FILE):
+            self._start = self._now()
+            self.growth = 0
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *unused):
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _sample(self):
+        while not self._stop.wait(0.002):
+            self.growth = max(self.growth, self._now() - self._start)
+
+    def _now(self):
+        with open(self._FILE) as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _method_name(method):
+    """The class and the settings that differ from its defaults."""
+    changed = []
+    for field in dataclasses.fields(method) if dataclasses.is_dataclass(method) else []:
+        value = getattr(method, field.name)
+        if value != field.default:
+            changed.append(f"{field.name}={value}")
+    return f"{type(method).__name__}({', '.join(changed)})"
+
+
+def _check_method(method):
+    if not isinstance(method, HyperGradient):
+        raise TypeError("A method must be one of farhox' hypergradients, for example farhox.ReverseHG(). "
+                        f"Received: {method!r}")
+
+
+def _table(rows):
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""check_hypergradient and compare_hypergradients."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import farhox
+
+
+@pytest.fixture
+def quadratic():
+    """L = (w - lam)^2 by gradient descent, E = (w - 1)^2 / 2: every method's result is known."""
+    w, lam, rate = (keras.Variable(np.float64(value), dtype="float64", name=name)
+                    for name, value in (("w", 3.0), ("lam", 0.5), ("rate", 0.1)))
+    return farhox.BilevelProblem(lambda _: (w - lam) ** 2, lambda _: 0.5 * (w - 1) ** 2, [w], [lam, rate],
+                                 dynamics=farhox.GradientDescent(rate))
+
+
+BATCHES, OUTER = farhox.repeat(tf.zeros([1]), 7), tf.zeros([1])
+
+
+class WrongHG(farhox.ReverseHG):
+    """A method with an error of 10 %."""
+
+    def _compute(self, *args):
+        result = super()._compute(*args)
+        return result._replace(gradients=[1.1 * gradient for gradient in result.gradients])
+
+
+def test_check_confirms_an_exact_hypergradient(quadratic):
+    check = farhox.check_hypergradient(quadratic, BATCHES, OUTER, farhox.ReverseHG())
+    assert check.maximum_error < 1e-8
+    assert [entry.name for entry in check.entries] == ["lam", "rate"]
+    assert check.entries[0].hypergradient == pytest.approx(0.0191944372224, rel=1e-9)
+    assert "rate" in str(check) and "largest relative error" in str(check)
+
+
+def test_check_exposes_a_wrong_hypergradient(quadratic):
+    check = farhox.check_hypergradient(quadratic, BATCHES, OUTER, WrongHG())
+    assert check.maximum_error == pytest.approx(0.1 / 1.1, rel=1e-4)
+
+
+def test_check_changes_no_variable(quadratic):
+    before = [variable.numpy() for variable in quadratic.inner_variables + quadratic.outer_variables]
+    farhox.check_hypergradient(quadratic, BATCHES, OUTER, farhox.ReverseHG())
+    assert before == [variable.numpy() for variable in quadratic.inner_variables + quadratic.outer_variables]
+
+
+def test_check_draws_entries_of_large_variables():
+    w = keras.Variable(np.zeros(3), dtype="float64", name="w")
+    targets = keras.Variable(np.arange(3.0), dtype="float64", name="targets")
+    problem = farhox.BilevelProblem(
+        lambda _: keras.ops.sum((w - targets) ** 2), lambda _: keras.ops.sum(w ** 3), [w], [targets],
+        dynamics=farhox.GradientDescent(0.1))
+    check = farhox.check_hypergradient(problem, BATCHES, OUTER, farhox.ReverseHG(), max_entries=2, seed=1)
+    assert len(check.entries) == 2 and check.maximum_error < 1e-8
+
+
+def test_compare_reports_agreement_cost_and_blind_spots(quadratic):
+    comparison = farhox.compare_hypergradients(
+        quadratic, BATCHES, OUTER,
+        [farhox.ReverseHG(), farhox.ReverseHG(truncation=1), farhox.ForwardHG(), farhox.ImplicitHG()])
+    exact, truncated, forward, implicit = comparison.reports
+    assert exact.name == "ReverseHG()" and truncated.name == "ReverseHG(truncation=1)"
+    assert exact.cosine == pytest.approx(1) and exact.relative_difference == 0
+    assert forward.relative_difference < 1e-12
+    assert truncated.relative_difference > 0.1
+    assert exact.seconds > 0 and exact.diagnostics["finite"] == 1
+    assert "'rate'" in implicit.error
+    assert "ImplicitHG()" in str(comparison) and "nan" not in str(comparison)
+
+
+def test_compare_takes_names(quadratic):
+    comparison = farhox.compare_hypergradients(quadratic, BATCHES, OUTER, {"exact": farhox.ReverseHG()}, repeats=1)
+    assert [report.name for report in comparison.reports] == ["exact"]
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ({"max_entries": 0}, ValueError, "max_entries must be a positive integer"),
+    ({"step_size": -1.0}, ValueError, "step_size must be positive"),
+    ({"hypergradient": "reverse"}, TypeError, "must be one of farhox' hypergradients"),
+])
+def test_check_refuses_bad_input(quadratic, arguments, error, message):
+    arguments = {"hypergradient": farhox.ReverseHG(), **arguments}
+    with pytest.raises(error, match=message):
+        farhox.check_hypergradient(quadratic, BATCHES, OUTER, **arguments)
+
+
+@pytest.mark.parametrize("methods, repeats, error, message", [
+    ([], 3, ValueError, "at least one method"),
+    ([farhox.ReverseHG()], 0, ValueError, "repeats must be a positive integer"),
+    ({"x": 3}, 1, TypeError, "must be one of farhox' hypergradients"),
+])
+def test_compare_refuses_bad_input(quadratic, methods, repeats, error, message):
+    with pytest.raises(error, match=message):
+        farhox.compare_hypergradients(quadratic, BATCHES, OUTER, methods, repeats=repeats)
