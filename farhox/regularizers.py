@@ -64,11 +64,11 @@ def _penalty(name, strength, magnitudes):
         strength = strength()
     elif not np.any(strength):
         return tf.zeros([], magnitudes.dtype)
-    weighted = tf.cast(strength, magnitudes.dtype) * magnitudes
-    if weighted.shape != magnitudes.shape:
-        raise ValueError(f"{name} must broadcast to the shape of the weights, {tuple(magnitudes.shape)}. "
-                         f"Received shape: {tuple(strength.shape)}")
-    return tf.reduce_sum(weighted)
+    shape, target = tuple(strength.shape), tuple(magnitudes.shape)
+    if len(shape) > len(target) or any(
+            size not in (1, entries) for size, entries in zip(reversed(shape), reversed(target))):
+        raise ValueError(f"{name} must broadcast to the shape of the weights, {target}. Received shape: {shape}")
+    return tf.reduce_sum(tf.cast(strength, magnitudes.dtype) * magnitudes)
 
 
 def _number(strength):

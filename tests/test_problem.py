@@ -4,18 +4,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from problems import variable
 
 import farhox
 from farhox import problem as problem_module
 
 
-def variable(value, name="v", dtype="float64", **arguments):
-    return keras.Variable(value, dtype=dtype, name=name, **arguments)
-
-
 def make(inner_objective=None, outer_objective=None, inner=None, outer=None, **arguments):
     """A quadratic in one inner and one outer variable, any part of which may be replaced."""
-    w, strength = variable([3.0, 1.0], "w"), variable(0.5, "strength")
+    w, strength = variable([3.0, 1.0], name="w"), variable(0.5, name="strength")
     return farhox.BilevelProblem(
         inner_objective or (lambda batch: strength * tf.reduce_sum(tf.square(w - batch))),
         outer_objective or (lambda batch: tf.reduce_sum(tf.square(w - batch))),
@@ -41,7 +38,7 @@ def test_a_step_moves_the_state_and_no_variable():
 
 
 def test_outer_gradients_are_none_where_the_outer_objective_does_not_depend():
-    problem = make(state_variables=[variable(1.0, "statistic")])
+    problem = make(state_variables=[variable(1.0, name="statistic")])
     result = problem.outer_gradients(problem.initial_state(), problem.outer_values(), BATCH)
     np.testing.assert_allclose(result.loss, 10.0, rtol=1e-14)
     np.testing.assert_allclose(result.state[0], [6.0, 2.0], rtol=1e-14)
@@ -49,7 +46,7 @@ def test_outer_gradients_are_none_where_the_outer_objective_does_not_depend():
 
 
 def test_hyperparameters_stand_for_their_variables_in_the_order_given():
-    rate, plain = farhox.Hyperparameter(0.1, low=0.0), variable(0.5, "plain")
+    rate, plain = farhox.Hyperparameter(0.1, low=0.0), variable(0.5, name="plain")
     weights = farhox.ExampleWeights(3)
     problem = make(outer=[rate, plain, weights])
     assert [id(v) for v in problem.outer_variables] == [id(rate.variable), id(plain), id(weights.variable)]
@@ -57,7 +54,7 @@ def test_hyperparameters_stand_for_their_variables_in_the_order_given():
 
 
 def test_a_variable_that_is_inner_and_outer_is_learned_as_an_initial_value():
-    w, fixed = variable([3.0, 1.0], "w"), variable([1.0], "fixed")
+    w, fixed = variable([3.0, 1.0], name="w"), variable([1.0], name="fixed")
     problem = farhox.BilevelProblem(
         lambda batch: 0.5 * tf.reduce_sum(tf.square(w)) + tf.reduce_sum(tf.square(fixed)),
         lambda batch: tf.reduce_sum(tf.square(w)), [w, fixed], [w], dynamics=farhox.GradientDescent(0.1))
@@ -73,7 +70,7 @@ def test_a_variable_that_is_inner_and_outer_is_learned_as_an_initial_value():
 @pytest.mark.parametrize("as_hyperparameter", [False, True])
 def test_proximal_term_pulls_towards_the_initial_value(as_hyperparameter):
     strength = farhox.Hyperparameter(2.0, low=0.0, dtype="float64")
-    w = variable(3.0, "w")
+    w = variable(3.0, name="w")
     problem = farhox.BilevelProblem(
         lambda batch: w * batch, lambda batch: 0.5 * w ** 2, [w], [strength, w] if as_hyperparameter else [w],
         dynamics=farhox.GradientDescent(0.1), proximal=strength if as_hyperparameter else 2.0)
@@ -95,7 +92,7 @@ def test_proximal_hyperparameter_that_is_not_learned_is_a_constant():
 
 
 def test_state_variables_go_on_from_step_to_step():
-    w, mean, count = variable(2.0, "w"), variable(0.0, "mean"), variable(0, "count", "int32")
+    w, mean, count = variable(2.0, name="w"), variable(0.0, name="mean"), variable(0, "int32", "count")
 
     def objective(batch):
         mean.assign(0.5 * mean + 0.5 * batch)
@@ -116,7 +113,7 @@ def test_state_variables_go_on_from_step_to_step():
 
 
 def test_what_the_outer_objective_assigns_is_dropped():
-    w, mean = variable(2.0, "w"), variable(1.0, "mean")
+    w, mean = variable(2.0, name="w"), variable(1.0, name="mean")
 
     def outer_objective(batch):
         mean.assign(100.0)
@@ -129,7 +126,7 @@ def test_what_the_outer_objective_assigns_is_dropped():
 
 
 def test_an_assignment_elsewhere_is_an_error_that_names_the_variable_and_the_way_out():
-    w, stray = variable(2.0, "w"), variable(0.0, "stray")
+    w, stray = variable(2.0, name="w"), variable(0.0, name="stray")
 
     def objective(batch):
         stray.assign_add(1.0)
@@ -142,7 +139,7 @@ def test_an_assignment_elsewhere_is_an_error_that_names_the_variable_and_the_way
 
 
 def test_an_inner_variable_without_effect_is_an_error_that_names_it():
-    w, idle = variable(2.0, "w"), variable(0.0, "idle")
+    w, idle = variable(2.0, name="w"), variable(0.0, name="idle")
     with pytest.raises(ValueError, match="must depend on every inner variable. It does not depend on 'idle'"):
         take_step(make(lambda batch: w * 1.0, inner=[w, idle]))
 
@@ -162,7 +159,7 @@ def test_an_outer_variable_without_effect_is_an_error_that_names_it(method):
     (lambda w: "loss", ValueError, "dtype string"),
 ])
 def test_objectives_must_return_a_scalar(which, value, error, rule):
-    w = variable([3.0, 1.0], "w")
+    w = variable([3.0, 1.0], name="w")
     problem = make(inner=[w], **{which: lambda batch: value(w)})
     with pytest.raises(error, match=f"{which}.*{rule}"):
         if which == "inner_objective":
@@ -173,13 +170,14 @@ def test_objectives_must_return_a_scalar(which, value, error, rule):
 
 @pytest.mark.parametrize("dtype, expected", [("float64", tf.float64), ("float32", tf.float32)])
 def test_losses_have_the_type_of_the_widest_inner_variable(dtype, expected):
-    w = variable(2.0, "w", dtype)
+    w = variable(2.0, dtype, "w")
     problem = make(lambda batch: w * 1.0, inner=[w])
     assert problem.loss_dtype == take_step(problem).loss.dtype == expected
 
 
 def test_state_leaves_go_out_and_come_back_in_order_without_the_integers():
-    problem = make(dynamics=farhox.Adam(0.1), state_variables=[variable(7, "seed", "int64"), variable(1.5, "mean")])
+    seed, mean = variable(7, "int64", "seed"), variable(1.5, name="mean")
+    problem = make(dynamics=farhox.Adam(0.1), state_variables=[seed, mean])
     state = problem.initial_state()
     leaves = problem_module.float_leaves(state)
     assert [leaf.shape.rank for leaf in leaves] == [1, 0, 1, 1]
@@ -190,7 +188,7 @@ def test_state_leaves_go_out_and_come_back_in_order_without_the_integers():
 
 
 def test_predictions_for_metrics_are_those_of_the_state():
-    w = variable(2.0, "w")
+    w = variable(2.0, name="w")
     problem = make(lambda batch: w * 1.0, inner=[w], outer_predictions=lambda batch: (batch, w * batch, None))
     state = take_step(problem).state
     targets, predictions, weights = problem.predict_outer(state, problem.outer_values(), BATCH + 1.0)
@@ -210,7 +208,7 @@ def test_predictions_for_metrics_are_those_of_the_state():
     (lambda: [keras.Variable(1.0, name="twice")] * 2, ValueError, "name a variable twice. Received twice: 'twice'"),
 ])
 def test_lists_of_variables_hold_distinct_floating_point_keras_variables(name, given, error, rule):
-    w = variable(1.0, "w")
+    w = variable(1.0, name="w")
     lists = {"inner": [w], "outer": [variable(1.0)], name: given() if given else None}
     with pytest.raises(error, match=f"{name}_variables.*{rule}"):
         farhox.BilevelProblem(lambda batch: w, lambda batch: w, lists["inner"], lists["outer"])
@@ -233,7 +231,7 @@ def test_a_hyperparameter_is_not_an_inner_variable():
 
 
 def test_a_state_variable_is_neither_inner_nor_outer():
-    w, outer = variable(1.0, "w"), variable(1.0, "outer")
+    w, outer = variable(1.0, name="w"), variable(1.0, name="outer")
     for wrong in (w, outer):
         with pytest.raises(ValueError, match=f"must not be an inner or an outer variable. Received: '{wrong.name}'"):
             make(inner=[w], outer=[outer], state_variables=[wrong])
