@@ -116,11 +116,14 @@ def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment):
 
 def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjoint, gradients, reached):
     """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
-    if segment is None:
-        return _reverse_steps(problem, store, outer, inner_batches, first, steps, adjoint, gradients, reached)
-    count = (steps - first + segment - 1) // segment
+    # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds up
+    # the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
+    count = 1 if segment is None else (steps - first + segment - 1) // segment
 
     def body(index, adjoint, gradients):
+        if segment is None:
+            return index - 1, *_reverse_steps(
+                problem, store, outer, inner_batches, first, steps, adjoint, gradients, reached)
         start = first + index * segment
         stop = tf.minimum(start + segment, steps)
         state = store.read(index)
