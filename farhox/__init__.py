@@ -16,6 +16,7 @@ from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # no
 from farhox.hyper_optimizer import HyperOptimizer  # noqa: E402
 from farhox.hypergradients import ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ReverseHG  # noqa: E402
 from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
+from farhox.keras_dynamics import KerasDynamics  # noqa: E402
 from farhox.linear_solvers import (  # noqa: E402
     GMRES, ConjugateGradient, Dense, FixedPoint, LinearSolver, Neumann, NormalConjugateGradient, Nystrom)
 from farhox.problem import BilevelProblem, InnerState  # noqa: E402
@@ -26,8 +27,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adam", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "Dense", "ExampleWeights", "FixedPoint",
-    "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer",
-    "Hyperparameter", "ImplicitHG", "InnerDynamics", "InnerState", "L1L2", "LearnedSchedule", "LinearSolver",
-    "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ReverseHG", "Simplex", "bilevel_dataset",
-    "check_hypergradient", "compare_hypergradients", "gather", "repeat", "stack", "supervised_problem",
+    "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter",
+    "ImplicitHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum",
+    "Neumann", "NormalConjugateGradient", "Nystrom", "ReverseHG", "Simplex", "bilevel_dataset", "check_hypergradient",
+    "compare_hypergradients", "gather", "repeat", "stack", "supervised_problem",
 ]

@@ -9,14 +9,16 @@ Hypergradients differentiate a gradient. Four functions that Keras layers, losse
   soft labels would get a gradient of zero. Replaced by -sum(labels * log_softmax(logits)).
 - `tf.image.resize` with interpolation loses its second derivative. It stays, but its second derivative is an error that
   names the layer, since a missing part of a sum would go unnoticed.
-- `tf.math.sqrt` and `tf.math.rsqrt` have an infinite derivative at zero, which optimizers multiply by an exact zero:
-  not a number. Inside `finite_roots` their derivative at zero is zero, the value that the product has there.
+- `tf.math.sqrt`, `tf.math.rsqrt`, powers less than one and quotients have an infinite derivative at zero, which
+  optimizers multiply by an exact zero: not a number. Inside `finite_roots` their derivative there is zero, the value
+  that the product has.
 
 The values computed are unchanged. The replacements are in place only inside the context managers below, which count
 their users, because the replica threads of a distribution strategy enter and leave them in any order.
 """
 
 import contextlib
+import numbers
 import threading
 
 import tensorflow as tf
@@ -27,6 +29,9 @@ _softmax_cross_entropy_with_logits = tf.nn.softmax_cross_entropy_with_logits
 _resize = tf.image.resize
 _sqrt = tf.math.sqrt
 _rsqrt = tf.math.rsqrt
+_pow = tf.pow
+_truediv = tf.Tensor.__truediv__
+_rtruediv = tf.Tensor.__rtruediv__
 
 
 def _exact_moments(x, axes, shift=None, keepdims=False, name=None):
@@ -87,6 +92,38 @@ def _finite_root(root):
     return finite_root
 
 
+def _finite_power(x, y, name=None):
+    """`tf.pow` with derivative zero where x = 0 and y < 1."""
+    if not tf.is_tensor(x) or (isinstance(y, numbers.Real) and y >= 1):
+        return _pow(x, y, name=name)
+    x = tf.convert_to_tensor(x)
+    if not x.dtype.is_floating:
+        return _pow(x, y, name=name)
+    y = tf.convert_to_tensor(y, dtype_hint=x.dtype)
+    steep = tf.equal(x, 0) & (y < 1)
+    return tf.where(steep, _pow(tf.stop_gradient(x), tf.stop_gradient(y)),
+                    _pow(tf.where(steep, tf.ones_like(x), x), y, name=name))
+
+
+def _finite_quotient(x, y):
+    """x / y with derivative zero where y = 0: optimizers discard such quotients with `where` or `minimum`."""
+    if isinstance(y, numbers.Real):
+        return _truediv(x, y)
+    y = tf.convert_to_tensor(y, dtype_hint=x.dtype)
+    if not y.dtype.is_floating:
+        return _truediv(x, y)
+    zero = tf.equal(y, 0)
+    return tf.where(zero, _truediv(tf.stop_gradient(x), tf.stop_gradient(y)),
+                    _truediv(x, tf.where(zero, tf.ones_like(y), y)))
+
+
+def _finite_reciprocal(y, x):
+    """`_finite_quotient(x, y)` for an `x` that is not a tensor."""
+    if not y.dtype.is_floating:
+        return _rtruediv(y, x)
+    return _finite_quotient(tf.convert_to_tensor(x, dtype=y.dtype), y)
+
+
 class _Replacement:
     """Attributes of TensorFlow's modules, replaced while at least one context is open."""
 
@@ -122,4 +159,9 @@ finite_roots = _Replacement(
     (tf.math, "sqrt", _sqrt, _finite_root(_sqrt)),
     (tf, "sqrt", _sqrt, _finite_root(_sqrt)),
     (tf.math, "rsqrt", _rsqrt, _finite_root(_rsqrt)),
+    (tf.math, "pow", _pow, _finite_power),
+    (tf, "pow", _pow, _finite_power),
+    (tf.Tensor, "__pow__", tf.Tensor.__pow__, _finite_power),
+    (tf.Tensor, "__truediv__", _truediv, _finite_quotient),
+    (tf.Tensor, "__rtruediv__", _rtruediv, _finite_reciprocal),
 )
