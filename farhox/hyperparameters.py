@@ -211,8 +211,8 @@ class LearnedSchedule(OuterVariable):
     def to_keras(self):
         """The current values as a schedule of Keras, for training that goes on without farhox.
 
-        Steps with the same value as the one before share a piece. Keras goes through all pieces in every step, so
-        that training with thousands of different values is slower than with a constant.
+        Steps with the same value as the one before share a piece. Keras goes through all pieces in every step: a
+        thousand of them cost some seconds when training starts and some milliseconds per step.
 
         Returns:
             A `keras.optimizers.schedules.PiecewiseConstantDecay` with the value of step t at `optimizer.iterations` t,

@@ -113,8 +113,8 @@ class BilevelProblem:
         if proximal is not None and not isinstance(proximal, Hyperparameter) and (
                 isinstance(proximal, bool) or not isinstance(proximal, numbers.Real)):
             raise TypeError(f"proximal must be a float, a farhox.Hyperparameter or None. Received: {proximal!r}")
-        if isinstance(proximal, numbers.Real) and proximal < 0:
-            raise ValueError(f"proximal must not be negative. Received: {proximal}")
+        if isinstance(proximal, numbers.Real) and not 0 <= proximal < float("inf"):
+            raise ValueError(f"proximal must be finite and not negative. Received: {proximal}")
         self.inner_variables = _checked_variables("inner_variables", inner_variables)
         self.outer_variables = _checked_variables("outer_variables", outer_variables)
         self.hyperparameters = [entry for entry in outer_variables if isinstance(entry, OuterVariable)]

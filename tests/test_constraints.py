@@ -73,7 +73,7 @@ def test_projection_equals_a_quadratic_program(kind):
         constraint, cap, exact_sum = kind_of(kind, float(generator.uniform(0.2, 3.0)))
         expected = projected_by_quadratic_program(values, getattr(
             constraint(), "budget" if kind == "capped" else "total"), cap, exact_sum)
-        np.testing.assert_allclose(constraint()(values).numpy(), expected, atol=1e-6)
+        np.testing.assert_allclose(constraint()(values).numpy(), expected, atol=1e-8)
 
 
 @pytest.mark.parametrize("constraint", [

@@ -1,5 +1,8 @@
 """Outer variables in natural units: bounds, inverses, derivatives, example weights, schedules."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -225,17 +228,30 @@ def test_exported_schedule_is_a_plain_keras_object():
     np.testing.assert_array_equal([restored(step) for step in range(4)], [exported(step) for step in range(4)])
 
 
-def test_plain_keras_training_with_the_exported_schedule_repeats_the_inner_training():
+WITHOUT_FARHOX = """
+import sys
+sys.modules["farhox"] = None
+import keras, numpy as np, tensorflow as tf
+model, data = keras.saving.load_model(sys.argv[1]), np.load(sys.argv[2])
+model.fit(tf.data.Dataset.from_tensor_slices((data["x"], data["y"])), shuffle=False, verbose=0)
+model.save_weights(sys.argv[3])
+"""
+
+
+def test_plain_keras_training_with_the_exported_schedule_repeats_the_inner_training_without_farhox(tmp_path):
     generator = np.random.default_rng(0)
     x = generator.normal(size=[6, 8, 3]).astype("float32")
     y = generator.integers(0, 4, size=[6, 8])
-    keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(5, "tanh"), keras.layers.Dense(4, "softmax")])
     schedule = farhox.LearnedSchedule(6, initial=[0.5, 0.05, 0.4, 0.3, 0.01, 0.6])
     problem = farhox.supervised_problem(model, dynamics=farhox.GradientDescent(schedule), outer_variables=[schedule])
     inner = farhox.ReverseHG().compute(problem, (x, y), (x[0], y[0])).state.variables
 
     model.compile(keras.optimizers.SGD(schedule.to_keras()), "sparse_categorical_crossentropy")
-    model.fit(tf.data.Dataset.from_tensor_slices((x, y)), shuffle=False, verbose=0)
+    files = [str(tmp_path / name) for name in ("model.keras", "data.npz", "trained.weights.h5")]
+    model.save(files[0])
+    np.savez(files[1], x=x, y=y)
+    subprocess.run([sys.executable, "-c", WITHOUT_FARHOX, *files], check=True, timeout=120)
+    model.load_weights(files[2])
     for variable, tensor in zip(model.trainable_variables, inner):
         np.testing.assert_allclose(variable.numpy(), tensor.numpy(), rtol=1e-5, atol=1e-6)

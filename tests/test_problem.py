@@ -244,7 +244,8 @@ def test_a_state_variable_is_neither_inner_nor_outer():
     ({"dynamics": farhox.GradientDescent}, TypeError, "dynamics must be one of farhox' dynamics"),
     ({"proximal": "strong"}, TypeError, "proximal must be a float"),
     ({"proximal": True}, TypeError, "proximal must be a float"),
-    ({"proximal": -1.0}, ValueError, "proximal must not be negative"),
+    ({"proximal": -1.0}, ValueError, "proximal must be finite and not negative"),
+    ({"proximal": float("nan")}, ValueError, "proximal must be finite and not negative"),
     ({"state_variables": 1}, TypeError, "state_variables must be a list"),
     ({"state_variables": [tf.Variable(1.0)]}, TypeError, "state_variables must hold keras.Variables"),
 ])

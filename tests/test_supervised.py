@@ -355,6 +355,31 @@ def outer_loss_tensor(problem, x, y):
     return problem.outer_loss(problem.initial_state(), problem.outer_values(), (x, y))
 
 
+def test_one_bad_label_stops_a_hypergradient_eagerly_and_in_a_graph():
+    problem = make(classifier())
+    labels = np.stack([Y, Y, np.array([0, 1, 2, 4, 0, 0])])
+    arguments = (tf.constant(np.stack([X] * 3)), tf.constant(labels)), (tf.constant(X), tf.constant(Y))
+
+    def compute(inner_batches, outer_batch):
+        return farhox.ReverseHG().compute(problem, inner_batches, outer_batch).gradients
+
+    with pytest.raises(ValueError, match="Received labels from 0 to 4"):
+        compute(*arguments)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Labels must be integers from 0"):
+        tf.function(compute, autograph=False)(*arguments)
+
+
+def test_checking_labels_does_not_stand_in_the_way_of_xla():
+    problem = make(classifier())
+
+    def compute(inner_batches, outer_batch):
+        return farhox.ReverseHG().compute(problem, inner_batches, outer_batch).gradients[0]
+
+    arguments = farhox.repeat((X, Y), 3), (tf.constant(X), tf.constant(Y))
+    compiled = tf.function(compute, autograph=False, jit_compile=True)
+    np.testing.assert_allclose(compiled(*arguments), compute(*arguments), rtol=1e-12)
+
+
 def test_eager_labels_may_be_captured_by_a_graph():
     model = classifier()
     problem, labels = make(model), tf.constant(Y)
