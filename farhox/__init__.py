@@ -10,11 +10,12 @@ if keras.backend.backend() != "tensorflow":
 
 from farhox.batches import gather, repeat, stack  # noqa: E402
 from farhox.constraints import Box, CappedSimplex, Simplex  # noqa: E402
-from farhox.datasets import bilevel_dataset  # noqa: E402
+from farhox.datasets import bilevel_dataset, k_fold_dataset  # noqa: E402
 from farhox.diagnostics import check_hypergradient, compare_hypergradients  # noqa: E402
 from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # noqa: E402
 from farhox.hyper_optimizer import HyperOptimizer  # noqa: E402
-from farhox.hypergradients import ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ReverseHG  # noqa: E402
+from farhox.hypergradients import (  # noqa: E402
+    EpisodesHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ReverseHG)
 from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
 from farhox.keras_dynamics import KerasDynamics  # noqa: E402
 from farhox.linear_solvers import (  # noqa: E402
@@ -26,9 +27,10 @@ from farhox.supervised import supervised_problem  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adam", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "Dense", "ExampleWeights", "FixedPoint",
-    "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter",
-    "ImplicitHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum",
-    "Neumann", "NormalConjugateGradient", "Nystrom", "ReverseHG", "Simplex", "bilevel_dataset", "check_hypergradient",
-    "compare_hypergradients", "gather", "repeat", "stack", "supervised_problem",
+    "Adam", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "Dense", "EpisodesHG", "ExampleWeights",
+    "FixedPoint", "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer",
+    "Hyperparameter", "ImplicitHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule",
+    "LinearSolver", "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ReverseHG", "Simplex",
+    "bilevel_dataset", "check_hypergradient", "compare_hypergradients", "gather", "k_fold_dataset", "repeat", "stack",
+    "supervised_problem",
 ]

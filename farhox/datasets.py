@@ -11,7 +11,7 @@ from farhox.batches import GatheredBatches, RepeatedBatch
 def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch_size=None, index=False, seed=0):
     """A `tf.data.Dataset` whose elements are hyper-iterations, for `HyperOptimizer.fit`.
 
-    Without `batch_size` inner training is full-batch and one epoch is one hyper-iteration. With it, each hyper-iteration
+    Without `batch_size` inner training is full-batch and one epoch is one hyper-iteration. With it, a hyper-iteration
     takes `inner_steps` batches of a shuffled stream that goes through the training examples again and again; one epoch
     is as many hyper-iterations as go once through them, and at least one. Shuffling goes on over the epochs.
 
@@ -93,8 +93,57 @@ def _arrays(name, data):
 def _read(name, dataset):
     """All examples of a data set, stacked: inner batches are read again on the way back, so they must stay."""
     if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
-        raise ValueError(f"{name} must be finite. Received a tf.data.Dataset that repeats without end; take(n) cuts it.")
+        raise ValueError(f"{name} must be finite. Received a tf.data.Dataset that repeats without end: take(n) cuts it")
     examples = list(dataset.as_numpy_iterator())
     if not examples:
         raise ValueError(f"{name} must hold at least one example. Received an empty tf.data.Dataset.")
     return tf.nest.map_structure(lambda *leaves: np.stack(leaves), *examples)
+
+
+def k_fold_dataset(data, folds, inner_steps, batch_size=None, seed=0):
+    """A `tf.data.Dataset` of K-fold cross-validation for `EpisodesHG`: one element holds all folds.
+
+    Episode k trains on all examples but those of fold k, and its outer batch is fold k; the outer loss and the
+    hypergradient are means over folds. The examples are shuffled once; what is left over when they are divided by
+    `folds` takes part in no fold.
+
+    Args:
+        data: A nest of arrays such as (x, y), or an unbatched `tf.data.Dataset` of examples.
+        folds: Int of at least 2.
+        inner_steps: Positive int, T.
+        batch_size: Positive int or None, examples in an inner batch, drawn without replacement from the training part
+            and anew in each element. None: full batch.
+        seed: Int, seed of the division into folds and of the batches.
+
+    Returns:
+        A `tf.data.Dataset` with one element (inner_batches, outer_batch) per epoch.
+
+    Raises:
+        ValueError: If `folds` is less than 2 or there are fewer examples than folds, or a size is out of range.
+    """
+    data, count = _arrays("data", data)
+    for name, value, least in (("folds", folds, 2), ("inner_steps", inner_steps, 1), ("batch_size", batch_size, 1)):
+        if value is None and name == "batch_size":
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}. Received: {value!r}")
+    if count < folds:
+        raise ValueError(f"There must be at least one example per fold. Received: folds={folds} for {count} examples")
+    order = np.random.default_rng(seed).permutation(count)[:count - count % folds].reshape(folds, -1)
+    training = np.stack([np.delete(order, k, axis=0).reshape(-1) for k in range(folds)])
+    if batch_size is None:
+        batch_size = training.shape[1]
+    if batch_size > training.shape[1]:
+        raise ValueError(f"batch_size must not exceed the {training.shape[1]} training examples of a fold. "
+                         f"Received: batch_size={batch_size}")
+    outer = tf.nest.map_structure(lambda leaf: tf.gather(leaf, order), data)
+
+    def element(shuffled):
+        chosen = tf.gather(tf.constant(training), tf.reshape(shuffled, [inner_steps, batch_size]), axis=1)
+        return GatheredBatches(data, chosen), outer
+
+    if batch_size == training.shape[1]:
+        shuffled = tf.data.Dataset.from_tensors(tf.tile(tf.range(batch_size, dtype=tf.int64), [inner_steps]))
+    else:
+        shuffled = _shuffled_indices(training.shape[1], batch_size, seed).batch(inner_steps, drop_remainder=True)
+    return shuffled.map(element).take(1)

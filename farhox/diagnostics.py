@@ -170,7 +170,8 @@ def check_hypergradient(problem, inner_batches, outer_batch, hypergradient, max_
                 ends.append((float(loss([tf.constant(moved) if i == position else tf.constant(other)
                                          for i, other in enumerate(values)])), float(moved[index])))
             # The distance as it was rounded, not as it was meant.
-            pairs.append((index, float(np.asarray(gradient)[index]), (ends[0][0] - ends[1][0]) / (ends[0][1] - ends[1][1])))
+            difference = (ends[0][0] - ends[1][0]) / (ends[0][1] - ends[1][1])
+            pairs.append((index, float(np.asarray(gradient)[index]), difference))
         scale = max(max(abs(a), abs(b)) for _, a, b in pairs) or 1.0
         entries += [CheckedEntry(variable.path, index, a, b, abs(a - b) / scale) for index, a, b in pairs]
     errors = [entry.error for entry in entries]

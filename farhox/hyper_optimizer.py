@@ -195,21 +195,18 @@ class HyperOptimizer(keras.Model):
     def train_step(self, data):
         inner_batches, outer_batch = _pair(data)
         result = self._hyper_iteration(inner_batches, outer_batch)
-        self._inner_loss.update_state(result.inner_losses[-1])
+        self._inner_loss.update_state(result.inner_losses[..., -1])
         return self._logs(result.outer_loss, result.state, outer_batch)
 
     def test_step(self, data):
         inner_batches, outer_batch = _pair(data)
-        outer = self.problem.outer_values()
         if self.online:
             state = self._kept_state()
-            loss = self.problem.outer_loss(state, outer, outer_batch)
-        else:
-            run = self._run(inner_batches, outer)
-            state = run.state
-            loss = self.problem.outer_loss(state, outer, outer_batch)
-            self._inner_loss.update_state(run.losses.stack()[-1])
-        return self._logs(loss, state, outer_batch)
+            loss = self.problem.outer_loss(state, self.problem.outer_values(), outer_batch)
+            return self._logs(loss, state, outer_batch)
+        evaluation = self.hypergradient.evaluate(self.problem, inner_batches, outer_batch)
+        self._inner_loss.update_state(evaluation.inner_losses[..., -1])
+        return self._logs(evaluation.outer_loss, evaluation.state, outer_batch)
 
     def raise_if_diverged(self):
         """Raises a RuntimeError that says what diverged if too many updates in a row were skipped."""
@@ -319,7 +316,7 @@ class HyperOptimizer(keras.Model):
         outer_mean = self._outer_loss.result()
         logs = {"loss": outer_mean, "outer_loss": outer_mean, "inner_loss": self._inner_loss.result()}
         if self._compile_metrics is not None:
-            targets, predictions, weights = self.problem.predict_outer(state, self.problem.outer_values(), outer_batch)
+            targets, predictions, weights = self.hypergradient.predict(self.problem, state, outer_batch)
             values = self.compute_metrics(None, targets, predictions, sample_weight=weights)
             own = {metric.name for metric in (self._outer_loss, self._inner_loss)} | {"loss"}
             logs.update({name: value for name, value in values.items() if name not in own})

@@ -89,7 +89,7 @@ class NormalConjugateGradient(LinearSolver):
 
     Args:
         max_steps: Positive int.
-        tolerance: Relative residual of A x = b to stop at, as for `ConjugateGradient`; measured on the normal equations.
+        tolerance: As for `ConjugateGradient`, but measured on the normal equations.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -280,7 +280,10 @@ class Nystrom(LinearSolver):
         core = r @ tf.linalg.pinv(tf.gather(columns, order)) @ tf.transpose(r)
         inside = tf.linalg.matvec(q, rhs, transpose_a=True)
         solved = tf.linalg.solve(core + rho * tf.eye(rank, dtype=rhs.dtype), inside[:, tf.newaxis])[:, 0]
-        vector = tf.linalg.matvec(q, solved) + (rhs - tf.linalg.matvec(q, inside)) / rho
+        outside = rhs - tf.linalg.matvec(q, inside)
+        # A second projection: what rounding left inside the columns' space must not be divided by a small rho.
+        outside -= tf.linalg.matvec(q, tf.linalg.matvec(q, outside, transpose_a=True))
+        vector = tf.linalg.matvec(q, solved) + outside / rho
         residual = _relative(rhs - matvec(vector), rhs)
         return LinearSolution(vector, residual, tf.constant(rank + 1), tf.logical_not(tf.math.is_finite(residual)))
 

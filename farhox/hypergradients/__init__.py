@@ -1,8 +1,9 @@
 """Methods that compute the hypergradient dE/dλ: one per file, one interface."""
 
 from farhox.hypergradients.base import HyperGradient, HyperGradientResult
+from farhox.hypergradients.episodes import EpisodesHG
 from farhox.hypergradients.forward import ForwardHG
 from farhox.hypergradients.implicit import ImplicitHG
 from farhox.hypergradients.reverse import ReverseHG
 
-__all__ = ["ForwardHG", "HyperGradient", "HyperGradientResult", "ImplicitHG", "ReverseHG"]
+__all__ = ["EpisodesHG", "ForwardHG", "HyperGradient", "HyperGradientResult", "ImplicitHG", "ReverseHG"]

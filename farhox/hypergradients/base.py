@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from farhox import _autodiff, _tree
-from farhox.batches import as_inner_batches, batch_at
+from farhox.batches import as_inner_batches, batch_at, num_steps
 from farhox.problem import BilevelProblem, float_leaves, variable_names
 
 
@@ -47,6 +47,20 @@ class InnerRun(NamedTuple):
     store: Any
 
 
+class Evaluation(NamedTuple):
+    """The inner training and the outer objective without derivatives.
+
+    Attributes:
+        outer_loss: Scalar, E(s_T, λ).
+        inner_losses: Tensor [T], the inner objective before each step.
+        state: The inner state s_T.
+    """
+
+    outer_loss: Any
+    inner_losses: Any
+    state: Any
+
+
 class HyperGradient(abc.ABC):
     """A method that computes dE/dλ. Subclasses are frozen settings."""
 
@@ -76,6 +90,19 @@ class HyperGradient(abc.ABC):
     @abc.abstractmethod
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
         """`compute` on checked tensors."""
+
+    def evaluate(self, problem, inner_batches, outer_batch):
+        """T inner steps from the initial state and the outer objective: an `Evaluation`, no derivative."""
+        outer = problem.outer_values()
+        inner_batches = as_inner_batches(inner_batches)
+        steps = num_steps(inner_batches)
+        run = run_inner(
+            problem, problem.initial_state(outer), outer, inner_batches, 0, steps, new_losses(problem, steps))
+        return Evaluation(problem.outer_loss(run.state, outer, outer_batch), run.losses.stack(), run.state)
+
+    def predict(self, problem, state, outer_batch):
+        """Targets, predictions and sample weights (or None) of the outer batch at the state `state`, for metrics."""
+        return problem.predict_outer(state, problem.outer_values(), outer_batch)
 
     # Whether the carry is of use when the inner state starts anew.
     carry_outlives_state = False

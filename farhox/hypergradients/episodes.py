@@ -1,0 +1,125 @@
+"""EpisodesHG: several inner problems that share the outer variables, one after another in one hyper-iteration."""
+
+import dataclasses
+from typing import Any
+
+import tensorflow as tf
+
+from farhox import _tree
+from farhox.batches import GatheredBatches, RepeatedBatch
+from farhox.hypergradients.base import HyperGradient, HyperGradientResult
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodesHG(HyperGradient):
+    """Hypergradients of several episodes, aggregated: meta-batches, folds of a cross-validation.
+
+    Every tensor of the inner batches and of the outer batch has an additional leading axis of episodes (for `gather`
+    the indices have, and the arrays are shared: [episodes, T, batch]). Each episode starts from the same Φ_0(λ) and is
+    trained on its own; memory is that of one episode.
+
+    In the result `outer_loss` is the aggregated scalar, `inner_losses` is [episodes, T], the tensors of `state` and
+    `carry` have the leading axis of episodes, and diagnostics are means over episodes ("finite": of all).
+
+    Args:
+        hypergradient: A `HyperGradient` for one episode.
+        aggregation: Callable, tensor [episodes, ...] to tensor [...], for hypergradients and the outer loss.
+            Default: the mean.
+
+    Raises:
+        TypeError: If `hypergradient` is not a method or `aggregation` not callable.
+
+    Reference:
+        [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), equation 3.
+    """
+
+    hypergradient: Any
+    aggregation: Any = None
+
+    def __post_init__(self):
+        if not isinstance(self.hypergradient, HyperGradient) or isinstance(self.hypergradient, EpisodesHG):
+            raise TypeError("hypergradient must be a method for one episode, for example farhox.ReverseHG(). "
+                            f"Received: {self.hypergradient!r}")
+        if self.aggregation is not None and not callable(self.aggregation):
+            raise TypeError(f"aggregation must be a callable [episodes, ...] -> [...]. Received: {self.aggregation!r}")
+
+    def _compute(self, problem, inner_batches, outer_batch, state, carry):
+        def one(inner_batches, outer_batch, kept):
+            return self.hypergradient.compute(problem, inner_batches, outer_batch, *(kept or (None, None)))
+
+        episodes = _map_episodes(one, inner_batches, outer_batch, None if state is None else (state, carry or []))
+        return HyperGradientResult(
+            gradients=[self._aggregated(gradient) for gradient in episodes.gradients],
+            outer_loss=self._aggregated(episodes.outer_loss),
+            inner_losses=episodes.inner_losses,
+            state=episodes.state,
+            carry=episodes.carry,
+            diagnostics=_tree.map(
+                lambda value: tf.reduce_all(value) if value.dtype == tf.bool else tf.reduce_mean(value, axis=0),
+                episodes.diagnostics))
+
+    def evaluate(self, problem, inner_batches, outer_batch):
+        def one(inner_batches, outer_batch, _):
+            return self.hypergradient.evaluate(problem, inner_batches, outer_batch)
+
+        episodes = _map_episodes(one, inner_batches, outer_batch)
+        return episodes._replace(outer_loss=self._aggregated(episodes.outer_loss))
+
+    def predict(self, problem, state, outer_batch):
+        def one(_, outer_batch, state):
+            return self.hypergradient.predict(problem, state, outer_batch)
+
+        parts = _map_episodes(one, (), outer_batch, state)
+        return tf.nest.map_structure(
+            lambda part: None if part is None else tf.reshape(part, tf.concat([[-1], tf.shape(part)[2:]], axis=0)),
+            parts)
+
+    def initial_carry(self, problem):
+        raise ValueError("Episodes start anew in every hyper-iteration: EpisodesHG cannot be used with online=True.")
+
+    def _aggregated(self, values):
+        return tf.reduce_mean(values, axis=0) if self.aggregation is None else self.aggregation(values)
+
+
+def _map_episodes(function, inner_batches, outer_batch, kept=None):
+    """`function(inner_batches, outer_batch, kept)` of each episode, its results stacked; None stays None.
+
+    The function is traced once, into a graph function that the loop over episodes calls.
+    """
+    sliced, shared = _sliced_and_shared(inner_batches)
+    elements = (sliced, outer_batch, kept)
+    leaves = [leaf for leaf in tf.nest.flatten(elements) if leaf is not None]
+
+    def one(*episode):
+        episode = iter(episode)
+        sliced, outer_batch, kept = tf.nest.map_structure(
+            lambda leaf: None if leaf is None else next(episode), elements)
+        return function(_rejoined(inner_batches, sliced, shared), outer_batch, kept)
+
+    traced = tf.function(one, autograph=False).get_concrete_function(
+        *[tf.TensorSpec(leaf.shape[1:], leaf.dtype) for leaf in leaves])
+    outputs = tf.nest.flatten(traced.structured_outputs)
+    signature = [tf.TensorSpec(output.shape, output.dtype) for output in outputs if output is not None]
+    stacked = iter(tf.map_fn(
+        lambda episode: [output for output in tf.nest.flatten(traced(*episode)) if output is not None],
+        leaves, fn_output_signature=signature, parallel_iterations=1))
+    return tf.nest.map_structure(lambda output: None if output is None else next(stacked), traced.structured_outputs)
+
+
+def _sliced_and_shared(inner_batches):
+    """The part of the inner batches that has an axis of episodes, and the part that all episodes share."""
+    if isinstance(inner_batches, GatheredBatches):
+        return inner_batches.indices, inner_batches.data
+    if isinstance(inner_batches, RepeatedBatch):
+        if inner_batches.steps.shape.rank == 1:
+            return inner_batches.batch, inner_batches.steps
+        return inner_batches, None
+    return inner_batches, None
+
+
+def _rejoined(like, sliced, shared):
+    if isinstance(like, GatheredBatches):
+        return GatheredBatches(shared, sliced)
+    if isinstance(like, RepeatedBatch) and shared is not None:
+        return RepeatedBatch(sliced, shared)
+    return sliced

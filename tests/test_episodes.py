@@ -1,0 +1,163 @@
+"""EpisodesHG and k_fold_dataset: several inner problems that share the outer variables."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import farhox
+
+EPISODES, STEPS = 3, 4
+
+
+def make_problem(learned_bias):
+    """Logistic regression in float64 with a learned rate and penalty, and perhaps a learned initial bias."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((5,), dtype="float64"),
+                              keras.layers.Dense(3, activation="softmax", dtype="float64")])
+    rate = farhox.Hyperparameter(0.3, low=0.0, name="rate", dtype="float64")
+    penalty = farhox.Hyperparameter(0.1, low=0.0, name="penalty", dtype="float64")
+    kernel, bias = model.trainable_variables
+    loss = keras.losses.SparseCategoricalCrossentropy(dtype="float64")
+    return farhox.BilevelProblem(
+        lambda batch: loss(batch[1], model(batch[0], training=True)) + penalty() * keras.ops.sum(kernel ** 2),
+        lambda batch: loss(batch[1], model(batch[0], training=False)),
+        [kernel, bias], [rate, penalty] + [bias] * learned_bias, dynamics=farhox.Momentum(rate),
+        outer_predictions=lambda batch: (batch[1], model(batch[0], training=False), None))
+
+
+@pytest.fixture
+def problem():
+    return make_problem(learned_bias=True)
+
+
+def examples(*shape):
+    generator = np.random.default_rng(1)
+    return generator.normal(size=(*shape, 5)), generator.integers(0, 3, size=shape)
+
+
+def episode(nest, index):
+    return tf.nest.map_structure(lambda leaf: leaf[index], nest)
+
+
+INNER_BATCHES = {
+    "stacked": (examples(EPISODES, STEPS, 6), episode),
+    "repeated": (farhox.repeat(examples(EPISODES, 6), STEPS),
+                 lambda batches, k: farhox.repeat(episode(batches.batch, k), STEPS)),
+    "gathered": (farhox.gather(examples(20), np.random.default_rng(2).integers(0, 20, (EPISODES * STEPS, 6)))._replace(
+        indices=tf.constant(np.random.default_rng(2).integers(0, 20, (EPISODES, STEPS, 6)))),
+        lambda batches, k: farhox.gather(batches.data, batches.indices[k])),
+}
+
+
+@pytest.mark.parametrize("kind", INNER_BATCHES)
+@pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ForwardHG()], ids=["reverse", "forward"])
+def test_episodes_equal_the_mean_of_single_computations(problem, kind, method):
+    inner, single = INNER_BATCHES[kind]
+    outer = examples(EPISODES, 8)
+    result = farhox.EpisodesHG(method).compute(problem, inner, outer)
+    parts = [method.compute(problem, single(inner, k), episode(outer, k)) for k in range(EPISODES)]
+    for i, gradient in enumerate(result.gradients):
+        np.testing.assert_allclose(gradient, np.mean([part.gradients[i] for part in parts], axis=0), rtol=1e-12)
+    np.testing.assert_allclose(result.outer_loss, np.mean([part.outer_loss for part in parts]), rtol=1e-12)
+    np.testing.assert_allclose(result.inner_losses, [part.inner_losses for part in parts], rtol=1e-12)
+    np.testing.assert_allclose(
+        result.state.variables[0], [part.state.variables[0] for part in parts], rtol=1e-12)
+
+
+def test_order_of_episodes_does_not_matter(problem):
+    inner, outer = examples(EPISODES, STEPS, 6), examples(EPISODES, 8)
+    method = farhox.EpisodesHG(farhox.ReverseHG())
+    order = [2, 0, 1]
+    first = method.compute(problem, inner, outer)
+    second = method.compute(problem, episode(inner, order), episode(outer, order))
+    for a, b in zip(first.gradients, second.gradients):
+        np.testing.assert_allclose(a, b, rtol=1e-13)
+
+
+def test_another_aggregation_replaces_the_mean(problem):
+    inner, outer = examples(EPISODES, STEPS, 6), examples(EPISODES, 8)
+    worst = farhox.EpisodesHG(farhox.ReverseHG(), aggregation=lambda values: tf.reduce_max(values, axis=0))
+    losses = [farhox.ReverseHG().compute(problem, episode(inner, k), episode(outer, k)).outer_loss
+              for k in range(EPISODES)]
+    np.testing.assert_allclose(worst.compute(problem, inner, outer).outer_loss, np.max(losses), rtol=1e-13)
+
+
+def test_states_of_episodes_can_go_on():
+    problem = make_problem(learned_bias=False)
+    inner, outer = examples(EPISODES, 2 * STEPS, 6), examples(EPISODES, 8)
+    method = farhox.EpisodesHG(farhox.ForwardHG())
+    halves = [tf.nest.map_structure(lambda leaf: leaf[:, part], inner)
+              for part in (slice(None, STEPS), slice(STEPS, None))]
+    first = method.compute(problem, halves[0], outer)
+    second = method.compute(problem, halves[1], outer, state=first.state, carry=first.carry)
+    whole = method.compute(problem, inner, outer)
+    for a, b in zip(second.gradients, whole.gradients):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_different_inner_problems_are_one_problem_with_a_sum():
+    """Two inner problems of different size that share λ: the inner objectives add up, the outer ones are averaged."""
+    a, b, lam = (keras.Variable(np.asarray(value), dtype="float64", name=name)
+                 for name, value in (("a", 3.0), ("b", [1.0, -1.0]), ("lam", 0.5)))
+
+    def single(w, scale):
+        return (lambda _: scale * keras.ops.sum((w - lam) ** 2)), (lambda _: keras.ops.sum(w ** 2))
+
+    (inner_a, outer_a), (inner_b, outer_b) = single(a, 0.5), single(b, 1.0)
+    dynamics = farhox.GradientDescent(0.1)
+    batches, outer_batch = farhox.repeat(tf.zeros([1]), 5), tf.zeros([1])
+    joint = farhox.BilevelProblem(lambda x: inner_a(x) + inner_b(x), lambda x: 0.5 * (outer_a(x) + outer_b(x)),
+                                  [a, b], [lam], dynamics=dynamics)
+    parts = [farhox.BilevelProblem(inner, outer, [w], [lam], dynamics=dynamics)
+             for inner, outer, w in ((inner_a, outer_a, a), (inner_b, outer_b, b))]
+    expected = np.mean([farhox.ReverseHG().compute(p, batches, outer_batch).gradients[0] for p in parts])
+    actual = farhox.ReverseHG().compute(joint, batches, outer_batch).gradients[0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-13)
+
+
+def test_fit_and_evaluate_train_on_folds(problem):
+    data = farhox.k_fold_dataset(examples(40), folds=4, inner_steps=STEPS, batch_size=6)
+    optimizer = farhox.HyperOptimizer(problem, farhox.EpisodesHG(farhox.ReverseHG()))
+    optimizer.compile(keras.optimizers.SGD(0.1), metrics=["accuracy"])
+    history = optimizer.fit(data, epochs=3, verbose=0).history
+    assert len(history["rate"]) == 3 and history["rate"][0] != history["rate"][-1]
+    result = optimizer.evaluate(data, return_dict=True, verbose=0)
+    assert 0 <= result["accuracy"] <= 1
+    inner, outer = next(iter(data))
+    np.testing.assert_allclose(
+        farhox.EpisodesHG(farhox.ReverseHG()).evaluate(problem, inner, outer).outer_loss,
+        np.mean([farhox.ReverseHG().evaluate(
+            problem, farhox.gather(inner.data, inner.indices[k]), episode(outer, k)).outer_loss for k in range(4)]),
+        rtol=1e-12)
+
+
+def test_folds_are_disjoint_and_cover_the_data():
+    x = np.arange(43.0)
+    inner, outer = next(iter(farhox.k_fold_dataset((x,), folds=5, inner_steps=2)))
+    assert outer[0].shape == (5, 8) and inner.indices.shape == (5, 2, 32)
+    held_out = np.sort(outer[0].numpy().ravel())
+    assert len(np.unique(held_out)) == 40
+    for k in range(5):
+        trained = set(x[inner.indices[k, 0].numpy()])
+        assert trained.isdisjoint(outer[0][k].numpy()) and trained | set(outer[0][k].numpy()) == set(held_out)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"folds": 1}, "folds must be an integer of at least 2"),
+    ({"inner_steps": 0}, "inner_steps must be an integer of at least 1"),
+    ({"folds": 50}, "at least one example per fold"),
+    ({"batch_size": 39}, "must not exceed the 20 training examples"),
+])
+def test_folds_refuse_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        farhox.k_fold_dataset(examples(40), **{"folds": 2, "inner_steps": 3, **arguments})
+
+
+def test_episodes_refuse_bad_input():
+    with pytest.raises(TypeError, match="method for one episode"):
+        farhox.EpisodesHG("reverse")
+    with pytest.raises(TypeError, match="aggregation must be a callable"):
+        farhox.EpisodesHG(farhox.ReverseHG(), aggregation="mean")
+    with pytest.raises(ValueError, match="Episodes start anew"):
+        farhox.HyperOptimizer(make_problem(learned_bias=False), farhox.EpisodesHG(farhox.ReverseHG()), online=True)
