@@ -1,6 +1,7 @@
 """TensorFlow functions whose second derivatives are wrong or missing, replaced while a user's objective runs.
 
-Hypergradients differentiate a gradient. Four functions that Keras layers, losses and optimizers call are not made for it:
+Hypergradients differentiate a gradient. Some functions that Keras layers, losses and optimizers call are not
+made for it:
 
 - `tf.nn.moments` computes the variance around `stop_gradient(mean)`. The first derivative is right, the second is not:
   batch, layer and group normalisation would be off by up to several hundred percent. Replaced by the same formula

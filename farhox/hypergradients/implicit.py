@@ -14,8 +14,8 @@ from farhox.linear_solvers import ConjugateGradient, LinearSolver
 from farhox.problem import float_leaves, with_float_leaves
 
 _SEES = ("ImplicitHG sees what the inner and the outer objective depend on, at the end of the inner training. A "
-         "learning rate or another setting of the dynamics, and an initial value without a proximal term, act through the path: "
-         "use ReverseHG or ForwardHG for them (for initial values also BilevelProblem(proximal=...)).")
+         "learning rate or another setting of the dynamics, and an initial value without a proximal term, act through "
+         "the path: use ReverseHG or ForwardHG for them (for initial values also BilevelProblem(proximal=...)).")
 
 
 @dataclasses.dataclass(frozen=True)
