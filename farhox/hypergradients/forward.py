@@ -34,8 +34,8 @@ class ForwardHG(HyperGradient):
             state = problem.initial_state(outer)
             tangents = _initial_tangents(problem, outer, directions, reached)
         elif carry:
-            # Tangents that were carried along hold what every variable did before.
-            tangents = carry
+            # Tangents that were carried along hold what every variable did before, initial values too.
+            tangents, reached = carry, [True] * len(outer)
         else:
             tangents = _zero_tangents(state, directions)
         reached = [a or b for a, b in zip(

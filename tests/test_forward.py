@@ -1,0 +1,151 @@
+"""ForwardHG against closed forms, and the tangents that it carries."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import unrolled
+from problems import (
+    TOLERANCE, assert_close, heavy_ball, network_problem, proximal_quadratic, scalar_quadratic, variable)
+
+import farhox
+from farhox import _autodiff
+
+dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
+
+
+@dtypes
+@pytest.mark.parametrize("outer", [("target", "rate", "initial"), ("schedule",), ("initial", "schedule", "target")])
+def test_scalar_quadratic_has_its_closed_form(dtype, outer):
+    case = scalar_quadratic(dtype, outer)
+    assert_close(farhox.ForwardHG().compute(*case[:3]).gradients, case.expected, TOLERANCE[dtype])
+
+
+@dtypes
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_heavy_ball_has_its_hypergradient(dtype, nesterov):
+    case = heavy_ball(dtype, nesterov)
+    assert_close(farhox.ForwardHG().compute(*case[:3]).gradients, case.expected, TOLERANCE[dtype])
+
+
+@dtypes
+def test_each_step_uses_its_own_minibatch(dtype):
+    case = scalar_quadratic(dtype, ("target", "rate"), steps=3, curvatures=[1.0, 2.0, 0.5])
+    case.problem.outer_variables[1].assign(0.2)
+    result = farhox.ForwardHG().compute(*case[:3])
+    assert_close(result.gradients, [0.32944, -3.219], TOLERANCE[dtype])
+    assert_close([result.state.variables[0]], [1.58], TOLERANCE[dtype])
+
+
+def test_result_is_that_of_reverse_mode():
+    case = scalar_quadratic(outer=("target", "initial"))
+    forward, reverse = farhox.ForwardHG().compute(*case[:3]), farhox.ReverseHG().compute(*case[:3])
+    assert_close(forward.gradients, reverse.gradients, 1e-12)
+    for name in ("outer_loss", "inner_losses"):
+        np.testing.assert_array_equal(getattr(forward, name), getattr(reverse, name))
+    assert forward.diagnostics.keys() == reverse.diagnostics.keys()
+    np.testing.assert_array_equal(
+        forward.diagnostics["inner_gradient_norm"], reverse.diagnostics["inner_gradient_norm"])
+
+
+def test_carry_holds_the_derivative_of_the_state_in_each_direction():
+    case = scalar_quadratic(outer=("target", "rate", "initial"))
+    (tangents,) = farhox.ForwardHG().compute(*case[:3]).carry
+    end = 1.0242880000000001 - 1.0
+    assert_close([tangents], [np.array(case.expected) / end], 1e-9)
+
+
+def test_state_and_carry_passed_back_go_on_as_one_training():
+    case = scalar_quadratic(outer=("target", "rate", "initial"))
+    first = farhox.ForwardHG().compute(case.problem, case.inner_batches[:3], case.outer_batch)
+    second = farhox.ForwardHG().compute(
+        case.problem, case.inner_batches[3:], case.outer_batch, state=first.state, carry=first.carry)
+    assert_close(second.gradients, case.expected, 1e-12)
+
+
+def test_state_passed_alone_starts_the_tangents_at_zero():
+    case = scalar_quadratic(outer=("target", "rate"))
+    first = farhox.ForwardHG().compute(case.problem, case.inner_batches[:3], case.outer_batch)
+    second = farhox.ForwardHG().compute(case.problem, case.inner_batches[3:], case.outer_batch, state=first.state)
+    assert_close(second.gradients, farhox.ReverseHG(truncation=4).compute(*case[:3]).gradients, 1e-12)
+
+
+def test_initial_carry_has_the_structure_of_the_carry():
+    case = scalar_quadratic(outer=("target", "initial"))
+    initial, carry = farhox.ForwardHG().initial_carry(case.problem), farhox.ForwardHG().compute(*case[:3]).carry
+    tf.nest.assert_same_structure(initial, carry)
+    assert [z.shape for z in initial] == [z.shape for z in carry]
+    np.testing.assert_array_equal(initial[0], [0.0, 1.0])
+
+
+def test_outer_variables_of_two_types_are_differentiated_together():
+    w, target, scale = variable(3.0), variable(0.5), variable(2.0, "float32")
+    problem = farhox.BilevelProblem(
+        lambda a: a / 2 * keras.ops.square(w - target) * tf.cast(scale, "float64"),
+        lambda goal: keras.ops.square(w - goal) / 2,
+        inner_variables=[w], outer_variables=[target, scale], dynamics=farhox.GradientDescent(0.1))
+    data = tf.fill([5], tf.constant(1.0, tf.float64)), tf.constant(1.0, tf.float64)
+    gradients = farhox.ForwardHG().compute(problem, *data).gradients
+    assert [gradient.dtype for gradient in gradients] == [tf.float64, tf.float32]
+    assert_close(gradients, unrolled.unrolled_hypergradient(problem, *data), 1e-6)
+
+
+def test_learned_initial_value_with_proximal_term_agrees_with_the_tape():
+    case = proximal_quadratic(steps=5)
+    case.problem.dynamics = farhox.GradientDescent(0.2)
+    expected = unrolled.unrolled_hypergradient(*case[:3])
+    assert_close(farhox.ForwardHG().compute(*case[:3]).gradients, expected, 1e-12)
+
+
+@pytest.mark.parametrize("layer", ["LSTM", "GRU"])
+def test_accumulator_still_fails_in_the_loop_of_a_recurrent_layer(layer, float64):
+    """Without this failure of TensorFlow, `_autodiff.forward_product` needs no second formulation."""
+    recurrent = getattr(keras.layers, layer)(2)
+    x = tf.ones([2, 3, 2], tf.float64)
+    recurrent(x)
+
+    @tf.function(autograph=False)
+    def product():
+        with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as accumulator:
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = tf.reduce_sum(recurrent(x) ** 2)
+            gradient = tape.gradient(y, x)
+        return accumulator.jvp(gradient)
+
+    with pytest.raises(Exception, match="variant"):
+        product()
+
+
+def test_forward_product_without_the_accumulator_gives_the_same_numbers():
+    def function(inputs):
+        a, b, unused = inputs
+        return [a * b, tf.reduce_sum(tf.sin(a))[tf.newaxis], tf.ones([2], tf.float64)]
+
+    inputs = [tf.constant([1.0, 2.0], tf.float64), tf.constant([3.0, 4.0], tf.float64), tf.ones([3], tf.float64)]
+    tangents = [tf.constant([0.5, -1.0], tf.float64), tf.constant([2.0, 1.0], tf.float64), tf.ones([3], tf.float64)]
+    accumulated = _autodiff.forward_product(function, inputs, tangents)
+    assert_close(_autodiff._doubly_transposed_product(function, inputs, tangents)[1][:2], accumulated[1][:2], 1e-15)
+    np.testing.assert_array_equal(
+        _autodiff._doubly_transposed_product(function, inputs, tangents)[1][2], [0.0, 0.0])
+    constant = _autodiff._doubly_transposed_product(lambda inputs: [tf.ones([2])], inputs, tangents)
+    np.testing.assert_array_equal(constant[1][0], [0.0, 0.0])
+
+
+def test_error_of_the_objective_is_raised_as_it_is():
+    w, target = variable(1.0), variable(2.0)
+
+    def objective(batch):
+        raise KeyError("the objective's own error")
+
+    problem = farhox.BilevelProblem(objective, objective, [w], [target])
+    data = tf.zeros([2], tf.float64), tf.zeros([], tf.float64)
+    for compute in (farhox.ForwardHG().compute, tf.function(farhox.ForwardHG().compute, autograph=False)):
+        with pytest.raises(KeyError, match="the objective's own error"):
+            compute(problem, *data)
+
+
+def test_recurrent_layer_in_a_graph_needs_no_unrolling(float64):
+    case = network_problem("LSTM", steps=2)
+    gradients = tf.function(lambda: farhox.ForwardHG().compute(*case[:3]).gradients, autograph=False)()
+    assert_close(gradients, unrolled.unrolled_hypergradient(*case[:3]), 1e-9)

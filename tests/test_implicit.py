@@ -1,0 +1,221 @@
+"""ImplicitHG against closed forms, its solvers, its warm start and what it cannot see."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import unrolled
+from problems import (
+    CURVATURE, GOAL, RATE, STEPS, TARGET, TOLERANCE, assert_close, network_problem, proximal_quadratic,
+    ridge_representation, scalar_quadratic, variable, weighted_mean)
+
+import farhox
+
+dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
+EXACT_SOLVERS = {
+    "cg": farhox.ConjugateGradient(tolerance=0.0),
+    "normal_cg": farhox.NormalConjugateGradient(tolerance=0.0),
+    "gmres": farhox.GMRES(),
+    "dense": farhox.Dense(),
+    "neumann": farhox.Neumann(max_steps=300, tolerance=1e-14),
+    "nystrom": farhox.Nystrom(rank=10, rho=1e-11),
+    "fixed_point": farhox.FixedPoint(max_steps=300, tolerance=1e-14),
+}
+solvers = pytest.mark.parametrize("solver", list(EXACT_SOLVERS))
+Q = 1 - RATE * CURVATURE
+END = 1.024288
+
+
+def solver_for(name, dtype):
+    if dtype == "float32":
+        # Tolerances and dampings that single precision can express.
+        return {"nystrom": farhox.Nystrom(rank=10, rho=1e-6),
+                "fixed_point": farhox.FixedPoint(max_steps=300)}.get(name, EXACT_SOLVERS[name])
+    return EXACT_SOLVERS[name]
+
+
+@dtypes
+@solvers
+def test_scalar_quadratic_has_the_gradient_of_its_minimum(dtype, solver):
+    case = scalar_quadratic(dtype, ("target",))
+    result = farhox.ImplicitHG(solver_for(solver, dtype)).compute(*case[:3])
+    assert_close(result.gradients, [END - GOAL], TOLERANCE[dtype])
+    assert result.diagnostics["solver_residual"] < TOLERANCE[dtype]
+    assert not result.diagnostics["solver_failed"]
+
+
+@dtypes
+@pytest.mark.parametrize("terms, published", [(1, 0.0048576), (3, 0.011852544), (10, 0.0216800959), (25, None)])
+def test_neumann_series_and_fixed_point_equal_truncation_on_a_quadratic(dtype, terms, published):
+    case = scalar_quadratic(dtype, ("target",), steps=STEPS)
+    expected = (END - GOAL) * (1 - Q ** terms)
+    for solver in (farhox.Neumann(terms, step_size=RATE, tolerance=0.0), farhox.FixedPoint(terms, tolerance=0.0)):
+        result = farhox.ImplicitHG(solver).compute(*case[:3])
+        assert_close(result.gradients, [expected], TOLERANCE[dtype])
+        assert int(result.diagnostics["solver_steps"]) == terms
+        if published:
+            np.testing.assert_allclose(result.gradients[0], published, rtol=max(TOLERANCE[dtype], 2e-9))
+
+
+@dtypes
+@solvers
+def test_data_weights_have_their_closed_form(dtype, solver):
+    case = weighted_mean(dtype)
+    gradients = farhox.ImplicitHG(solver_for(solver, dtype)).compute(*case[:3]).gradients
+    assert_close(gradients, case.expected, TOLERANCE[dtype])
+    np.testing.assert_allclose(gradients[0], [-2.5925925926, -1.8148148148, 4.4074074074], rtol=TOLERANCE[dtype])
+
+
+@dtypes
+@solvers
+def test_representation_under_a_ridge_head_has_its_closed_form(dtype, solver):
+    case = ridge_representation(dtype)
+    result = farhox.ImplicitHG(solver_for(solver, dtype)).compute(*case[:3])
+    assert_close(result.gradients, case.expected, TOLERANCE[dtype])
+    np.testing.assert_allclose(result.outer_loss, 0.0591362847, rtol=max(TOLERANCE[dtype], 1e-8))
+    np.testing.assert_allclose(
+        result.gradients[0], [[-0.0379050926, -0.1366464120], [-0.1176938657, 0.2269784433]],
+        rtol=max(TOLERANCE[dtype], 1e-8), atol=TOLERANCE[dtype] * 0.2)
+
+
+def test_long_reverse_mode_reaches_the_implicit_gradient():
+    case = ridge_representation(steps=300, rate=0.2)
+    assert_close(farhox.ReverseHG().compute(*case[:3]).gradients, case.expected, 1e-9)
+
+
+@dtypes
+@pytest.mark.parametrize("solver", [name for name in EXACT_SOLVERS if name != "fixed_point"])
+def test_proximal_meta_gradient_has_its_closed_form(dtype, solver):
+    case = proximal_quadratic(dtype)
+    gradients = farhox.ImplicitHG(solver_for(solver, dtype)).compute(*case[:3]).gradients
+    assert_close(gradients, case.expected, TOLERANCE[dtype])
+    np.testing.assert_allclose(gradients[0] / (5 / 3 - 5), 2 / 3, rtol=TOLERANCE[dtype])
+
+
+def test_implicit_gradient_equals_finite_differences_of_a_trained_network(float64):
+    case = network_problem("Dense", steps=1)
+    problem = case.problem
+    batches = farhox.repeat(tf.nest.map_structure(lambda leaf: leaf[0], case.inner_batches), 1000)
+    problem.outer_variables[1].assign(np.log(0.1))  # Strong regularisation: a thousand steps converge.
+    problem = farhox.BilevelProblem(
+        problem._inner_objective, problem._outer_objective, problem.inner_variables, problem.outer_variables[1:],
+        farhox.GradientDescent(0.3))
+    trained = tf.function(
+        lambda: farhox.ImplicitHG(farhox.Dense()).compute(problem, batches, case.outer_batch), autograph=False)()
+    assert trained.diagnostics["inner_gradient_norm"] < 1e-9
+    assert_close(trained.gradients, unrolled.finite_differences(problem, batches, case.outer_batch, step=1e-3), 1e-6)
+
+
+def test_implicit_gradient_with_random_layers_is_that_of_the_last_step(float64):
+    """The statistics of batch norm and the mask of the last state count as constants."""
+    case = network_problem("BatchNormalization", steps=2, extra=[keras.layers.Dropout(0.5)])
+    rate, *rest = case.problem.outer_variables
+    problem = farhox.BilevelProblem(
+        case.problem._inner_objective, case.problem._outer_objective, case.problem.inner_variables, rest,
+        farhox.GradientDescent(0.1), case.problem.state_variables)
+    method = farhox.ImplicitHG(farhox.NormalConjugateGradient(100, tolerance=1e-13), damping=1.0)
+    eager = method.compute(problem, *case[1:3])
+    graph = tf.function(lambda: method.compute(problem, *case[1:3]), autograph=False)()
+    assert_close(graph.gradients, eager.gradients, 1e-9)
+
+    # By hand: (H + I) v = dE/dw, dE/dλ - (d²L/dλdw) v, from finite differences of the gradient.
+    state, batch = eager.state, tf.nest.map_structure(lambda leaf: leaf[1], case.inner_batches)
+    outer = problem.outer_values()
+    sizes = [v.shape.num_elements() for v in state.variables]
+    shapes = [v.shape for v in state.variables]
+
+    def gradient(flat, outer):
+        variables = [tf.reshape(part, shape) for part, shape in zip(tf.split(flat, sizes), shapes)]
+        gradients = problem.inner_gradients(variables, state.state_variables, outer, batch)[2]
+        return np.concatenate([np.ravel(g) for g in gradients])
+
+    flat = np.concatenate([np.ravel(v) for v in state.variables])
+    at_end = problem.outer_gradients(state, outer, tf.nest.map_structure(tf.convert_to_tensor, case.outer_batch))
+    rhs = np.concatenate([np.ravel(g) for g in at_end.state[:len(sizes)]])
+    step = 1e-6
+    hessian = np.stack([(gradient(flat + e, outer) - gradient(flat - e, outer)) / (2 * step)
+                        for e in step * np.eye(flat.size)])
+    mixed = (gradient(flat, [outer[0] + step, *outer[1:]]) - gradient(flat, [outer[0] - step, *outer[1:]])) / (2 * step)
+    solution = np.linalg.solve(hessian + np.eye(flat.size), rhs)
+    np.testing.assert_allclose(eager.gradients[0], -mixed @ solution, rtol=1e-6)
+
+
+def test_damping_is_added_to_the_diagonal():
+    case = scalar_quadratic(outer=("target",))
+    for solver in (farhox.ConjugateGradient(), farhox.Dense()):
+        gradients = farhox.ImplicitHG(solver, damping=0.5).compute(*case[:3]).gradients
+        assert_close(gradients, [(END - GOAL) * CURVATURE / (CURVATURE + 0.5)], 1e-9)
+
+
+def test_warm_start_begins_at_the_carried_solution():
+    case = ridge_representation()
+    method = farhox.ImplicitHG(farhox.ConjugateGradient(tolerance=1e-10))
+    first = method.compute(*case[:3])
+    second = method.compute(*case[:3], carry=first.carry)
+    assert int(first.diagnostics["solver_steps"]) == 2
+    assert int(second.diagnostics["solver_steps"]) == 0
+    assert_close(second.gradients, case.expected, 1e-9)
+    cold = farhox.ImplicitHG(farhox.ConjugateGradient(tolerance=1e-10), warm_start=False)
+    assert int(cold.compute(*case[:3], carry=first.carry).diagnostics["solver_steps"]) == 2
+
+
+def test_tolerance_tightens_with_the_hyper_iteration():
+    case = ridge_representation()
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.9, 1, 0.1)
+    method = farhox.ImplicitHG(farhox.Neumann(500, step_size=0.1, tolerance=schedule), warm_start=False)
+    carry, residuals, steps = None, [], []
+    for _ in range(4):
+        result = method.compute(*case[:3], carry=carry)
+        carry = result.carry
+        residuals.append(float(result.diagnostics["solver_residual"]))
+        steps.append(int(result.diagnostics["solver_steps"]))
+    assert int(carry[1]) == 4
+    assert all(residual <= 0.9 * 0.1 ** k for k, residual in enumerate(residuals))
+    assert steps == sorted(steps) and steps[0] < steps[-1]
+
+
+@pytest.mark.parametrize("solver", ["cg", "fixed_point"])
+def test_initial_carry_has_the_structure_of_the_carry(solver):
+    case = scalar_quadratic(outer=("target",), dynamics=farhox.Momentum)
+    method = farhox.ImplicitHG(EXACT_SOLVERS[solver])
+    initial, carry = method.initial_carry(case.problem), method.compute(*case[:3]).carry
+    tf.nest.assert_same_structure(initial, carry)
+    assert [(leaf.shape, leaf.dtype) for leaf in initial] == [(leaf.shape, leaf.dtype) for leaf in carry]
+    assert_close(method.compute(*case[:3], carry=initial).gradients, method.compute(*case[:3]).gradients, 1e-12)
+
+
+def test_fixed_point_sees_what_acts_on_the_fixed_point_of_other_dynamics():
+    """Momentum has the fixed point of gradient descent: the whole state (w, m) is solved for."""
+    case = scalar_quadratic(outer=("target",), steps=200, dynamics=lambda rate: farhox.Momentum(rate, 0.5))
+    gradients = farhox.ImplicitHG(farhox.FixedPoint(500, tolerance=1e-14)).compute(*case[:3]).gradients
+    assert_close(gradients, [TARGET - GOAL], 1e-9)
+
+
+@pytest.mark.parametrize("solver", ["cg", "fixed_point", "dense"])
+@pytest.mark.parametrize("outer, name", [(("target", "rate"), "rate"), (("schedule",), "schedule"),
+                                         (("target", "initial"), "w")])
+def test_outer_variable_that_acts_through_the_path_alone_is_an_error_that_names_it(solver, outer, name):
+    case = scalar_quadratic(outer=outer)
+    with pytest.raises(ValueError, match=f"depends on '{name}'. ImplicitHG sees.*use ReverseHG or ForwardHG"):
+        farhox.ImplicitHG(EXACT_SOLVERS[solver]).compute(*case[:3])
+
+
+def test_outer_variable_in_the_outer_objective_alone_is_seen():
+    w, target, scale = variable(0.5), variable(0.5), variable(2.0)
+    problem = farhox.BilevelProblem(
+        lambda a: a / 2 * keras.ops.square(w - target), lambda goal: scale * keras.ops.square(w - goal),
+        inner_variables=[w], outer_variables=[target, scale], dynamics=farhox.GradientDescent(0.1))
+    result = farhox.ImplicitHG().compute(problem, tf.ones([1], tf.float64), tf.constant(1.0, tf.float64))
+    assert_close(result.gradients, [2 * 2.0 * (0.5 - 1.0), 0.25], 1e-9)
+
+
+@pytest.mark.parametrize("solver", [None, "cg", farhox.ConjugateGradient])
+def test_linear_solver_must_be_one(solver):
+    with pytest.raises(TypeError, match="linear_solver must be one of farhox' solvers"):
+        farhox.ImplicitHG(solver)
+
+
+@pytest.mark.parametrize("damping", [-1.0, "1", None])
+def test_damping_must_be_a_non_negative_number(damping):
+    with pytest.raises(ValueError, match="damping must be a non-negative number"):
+        farhox.ImplicitHG(damping=damping)

@@ -1,0 +1,193 @@
+"""ReverseHG against closed forms, and its truncation and checkpoints."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import unrolled
+from problems import (
+    CURVATURE, GOAL, RATE, START, STEPS, TARGET, TOLERANCE, assert_close, assert_identical, heavy_ball, model_and_data,
+    network_problem, proximal_quadratic, scalar_quadratic, variable)
+
+import farhox
+
+dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
+checkpoints = pytest.mark.parametrize("checkpoint_every", [None, 1, 2, 3, 7, 20, "sqrt"])
+Q = 1 - RATE * CURVATURE
+END = TARGET + Q ** STEPS * (START - TARGET)
+
+
+@dtypes
+@checkpoints
+def test_scalar_quadratic_has_its_closed_form(dtype, checkpoint_every):
+    case = scalar_quadratic(dtype, ("target", "rate", "initial"))
+    result = farhox.ReverseHG(checkpoint_every=checkpoint_every).compute(*case[:3])
+    expected = [(END - GOAL) * (1 - Q ** STEPS),
+                -(END - GOAL) * CURVATURE * STEPS * Q ** (STEPS - 1) * (START - TARGET),
+                (END - GOAL) * Q ** STEPS]
+    assert_close(expected, case.expected, 1e-12)
+    assert_close(result.gradients, expected, TOLERANCE[dtype])
+    assert_close([result.state.variables[0], result.outer_loss], [END, (END - GOAL) ** 2 / 2], TOLERANCE[dtype])
+    w = TARGET + Q ** np.arange(STEPS) * (START - TARGET)
+    assert_close([result.inner_losses], [CURVATURE / 2 * (w - TARGET) ** 2], TOLERANCE[dtype])
+    assert_close([result.diagnostics["inner_gradient_norm"]], [abs(CURVATURE * (w[-1] - TARGET))], TOLERANCE[dtype])
+    assert_close([result.diagnostics["hypergradient_norm"]], [np.linalg.norm(expected)], TOLERANCE[dtype])
+    assert result.diagnostics["finite"]
+
+
+def test_scalar_quadratic_has_the_published_values():
+    result = farhox.ReverseHG().compute(*scalar_quadratic(outer=("target", "rate", "initial"))[:3])
+    np.testing.assert_allclose(
+        np.array(result.gradients), [0.0191944372224, -0.2228433715, 0.0050935627776], rtol=1e-9)
+    np.testing.assert_allclose(result.outer_loss, 2.94953472e-4, rtol=1e-9)
+
+
+@dtypes
+def test_learning_rate_schedule_has_its_closed_form_at_each_step(dtype):
+    case = scalar_quadratic(dtype, ("schedule",))
+    (gradient,) = farhox.ReverseHG().compute(*case[:3]).gradients
+    w = TARGET + Q ** np.arange(STEPS) * (START - TARGET)
+    expected = -(END - GOAL) * CURVATURE * (w - TARGET) * Q ** np.arange(STEPS - 1, -1, -1)
+    assert_close([gradient], [expected], TOLERANCE[dtype])
+    np.testing.assert_allclose(np.sum(gradient), -0.2228433715, rtol=TOLERANCE[dtype])
+
+
+@dtypes
+@pytest.mark.parametrize("checkpoint_every", [None, 2, "sqrt"])
+@pytest.mark.parametrize("truncation, published", [(1, 0.0048576), (3, 0.011852544), (5, None)])
+def test_truncation_keeps_the_last_steps(dtype, truncation, published, checkpoint_every):
+    case = scalar_quadratic(dtype, ("target",))
+    (gradient,) = farhox.ReverseHG(truncation, checkpoint_every).compute(*case[:3]).gradients
+    assert_close([gradient], [(END - GOAL) * (1 - Q ** truncation)], TOLERANCE[dtype])
+    if published:
+        np.testing.assert_allclose(gradient, published, rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 3])
+def test_truncation_beyond_the_first_step_is_the_whole_hypergradient(checkpoint_every):
+    case = scalar_quadratic(outer=("target", "rate", "initial"))
+    for truncation in (STEPS, STEPS + 5):
+        result = farhox.ReverseHG(truncation, checkpoint_every).compute(*case[:3])
+        assert_close(result.gradients, case.expected, 1e-9)
+
+
+def test_truncation_of_zero_keeps_the_explicit_gradient_alone():
+    w, scale = variable(START), variable(2.0)
+    problem = farhox.BilevelProblem(
+        lambda a: a / 2 * keras.ops.square(w - scale), lambda goal: scale * keras.ops.square(w - goal),
+        inner_variables=[w], outer_variables=[scale], dynamics=farhox.GradientDescent(0.1))
+    result = farhox.ReverseHG(truncation=0).compute(problem, tf.fill([3], tf.constant(1.0, tf.float64)),
+                                                    tf.constant(1.0, tf.float64))
+    assert_close(result.gradients, [(result.state.variables[0] - 1.0) ** 2], 1e-12)
+
+
+@dtypes
+@checkpoints
+def test_each_step_back_uses_the_minibatch_of_that_step(dtype, checkpoint_every):
+    w, target, rate = (variable(value, dtype) for value in (3.0, 0.5, 0.2))
+    problem = farhox.BilevelProblem(
+        lambda a: a / 2 * keras.ops.square(w - target), lambda goal: keras.ops.square(w - goal) / 2,
+        inner_variables=[w], outer_variables=[target, rate], dynamics=farhox.GradientDescent(rate))
+    curvatures, goal = tf.constant([1.0, 2.0, 0.5], dtype), tf.constant(1.0, dtype)
+    gathered = farhox.gather(tf.constant([0.5, 9.0, 1.0, 2.0], dtype), [[2], [3], [0]])
+    scalar = farhox.BilevelProblem(
+        lambda a: problem._inner_objective(a[0]), problem._outer_objective, [w], [target, rate], problem.dynamics)
+    for p, batches in ((problem, curvatures), (scalar, gathered)):
+        result = farhox.ReverseHG(checkpoint_every=checkpoint_every).compute(p, batches, goal)
+        assert_close([result.state.variables[0]], [1.58], TOLERANCE[dtype])
+        assert_close(result.gradients, [0.32944, -3.219], TOLERANCE[dtype])
+
+
+@dtypes
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_heavy_ball_has_its_hypergradient(dtype, nesterov):
+    case = heavy_ball(dtype, nesterov)
+    result = farhox.ReverseHG().compute(*case[:3])
+    assert_close(result.gradients, case.expected, TOLERANCE[dtype])
+    if not nesterov:
+        np.testing.assert_allclose(result.state.variables[0], 0.52095, rtol=TOLERANCE[dtype])
+        np.testing.assert_allclose(result.outer_loss, 0.11474445125, rtol=TOLERANCE[dtype])
+        np.testing.assert_allclose(np.array(result.gradients), [-0.475035561, 5.85997912, 1.17079820], rtol=1e-4)
+
+
+def test_many_steps_reach_the_implicit_meta_gradient():
+    case = proximal_quadratic(steps=60)
+    case.problem.dynamics = farhox.GradientDescent(0.2)
+    assert_close(farhox.ReverseHG().compute(*case[:3]).gradients, case.expected, 1e-9)
+
+
+@pytest.mark.parametrize("truncation", [None, 5])
+def test_checkpoints_change_no_bit(truncation, float64):
+    case = network_problem("BatchNormalization", "momentum", steps=7, extra=[keras.layers.Dropout(0.5)])
+    whole = tf.function(lambda: farhox.ReverseHG(truncation).compute(*case[:3]), autograph=False)()
+    for checkpoint_every in (1, 3, 10, "sqrt"):
+        method = farhox.ReverseHG(truncation, checkpoint_every)
+        assert_identical(tf.function(lambda: method.compute(*case[:3]), autograph=False)(), whole)
+
+
+def test_replay_is_exact_with_dropout_batch_norm_and_minibatches(float64):
+    model, (x, y), outer_batch = model_and_data("BatchNormalization", steps=5, extra=[keras.layers.Dropout(0.5)])
+    rate = variable(0.3)
+    problem = farhox.BilevelProblem(
+        lambda batch: keras.ops.mean(keras.losses.sparse_categorical_crossentropy(
+            batch[1], model(batch[0], training=True), from_logits=True)),
+        lambda batch: keras.ops.mean(keras.losses.sparse_categorical_crossentropy(
+            batch[1], model(batch[0], training=False), from_logits=True)),
+        model.trainable_variables, [rate], farhox.Momentum(rate), model.non_trainable_variables)
+    indices = np.random.default_rng(1).integers(0, 20, (5, 4))
+    batches = farhox.gather((x.reshape(20, 4), y.reshape(20)), indices)
+    expected = unrolled.unrolled_hypergradient(problem, batches, outer_batch)
+    assert_close(unrolled.finite_differences(problem, batches, outer_batch), expected, 1e-8)
+    for checkpoint_every in (None, 2, "sqrt"):
+        result = farhox.ReverseHG(checkpoint_every=checkpoint_every).compute(problem, batches, outer_batch)
+        assert_close(result.gradients, expected, 1e-10)
+    seeds = [v for v in model.non_trainable_variables if not keras.backend.is_float_dtype(v.dtype)]
+    assert seeds, "The network draws no random numbers."
+
+
+def test_online_computation_goes_on_from_the_state():
+    case = scalar_quadratic(outer=("target", "rate"))
+    first = farhox.ReverseHG().compute(case.problem, case.inner_batches[:4], case.outer_batch)
+    second = farhox.ReverseHG().compute(case.problem, case.inner_batches[4:], case.outer_batch, state=first.state)
+    assert_close([second.state.variables[0]], [END], 1e-12)
+    assert int(second.state.step) == STEPS
+    # The steps before belong to the state that was passed in: this is the truncated hypergradient.
+    truncated = farhox.ReverseHG(truncation=STEPS - 4).compute(*case[:3])
+    assert_close(second.gradients, truncated.gradients, 1e-12)
+
+
+def test_integer_slots_of_the_optimizer_pass_through():
+    """A dynamics with an integer in its state: the adjoint leaves it out."""
+    case = scalar_quadratic(outer=("target",), dynamics=_CountingDescent)
+    assert_close(farhox.ReverseHG().compute(*case[:3]).gradients, case.expected, 1e-9)
+    assert int(farhox.ReverseHG().compute(*case[:3]).state.slots[0]) == STEPS
+
+
+class _CountingDescent(farhox.InnerDynamics):
+    def __init__(self, rate):
+        self.rate = rate
+
+    def initial_slots(self, variables):
+        return [tf.constant(0)]
+
+    def update(self, gradients, variables, slots, step):
+        return [w - RATE * g for w, g in zip(variables, gradients)], [slots[0] + 1]
+
+
+@pytest.mark.parametrize("truncation", [-1, 1.5, True, "all"])
+def test_truncation_must_be_a_non_negative_integer(truncation):
+    with pytest.raises(ValueError, match="truncation must be a non-negative integer"):
+        farhox.ReverseHG(truncation=truncation)
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, -2, 2.0, True, "log"])
+def test_checkpoint_every_must_be_a_positive_integer_or_sqrt(checkpoint_every):
+    with pytest.raises(ValueError, match="checkpoint_every must be a positive integer, 'sqrt' or None"):
+        farhox.ReverseHG(checkpoint_every=checkpoint_every)
+
+
+def test_initial_values_have_no_effect_on_a_state_that_is_passed_in():
+    case = scalar_quadratic(outer=("target", "initial"))
+    state = case.problem.initial_state()
+    with pytest.raises(ValueError, match="depends on 'w'.*a state that is passed in does not depend on initial values"):
+        farhox.ReverseHG().compute(*case[:3], state=state)
