@@ -13,6 +13,7 @@ from farhox.constraints import Box, CappedSimplex, Simplex  # noqa: E402
 from farhox.datasets import bilevel_dataset, k_fold_dataset  # noqa: E402
 from farhox.diagnostics import check_hypergradient, compare_hypergradients  # noqa: E402
 from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # noqa: E402
+from farhox.health import health  # noqa: E402
 from farhox.hyper_optimizer import HyperOptimizer  # noqa: E402
 from farhox.hypergradients import (  # noqa: E402
     EpisodesHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ReverseHG)
@@ -31,6 +32,6 @@ __all__ = [
     "FixedPoint", "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer",
     "Hyperparameter", "ImplicitHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule",
     "LinearSolver", "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ReverseHG", "Simplex",
-    "bilevel_dataset", "check_hypergradient", "compare_hypergradients", "gather", "k_fold_dataset", "repeat", "stack",
-    "supervised_problem",
+    "bilevel_dataset", "check_hypergradient", "compare_hypergradients", "gather", "health", "k_fold_dataset",
+    "repeat", "stack", "supervised_problem",
 ]

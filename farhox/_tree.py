@@ -39,8 +39,8 @@ def dot(first, second):
 def norm(nest):
     """Euclidean norm over all leaves, with derivative zero at zero."""
     square = dot(nest, nest)
-    positive = square > 0
-    return tf.where(positive, tf.sqrt(tf.where(positive, square, tf.ones_like(square))), tf.zeros_like(square))
+    zero = tf.equal(square, 0)
+    return tf.where(zero, tf.zeros_like(square), tf.sqrt(tf.where(zero, tf.ones_like(square), square)))
 
 
 def is_finite(nest):

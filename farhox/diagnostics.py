@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from farhox import _tree
 from farhox.batches import as_inner_batches, num_steps
+from farhox.health import inner_convergence, report_on
 from farhox.hypergradients.base import HyperGradient, new_losses, run_inner
 
 
@@ -72,6 +73,7 @@ class MethodReport:
         peak_bytes: Int, largest growth of the process' resident memory during the calls, where the system tells;
             memory that an earlier method left for reuse is not counted again.
         diagnostics: Dictionary of floats.
+        health: The `HealthReport` of the computation.
     """
 
     name: str
@@ -85,6 +87,7 @@ class MethodReport:
     tracing_seconds: Any = None
     peak_bytes: Any = None
     diagnostics: Any = None
+    health: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,8 @@ class HypergradientComparison:
             remarks += [] if residual is None else [f"solver residual {residual:.1e}"]
             rows.append([report.name, f"{report.norm:.4g}", f"{report.cosine:.6f}", f"{report.relative_difference:.1e}",
                          f"{1e3 * report.seconds:.1f}", f"{report.tracing_seconds:.2f}", memory, ", ".join(remarks)])
-        return _table(rows)
+        healths = [f"{report.name}\n{report.health}" for report in self.reports if report.error is None]
+        return "\n\n".join([_table(rows)] + healths)
 
 
 def check_hypergradient(problem, inner_batches, outer_batch, hypergradient, max_entries=10, step_size=None, seed=0):
@@ -207,14 +211,17 @@ def compare_hypergradients(problem, inner_batches, outer_batch, methods, repeats
     if repeats < 1:
         raise ValueError(f"repeats must be a positive integer. Received: {repeats}")
     inner_batches = as_inner_batches(inner_batches)
-    reports, reference = [], None
+    reports, reference, inner = [], None, None
     for name, method in methods.items():
         _check_method(method)
         try:
-            report, reference = _report(name, method, problem, inner_batches, outer_batch, repeats, reference)
+            report, result, reference = _report(name, method, problem, inner_batches, outer_batch, repeats, reference)
         except ValueError as error:
-            report = MethodReport(name, error=str(error))
-        reports.append(report)
+            reports.append(MethodReport(name, error=str(error)))
+            continue
+        # Every method trains the same inner problem: its end is examined once.
+        inner = inner or inner_convergence(problem, inner_batches, result)
+        reports.append(dataclasses.replace(report, health=report_on(problem, method, result, inner)))
     return HypergradientComparison(reports)
 
 
@@ -239,7 +246,7 @@ def _report(name, method, problem, inner_batches, outer_batch, repeats, referenc
         relative_difference=difference, outer_loss=float(result.outer_loss), seconds=seconds,
         tracing_seconds=max(0.0, first - seconds), peak_bytes=memory.growth,
         diagnostics={key: float(value) for key, value in result.diagnostics.items()})
-    return report, reference
+    return report, result, reference
 
 
 class _ResidentMemory:
