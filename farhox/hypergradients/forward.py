@@ -19,11 +19,18 @@ class ForwardHG(HyperGradient):
     hypergradient is Z' dE/ds + dE/dλ. Time grows with P and memory is P copies of the state, whatever T: for a few
     scalar hyperparameters, and for training that goes on (real-time hyperparameter optimisation).
 
-    `result.carry` holds Z. Passing state and carry back continues both; passing the state alone starts Z at zero.
+    `result.carry` holds Z. Passing state and carry back continues both (with `HyperOptimizer(online=True)`: real-time
+    hyperparameter optimisation); passing the state alone starts Z at zero.
+
+    Args:
+        warm_restart: Bool. Keep no tangents: where the state goes on, Z starts at zero again, so that each
+            hypergradient is that of its own T steps.
 
     Reference:
-        [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785), Algorithm 2.
+        [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785), Algorithm 2 and section 4.
     """
+
+    warm_restart: bool = False
 
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
         outer = problem.outer_values()
@@ -70,9 +77,12 @@ class ForwardHG(HyperGradient):
             problem, gradients, reached,
             "ForwardHG sees what the inner steps, the outer objective and the initial state depend on.")
         diagnostics = common_diagnostics(gradients, at_end.loss, InnerRun(state, losses, norm, None))
-        return HyperGradientResult(gradients, at_end.loss, losses.stack(), state, tangents, diagnostics)
+        carry = [] if self.warm_restart else tangents
+        return HyperGradientResult(gradients, at_end.loss, losses.stack(), state, carry, diagnostics)
 
     def initial_carry(self, problem):
+        if self.warm_restart:
+            return []
         outer = problem.outer_values()
         return _initial_tangents(problem, outer, _unit_directions(outer), [False] * len(outer))
 
