@@ -34,8 +34,10 @@ class _Scope(keras.StatelessScope):
         self.assigned = []
 
     def add_update(self, update):
-        self.assigned.append(update[0])
-        super().add_update(update)
+        variable, value = update
+        self.assigned.append(variable)
+        # Of a variable that is assigned to another one, Keras would keep the object, which outside has another value.
+        super().add_update((variable, tf.convert_to_tensor(value)))
 
 
 def call(function, *arguments, bindings):

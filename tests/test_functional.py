@@ -96,3 +96,10 @@ def test_an_error_in_the_closure_leaves_the_scope(variable):
     np.testing.assert_array_equal(variable.numpy(), [1.0, 2.0])
     variable.assign([5.0, 6.0])
     np.testing.assert_array_equal(variable.numpy(), [5.0, 6.0])
+
+
+def test_a_variable_assigned_to_another_one_is_assigned_its_bound_tensor(variable):
+    other = keras.Variable(0.0 * variable.numpy())
+    result = _functional.call(lambda: other.assign(variable), bindings=[
+        (variable, tf.convert_to_tensor(variable) + 1.0), (other, tf.convert_to_tensor(other))])
+    np.testing.assert_array_equal(result.values[1], variable.numpy() + 1.0)
