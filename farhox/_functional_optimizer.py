@@ -4,17 +4,60 @@ The class of the copy stands in front of and behind the optimizer's class in the
 replaces what the TensorFlow backend does to raw variables by Keras' backend-independent rules.
 """
 
+import abc
 import numbers
 import re
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from farhox import _functional
 
 
-class Setting:
+class _Operand(abc.ABC):
+    """What is not a tensor but becomes one where it is used."""
+
+    @abc.abstractmethod
+    def __tf_tensor__(self, dtype=None, name=None):
+        """The tensor."""
+
+    def __neg__(self):
+        return -tf.convert_to_tensor(self)
+
+    def __add__(self, other):
+        return tf.convert_to_tensor(self) + other
+
+    def __radd__(self, other):
+        return other + tf.convert_to_tensor(self)
+
+    def __sub__(self, other):
+        return tf.convert_to_tensor(self) - other
+
+    def __rsub__(self, other):
+        return other - tf.convert_to_tensor(self)
+
+    def __mul__(self, other):
+        return tf.convert_to_tensor(self) * other
+
+    def __rmul__(self, other):
+        return other * tf.convert_to_tensor(self)
+
+    def __truediv__(self, other):
+        return tf.convert_to_tensor(self) / other
+
+    def __rtruediv__(self, other):
+        return other / tf.convert_to_tensor(self)
+
+    def __pow__(self, other):
+        return tf.convert_to_tensor(self) ** other
+
+    def __rpow__(self, other):
+        return other ** tf.convert_to_tensor(self)
+
+
+class Setting(_Operand):
     """A setting as the optimizer's code sees it: a tensor that compares with zero like a positive float.
 
     Optimizers ask in Python whether a setting is in use (`if self.momentum > 0`), which a tensor cannot answer in a
@@ -74,38 +117,28 @@ class Setting:
         raise TypeError(f"Only a float can be used as one in Python. The optimizer does so with its setting "
                         f"{self._name!r}, which is not a float here: give a float for it.")
 
-    def __neg__(self):
-        return -tf.convert_to_tensor(self)
 
-    def __add__(self, other):
-        return tf.convert_to_tensor(self) + other
+class Slot(keras.Variable):
+    """A variable of the optimizer whose `value` in a scope is read where it is used, as a `tf.Variable` is.
 
-    def __radd__(self, other):
-        return other + tf.convert_to_tensor(self)
+    ScheduleFreeAdamW takes `old = slot.value` before it assigns the slot. On TensorFlow, `old` is the new value then.
+    """
 
-    def __sub__(self, other):
-        return tf.convert_to_tensor(self) - other
+    @property
+    def value(self):
+        return _LateRead(self) if in_stateless_scope() else keras.Variable.value.fget(self)
 
-    def __rsub__(self, other):
-        return other - tf.convert_to_tensor(self)
 
-    def __mul__(self, other):
-        return tf.convert_to_tensor(self) * other
+class _LateRead(_Operand):
+    def __init__(self, slot):
+        self._slot = slot
 
-    def __rmul__(self, other):
-        return other * tf.convert_to_tensor(self)
+    def __tf_tensor__(self, dtype=None, name=None):
+        value = keras.Variable.value.fget(self._slot)
+        return tf.convert_to_tensor(value) if dtype is None else tf.cast(value, dtype)
 
-    def __truediv__(self, other):
-        return tf.convert_to_tensor(self) / other
-
-    def __rtruediv__(self, other):
-        return other / tf.convert_to_tensor(self)
-
-    def __pow__(self, other):
-        return tf.convert_to_tensor(self) ** other
-
-    def __rpow__(self, other):
-        return other ** tf.convert_to_tensor(self)
+    def __getattr__(self, name):
+        return getattr(tf.convert_to_tensor(self), name)
 
 
 def optimizer_config(optimizer):

@@ -16,15 +16,21 @@ import numpy as np
 import tensorflow as tf
 
 from farhox import _exact, _functional
-from farhox._functional_optimizer import Setting, functional_copy, optimizer_config, use_weight_decay_as, view_of
+from farhox._functional_optimizer import (
+    Setting, Slot, functional_copy, optimizer_config, use_weight_decay_as, view_of)
 from farhox.dynamics import InnerDynamics, check_setting, setting_per_variable
 from farhox.hyperparameters import Hyperparameter, OuterVariable
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 # Settings of every Keras optimizer that are floats if given and None by default.
 _OPTIONAL = ("weight_decay", *_CLIPPING)
-# Settings that reach the variables through the sign of a number alone.
-_PIECEWISE_CONSTANT = ((keras.optimizers.Lion, ("beta_1", "beta_2")),)
+# Newer than the oldest Keras that is supported; nothing is an instance of ().
+_MULTI_OPTIMIZER = getattr(keras.optimizers, "MultiOptimizer", ())
+_SCHEDULE_FREE = getattr(keras.optimizers, "ScheduleFreeAdamW", ())
+# Float settings that have no derivative: a gradient of zero would say nothing.
+_WITHOUT_DERIVATIVE = (
+    (keras.optimizers.Lion, ("beta_1", "beta_2"), "reaches the variables through a sign"),
+    (_SCHEDULE_FREE, ("beta_1",), "cancels out of what Keras does on TensorFlow"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -73,7 +79,7 @@ class KerasDynamics(InnerDynamics):
         if not isinstance(optimizer, base) or type(optimizer) is base:
             raise TypeError("optimizer must be an instance of a subclass of keras.optimizers.Optimizer. "
                             f"Received: {optimizer!r} of type {type(optimizer).__name__}")
-        if not isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        if not isinstance(optimizer, _MULTI_OPTIMIZER):
             _check_optimizer(optimizer, settings)
         for name, setting in settings.items():
             check_setting(name, setting, per_variable=name == "learning_rate")
@@ -118,7 +124,7 @@ class KerasDynamics(InnerDynamics):
 
 def learnable_settings(optimizer):
     """The names of a Keras optimizer's settings that can be outer variables, a sorted list."""
-    return sorted(_float_settings(optimizer) - _piecewise_constant(optimizer))
+    return sorted(_float_settings(optimizer) - set(_without_derivative(optimizer)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +217,8 @@ def _part(optimizer, variables, indices, settings):
     vars(built).update(probes, created=[])
     built.build(variables)
     slots = [slot for slot in built.variables if slot is not built._iterations and slot is not own_rate]
+    for slot in slots:
+        slot.__class__ = Slot
     part = dataclasses.replace(
         part, slots=slots, initial_values=[keras.ops.convert_to_numpy(slot) for slot in slots])
     depends = any(probe.used for probe in probes.values())
@@ -229,7 +237,7 @@ def _part(optimizer, variables, indices, settings):
 
 def _groups(optimizer, variables):
     """The optimizers that update the variables, each with the indices of its own."""
-    if not isinstance(optimizer, keras.optimizers.MultiOptimizer):
+    if not isinstance(optimizer, _MULTI_OPTIMIZER):
         return [(optimizer, list(range(len(variables))))]
     groups = {}
     for index, variable in enumerate(variables):
@@ -275,8 +283,10 @@ def _float_settings(optimizer):
     return names - ({"loss_scale_factor"} if optimizer.use_ema else {"loss_scale_factor", "ema_momentum"})
 
 
-def _piecewise_constant(optimizer):
-    return {name for kind, names in _PIECEWISE_CONSTANT if isinstance(optimizer, kind) for name in names}
+def _without_derivative(optimizer):
+    """Settings that cannot be learned, with the reason."""
+    return {name: reason for kind, names, reason in _WITHOUT_DERIVATIVE
+            if isinstance(optimizer, kind) for name in names}
 
 
 def _check_optimizer(optimizer, settings):
@@ -302,11 +312,12 @@ def _check_optimizer(optimizer, settings):
                 f"{kind} are: {', '.join(sorted(floats))}. Received: {name}"
                 f"{'' if value is None else f', which is {value!r} in the optimizer'}. What is not a float cannot be "
                 f"learned and is given to the optimizer itself: {kind}({name}=...).")
-        if name in _piecewise_constant(optimizer) and isinstance(setting, (keras.Variable, OuterVariable)):
+        reason = _without_derivative(optimizer).get(name)
+        if reason is not None and isinstance(setting, (keras.Variable, OuterVariable)):
             raise ValueError(
-                f"An outer variable must have a derivative. The step of {kind} depends on {name} through a sign, whose "
-                f"derivative is zero. Received: {name}={setting!r}. Give a float, or learn the momentum of "
-                "farhox.Momentum or the beta_1 of farhox.Adam instead.")
+                f"An outer variable must have a derivative. In {kind}, {name} {reason}: its derivative is zero. "
+                f"Received: {name}={setting!r}. Give a float, or learn the momentum of farhox.Momentum or the beta_1 "
+                "of farhox.Adam instead.")
     clipping = [name for name in _CLIPPING if name in settings or vars(optimizer)[name] is not None]
     if len(clipping) > 1:
         raise ValueError(f"At most one of {', '.join(_CLIPPING)} can be given. Received: {', '.join(clipping)}")
