@@ -16,11 +16,12 @@ from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # no
 from farhox.health import health  # noqa: E402
 from farhox.hyper_optimizer import HyperOptimizer  # noqa: E402
 from farhox.hypergradients import (  # noqa: E402
-    EpisodesHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ReverseHG)
+    EpisodesHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ObjectivesHG, ReverseHG)
 from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
 from farhox.keras_dynamics import KerasDynamics  # noqa: E402
 from farhox.linear_solvers import (  # noqa: E402
     GMRES, ConjugateGradient, Dense, FixedPoint, LinearSolver, Neumann, NormalConjugateGradient, Nystrom)
+from farhox.outer_optimizers import OptimizerGroups  # noqa: E402
 from farhox.problem import BilevelProblem, InnerState  # noqa: E402
 from farhox.regularizers import L1L2  # noqa: E402
 from farhox.supervised import supervised_problem  # noqa: E402
@@ -31,7 +32,7 @@ __all__ = [
     "Adam", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "Dense", "EpisodesHG", "ExampleWeights",
     "FixedPoint", "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer",
     "Hyperparameter", "ImplicitHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule",
-    "LinearSolver", "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ReverseHG", "Simplex",
-    "bilevel_dataset", "check_hypergradient", "compare_hypergradients", "gather", "health", "k_fold_dataset",
-    "repeat", "stack", "supervised_problem",
+    "LinearSolver", "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups",
+    "ReverseHG", "Simplex", "bilevel_dataset", "check_hypergradient", "compare_hypergradients", "gather", "health",
+    "k_fold_dataset", "repeat", "stack", "supervised_problem",
 ]

@@ -79,9 +79,8 @@ class HyperOptimizer(keras.Model):
         self._slots = [_kept(leaf) for leaf in tf.nest.flatten([initial.slots, initial.step])] if online else []
         self._slot_structure = [initial.slots, initial.step]
         self._keeps_carry = self.online or hypergradient.carry_outlives_state
-        self._carry = []
-        if self._keeps_carry:
-            self._carry = [_kept(leaf) for leaf in tf.nest.flatten(hypergradient.initial_carry(problem))]
+        self._carry_structure = hypergradient.initial_carry(problem) if self._keeps_carry else []
+        self._carry = [_kept(leaf) for leaf in tf.nest.flatten(self._carry_structure)]
         self.built = True
         self._step_function = None
         self._inner_function = None
@@ -309,7 +308,8 @@ class HyperOptimizer(keras.Model):
         return InnerState(values[:count], values[count:], slots, step)
 
     def _kept_carry(self):
-        return [tf.convert_to_tensor(variable) for variable in self._carry]
+        return tf.nest.pack_sequence_as(
+            self._carry_structure, [tf.convert_to_tensor(variable) for variable in self._carry])
 
     def _logs(self, outer_loss, state, outer_batch):
         self._outer_loss.update_state(outer_loss)

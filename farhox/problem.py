@@ -141,6 +141,27 @@ class BilevelProblem:
         """Whether an inner variable is an outer variable too."""
         return any(index is not None for index in self._learned)
 
+    def with_outer(self, outer_objective, outer_variables):
+        """The same inner problem under another outer objective, for some of the outer variables.
+
+        The others count as constants.
+
+        Args:
+            outer_objective: Callable `batch -> scalar`.
+            outer_variables: List as for the constructor.
+
+        Returns:
+            A `BilevelProblem`.
+        """
+        return BilevelProblem(
+            self._inner_objective, outer_objective, self.inner_variables, outer_variables, dynamics=self.dynamics,
+            state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions)
+
+    @property
+    def outer_objective(self):
+        """The outer objective as given."""
+        return self._outer_objective
+
     def outer_values(self):
         """The current values of the outer variables λ, a list of tensors."""
         return [tf.convert_to_tensor(variable) for variable in self.outer_variables]
