@@ -16,7 +16,7 @@ from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # no
 from farhox.health import health  # noqa: E402
 from farhox.hyper_optimizer import HyperOptimizer  # noqa: E402
 from farhox.hypergradients import (  # noqa: E402
-    EpisodesHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ObjectivesHG, ReverseHG)
+    EpisodesHG, EvoGradHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ObjectivesHG, ReverseHG)
 from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
 from farhox.keras_dynamics import KerasDynamics  # noqa: E402
 from farhox.linear_solvers import (  # noqa: E402
@@ -29,10 +29,10 @@ from farhox.supervised import supervised_problem  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adam", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "Dense", "EpisodesHG", "ExampleWeights",
-    "FixedPoint", "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer",
-    "Hyperparameter", "ImplicitHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule",
-    "LinearSolver", "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups",
-    "ReverseHG", "Simplex", "bilevel_dataset", "check_hypergradient", "compare_hypergradients", "gather", "health",
-    "k_fold_dataset", "repeat", "stack", "supervised_problem",
+    "Adam", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "Dense", "EpisodesHG", "EvoGradHG",
+    "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult",
+    "HyperOptimizer", "Hyperparameter", "ImplicitHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2",
+    "LearnedSchedule", "LinearSolver", "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG",
+    "OptimizerGroups", "ReverseHG", "Simplex", "bilevel_dataset", "check_hypergradient", "compare_hypergradients",
+    "gather", "health", "k_fold_dataset", "repeat", "stack", "supervised_problem",
 ]

@@ -2,11 +2,13 @@
 
 from farhox.hypergradients.base import HyperGradient, HyperGradientResult
 from farhox.hypergradients.episodes import EpisodesHG
+from farhox.hypergradients.evograd import EvoGradHG
 from farhox.hypergradients.forward import ForwardHG
 from farhox.hypergradients.implicit import ImplicitHG
 from farhox.hypergradients.objectives import ObjectivesHG
 from farhox.hypergradients.reverse import ReverseHG
 
 __all__ = [
-    "EpisodesHG", "ForwardHG", "HyperGradient", "HyperGradientResult", "ImplicitHG", "ObjectivesHG", "ReverseHG",
+    "EpisodesHG", "EvoGradHG", "ForwardHG", "HyperGradient", "HyperGradientResult", "ImplicitHG", "ObjectivesHG",
+    "ReverseHG",
 ]
