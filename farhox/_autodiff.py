@@ -12,6 +12,15 @@ def dense(gradient):
     return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
 
 
+def _distinct(tensors):
+    """The tensors as objects of their own.
+
+    A tape knows a tensor by its identity: with one object in two places it would return the sum of both derivatives,
+    twice. An inner state has such places, where a slot was assigned the value of its variable.
+    """
+    return [tf.identity(tensor) for tensor in tensors]
+
+
 def gradients(function, inputs):
     """Value and gradients of a scalar function.
 
@@ -22,6 +31,7 @@ def gradients(function, inputs):
     Returns:
         scalar, auxiliary nest, list of gradients aligned with `inputs` (None where the scalar does not depend).
     """
+    inputs = _distinct(inputs)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(inputs)
         value, auxiliary = function(inputs)
@@ -37,16 +47,16 @@ class Linearization:
         parameters: List of floating-point tensors.
 
     Attributes:
-        inputs, parameters: As given, the point of linearisation.
+        inputs, parameters: The point of linearisation.
         outputs: function(inputs + parameters).
     """
 
     def __init__(self, function, inputs, parameters):
-        self.inputs = inputs
-        self.parameters = parameters
+        self.inputs = _distinct(inputs)
+        self.parameters = _distinct(parameters)
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as self._tape:
-            self._tape.watch(inputs + parameters)
-            self.outputs = function(inputs + parameters)
+            self._tape.watch(self.inputs + self.parameters)
+            self.outputs = function(self.inputs + self.parameters)
 
     def input_product(self, cotangents):
         """(d outputs / d inputs)' cotangents as a list, zero where no output depends on an input."""
@@ -64,6 +74,7 @@ class Linearization:
 
 def transposed_product(function, inputs, cotangents):
     """cotangents' (d function / d inputs) at `inputs`: one step of reverse mode. List, None where independent."""
+    inputs = _distinct(inputs)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(inputs)
         outputs = function(inputs)
@@ -80,6 +91,7 @@ def forward_product(function, inputs, tangents):
     Returns:
         Outputs of the function, and the list of their tangents (zeros where independent).
     """
+    inputs = _distinct(inputs)
     try:
         with tf.autodiff.ForwardAccumulator(inputs, tangents) as accumulator:
             outputs = function(inputs)

@@ -1,0 +1,37 @@
+"""Products with Jacobians where one tensor stands in two places."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from farhox import _autodiff
+
+
+def function(inputs):
+    return [inputs[0] * inputs[0] * inputs[1]]
+
+
+def reverse(inputs):
+    return _autodiff.transposed_product(function, inputs, [tf.constant(1.0)])
+
+
+def scalar(inputs):
+    return _autodiff.gradients(lambda inputs: (function(inputs)[0], ()), inputs)[2]
+
+
+def linearized(inputs):
+    linearization = _autodiff.Linearization(function, inputs[:1], inputs[1:])
+    return linearization.input_product([tf.constant(1.0)]) + linearization.parameter_product([tf.constant(1.0)])
+
+
+def forward(inputs):
+    return [_autodiff.forward_product(function, inputs, [tf.constant(a), tf.constant(b)])[1][0]
+            for a, b in ((1.0, 0.0), (0.0, 1.0))]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("derivatives", [reverse, scalar, linearized, forward])
+def test_one_tensor_in_two_places_has_a_derivative_for_each(derivatives, compiled):
+    x = tf.constant(3.0)
+    result = (tf.function(derivatives) if compiled else derivatives)([x, x])
+    np.testing.assert_array_equal(result, [18.0, 9.0])
