@@ -184,7 +184,7 @@ NETWORKS = {
     "Conv2D": ((4, 4, 1), lambda: [_LAYERS.Conv2D(2, 3, padding="same", activation="tanh"), _LAYERS.Flatten()]),
     "DepthwiseConv2D": ((4, 4, 2), lambda: [_LAYERS.DepthwiseConv2D(3, activation="tanh"), _LAYERS.Flatten()]),
     "BatchNormalization": ((4,), lambda: [
-        _LAYERS.Dense(3), _LAYERS.BatchNormalization(momentum=0.5), _LAYERS.Activation("tanh")]),
+        _LAYERS.Dense(3, use_bias=False), _LAYERS.BatchNormalization(momentum=0.5), _LAYERS.Activation("tanh")]),
     "ConvBatchNormalization": ((3, 3, 1), lambda: [
         _LAYERS.Conv2D(2, 2, use_bias=False), _LAYERS.BatchNormalization(momentum=0.5), _LAYERS.Activation("tanh"),
         _LAYERS.Flatten()]),
@@ -195,7 +195,7 @@ NETWORKS = {
     "MaxPooling2D": ((4, 4, 1), lambda: [
         _LAYERS.Conv2D(2, 3, padding="same", activation="tanh"), _LAYERS.MaxPooling2D(), _LAYERS.Flatten()]),
     "AveragePooling2D": ((4, 4, 1), lambda: [
-        _LAYERS.Conv2D(2, 3, padding="same", activation="tanh"), _LAYERS.AveragePooling2D(), _LAYERS.Flatten()]),
+        _LAYERS.Conv2D(2, 3, padding="same", activation="tanh"), _LAYERS.AveragePooling2D(2), _LAYERS.Flatten()]),
     "Embedding": (7, lambda: [_LAYERS.Embedding(7, 3), _LAYERS.Flatten(), _LAYERS.Dense(3, activation="tanh")]),
     "LSTM": ((3, 2), lambda: [_LAYERS.LSTM(2)]),
     "GRU": ((3, 2), lambda: [_LAYERS.GRU(2)]),
@@ -264,7 +264,7 @@ def network_problem(name, dynamics="gradient_descent", steps=3, extra=()):
     model, inner_batches, outer_batch = model_and_data(name, steps=steps, extra=extra)
     dynamics, settings = dynamics_with_settings(dynamics)
     strength = farhox.Hyperparameter(0.02, low=0.0, log=True, name="strength", dtype=keras.config.floatx())
-    weights = variable(np.linspace(0.5, 1.5, 4), keras.config.floatx(), "weights")
+    weights = variable([0.7, 1.4], keras.config.floatx(), "weights")
 
     def losses(batch, training):
         x, y = batch
@@ -272,7 +272,7 @@ def network_problem(name, dynamics="gradient_descent", steps=3, extra=()):
 
     def inner_objective(batch):
         penalty = sum(keras.ops.sum(keras.ops.square(w)) for w in model.trainable_variables)
-        return keras.ops.mean(weights * losses(batch, True)) + strength() * penalty
+        return keras.ops.mean(keras.ops.tile(weights, 2) * losses(batch, True)) + strength() * penalty
 
     problem = farhox.BilevelProblem(
         inner_objective, lambda batch: keras.ops.mean(losses(batch, False)),
