@@ -2,7 +2,6 @@
 
 import dataclasses
 import numbers
-from typing import Any
 
 import tensorflow as tf
 
@@ -11,9 +10,9 @@ from farhox.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
     HyperGradient, HyperGradientResult, common_diagnostics, gradients_or_error, new_losses, run_inner)
 
-_SEES = ("EvoGradHG sees what the inner and the outer objective depend on, at the end of the inner training. A learning "
-         "rate or another setting of the dynamics, and an initial value without a proximal term, act through the path: "
-         "use ReverseHG or ForwardHG for them.")
+_SEES = ("EvoGradHG sees what the inner and the outer objective depend on, at the end of the inner training. A "
+         "learning rate or another setting of the dynamics, and an initial value without a proximal term, act through "
+         "the path: use ReverseHG or ForwardHG for them.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +23,10 @@ class EvoGradHG(HyperGradient):
 
         w_k = w_T + sigma ε_k;  p = softmax(-L(w_k, λ) / temperature);  w* = Σ_k p_k w_k;  hypergradient dE(w*, λ)/dλ.
 
-    First order only: `perturbations` forward passes and one backward pass through them, whatever T. It is a random
-    direction of descent rather than the hypergradient: its size depends on sigma and temperature, its sign is right on
-    average, and its noise falls with the number of perturbations. Outer optimizers that rescale (Adam) suit it.
+    First order only: K = `perturbations` forward passes and one backward pass through them, whatever T. The part that
+    goes through the inner training is random; for small sigma its mean is that of one differentiated gradient step of
+    size sigma^2 (1 - 1/K) / temperature. With the default settings that is about 1e-5: outer optimizers that rescale
+    (Adam) suit it, and a part of E that depends on λ explicitly would outweigh it.
 
     The draws follow from the seed and a count of hyper-iterations, which `result.carry` holds: passed back, the next
     computation draws anew; without a carry it repeats the same draws. Under `EpisodesHG`, which keeps no memory, every
@@ -58,8 +58,8 @@ class EvoGradHG(HyperGradient):
 
     def __post_init__(self):
         if not _is_integer(self.perturbations) or self.perturbations < 2:
-            raise ValueError("perturbations must be an integer of at least 2, because one copy always has the weight 1. "
-                             f"Received: {self.perturbations!r}")
+            raise ValueError("perturbations must be an integer of at least 2, because a single copy always has the "
+                             f"weight 1. Received: {self.perturbations!r}")
         for name in ("sigma", "temperature"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < float("inf"):
@@ -92,7 +92,8 @@ class EvoGradHG(HyperGradient):
             return problem.outer_loss(run.state._replace(variables=mixture), outer, outer_batch), ()
 
         loss, _, gradients = _autodiff.gradients(mixture_loss, outer)
-        gradients = gradients_or_error(problem, gradients, _reached(problem, run.state, outer, batch, outer_batch), _SEES)
+        reached = _reached(problem, run.state, outer, batch, outer_batch)
+        gradients = gradients_or_error(problem, gradients, reached, _SEES)
         outer_loss = problem.outer_loss(run.state, outer, outer_batch)
         diagnostics = common_diagnostics(gradients, outer_loss, run)
         diagnostics["mixture_loss"] = loss
@@ -106,9 +107,10 @@ class EvoGradHG(HyperGradient):
         key = tf.stack([tf.constant(self.seed, tf.int64), draw])
         noise = []
         for i, w in enumerate(variables):
-            # Drawn in one type for all, so that the signs do not depend on the precision of the model.
+            # One type and one generator for all: the draws depend neither on the precision of the model nor on XLA.
             normal = tf.random.stateless_normal(
-                [self.perturbations, *w.shape], tf.random.fold_in(key, i), dtype=tf.float32)
+                [self.perturbations, *w.shape], tf.random.fold_in(key, i, alg="philox"), dtype=tf.float32,
+                alg="philox")
             if self.sign:
                 normal = tf.where(normal < 0, -tf.ones_like(normal), tf.ones_like(normal))
             noise.append(tf.cast(normal, w.dtype))
