@@ -18,9 +18,17 @@ from farhox.hyperparameters import Hyperparameter
 
 
 class InnerDynamics(abc.ABC):
-    """The update rule of inner training. Subclasses are frozen settings; the state is passed in and out."""
+    """The update rule of inner training. Subclasses are frozen settings; the state is passed in and out.
+
+    Attributes:
+        first_order: Bool, whether the inner gradient is a constant for the derivative of the step.
+        needs_objective: Bool, whether `update` takes a fifth argument, the inner objective of the step: a callable
+            `list of tensors -> scalar` of the inner variables, on the step's batch, proximal term included. For rules
+            that look at other points, as a line search does.
+    """
 
     first_order = False
+    needs_objective = False
 
     @abc.abstractmethod
     def initial_slots(self, variables):

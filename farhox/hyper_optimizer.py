@@ -7,7 +7,7 @@ import tensorflow as tf
 from farhox import _tree
 from farhox.batches import as_inner_batches, num_steps
 from farhox.hypergradients import HyperGradient, ReverseHG
-from farhox.hypergradients.base import new_losses, run_inner
+from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
 from farhox.problem import BilevelProblem, InnerState, variable_names
 from farhox.supervised import LABEL_RULE
 
@@ -292,7 +292,7 @@ class HyperOptimizer(keras.Model):
             variable.assign(value)
         for variable, value in zip(self._slots, tf.nest.flatten([run.state.slots, run.state.step])):
             variable.assign(value)
-        return run.losses.stack()
+        return stacked_losses(self.problem, run)
 
     def _run(self, inner_batches, outer, state=None):
         inner_batches = as_inner_batches(inner_batches)

@@ -85,9 +85,11 @@ class BilevelProblem:
         proximal: Float or `Hyperparameter` ρ, adds ρ/2 ||w - w_0||^2 to the inner objective. Default: none.
         outer_predictions: Callable `batch -> (targets, predictions, sample_weight or None)` of the outer objective's
             model, for metrics. Default: none.
+        stop_tolerance: Positive float: inner training ends after the first step at whose start the norm of the inner
+            gradient was below it, and T is the most it can take. Default: none, always T steps.
 
     Attributes:
-        inner_variables, state_variables: As given.
+        inner_variables, state_variables, stop_tolerance: As given.
         outer_variables: Flat list of `keras.Variable`, the order of every list of hypergradients.
         hyperparameters: The entries of `outer_variables` that have natural units.
         dynamics: As given, bound to the inner variables.
@@ -101,7 +103,7 @@ class BilevelProblem:
     """
 
     def __init__(self, inner_objective, outer_objective, inner_variables, outer_variables, dynamics=None,
-                 state_variables=None, proximal=None, outer_predictions=None):
+                 state_variables=None, proximal=None, outer_predictions=None, stop_tolerance=None):
         for name, objective in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
             if not callable(objective):
                 raise TypeError(f"{name} must be a callable batch -> scalar. Received: {objective!r}")
@@ -115,6 +117,9 @@ class BilevelProblem:
             raise TypeError(f"proximal must be a float, a farhox.Hyperparameter or None. Received: {proximal!r}")
         if isinstance(proximal, numbers.Real) and not 0 <= proximal < float("inf"):
             raise ValueError(f"proximal must be finite and not negative. Received: {proximal}")
+        if stop_tolerance is not None and (isinstance(stop_tolerance, bool) or not isinstance(
+                stop_tolerance, numbers.Real) or not 0 < stop_tolerance < float("inf")):
+            raise ValueError(f"stop_tolerance must be a positive number or None. Received: {stop_tolerance!r}")
         self.inner_variables = _checked_variables("inner_variables", inner_variables)
         self.outer_variables = _checked_variables("outer_variables", outer_variables)
         self.hyperparameters = [entry for entry in outer_variables if isinstance(entry, OuterVariable)]
@@ -122,6 +127,7 @@ class BilevelProblem:
         self.dynamics = dynamics.bound_to(self.inner_variables)
         self.proximal = proximal
         self.outer_predictions = outer_predictions
+        self.stop_tolerance = stop_tolerance
         self._inner_objective = inner_objective
         self._outer_objective = outer_objective
         outer_index = {id(variable): i for i, variable in enumerate(self.outer_variables)}
@@ -155,7 +161,8 @@ class BilevelProblem:
         """
         return BilevelProblem(
             self._inner_objective, outer_objective, self.inner_variables, outer_variables, dynamics=self.dynamics,
-            state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions)
+            state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions,
+            stop_tolerance=self.stop_tolerance)
 
     @property
     def outer_objective(self):
@@ -234,6 +241,19 @@ class BilevelProblem:
         Raises:
             ValueError: If the inner objective does not depend on an inner variable; it is named.
         """
+        loss, state_variables, gradients = self.step_gradients(state, outer, batch)
+        variables, slots = self.updated(gradients, state, outer, batch)
+        return StepResult(
+            state=InnerState(variables, state_variables, slots, state.step + 1),
+            loss=tf.cast(loss, self.loss_dtype),
+            gradient_norm=tf.cast(_tree.norm(gradients), self.loss_dtype))
+
+    def step_gradients(self, state, outer, batch):
+        """The first half of `step`: `inner_gradients` at a state, as the dynamics are given them.
+
+        Raises:
+            ValueError: If the inner objective does not depend on an inner variable; it is named.
+        """
         loss, state_variables, gradients = self.inner_gradients(
             state.variables, state.state_variables, outer, batch)
         missing = [v for v, gradient in zip(self.inner_variables, gradients) if gradient is None]
@@ -242,13 +262,16 @@ class BilevelProblem:
                              f"{variable_names(missing)}: take them out of inner_variables.")
         if self.dynamics.first_order:
             gradients = [tf.stop_gradient(gradient) for gradient in gradients]
-        variables, slots = _functional.call(
-            self.dynamics.update, gradients, state.variables, state.slots, state.step,
+        return loss, state_variables, gradients
+
+    def updated(self, gradients, state, outer, batch):
+        """The second half of `step`: the inner variables and slots that the dynamics make of the gradients."""
+        objective = []
+        if self.dynamics.needs_objective:
+            objective = [lambda variables: self.inner_loss(variables, state.state_variables, outer, batch)[0]]
+        return _functional.call(
+            self.dynamics.update, gradients, state.variables, state.slots, state.step, *objective,
             bindings=zip(self.outer_variables, outer)).value
-        return StepResult(
-            state=InnerState(variables, state_variables, slots, state.step + 1),
-            loss=tf.cast(loss, self.loss_dtype),
-            gradient_norm=tf.cast(_tree.norm(gradients), self.loss_dtype))
 
     def outer_loss(self, state, outer, batch):
         """The outer objective E(s, λ), a scalar. What it assigns is dropped."""

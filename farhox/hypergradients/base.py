@@ -16,11 +16,13 @@ class HyperGradientResult(NamedTuple):
     Attributes:
         gradients: List of tensors aligned with `problem.outer_variables`, dE/dλ.
         outer_loss: Scalar, E(s_T, λ).
-        inner_losses: Tensor [T], the inner objective before each step.
+        inner_losses: Tensor [T], the inner objective before each step; when the training stopped early, the last one
+            fills the rest.
         state: The inner state s_T; pass it back to go on from there.
         carry: The method's own memory; pass it back together with the state.
         diagnostics: Dictionary of scalar tensors. Always there: "finite" (bool), "inner_gradient_norm" (before the last
-            step), "hypergradient_norm". Implicit methods add the residual and the steps of their linear solver.
+            step), "inner_steps" (int, the steps taken), "hypergradient_norm". Implicit methods add the residual and the
+            steps of their linear solver.
     """
 
     gradients: list
@@ -36,14 +38,16 @@ class InnerRun(NamedTuple):
 
     Attributes:
         state: The state after the last step.
-        losses: `tf.TensorArray` with the inner objective before each step.
+        losses: `tf.TensorArray` with the inner objective before each step; see `stacked_losses`.
         gradient_norm: Scalar, the norm of the last inner gradient.
+        steps: Scalar int32, the index of the step after the last one.
         store: A `StateStore` with the states before each step, or None.
     """
 
     state: Any
     losses: Any
     gradient_norm: Any
+    steps: Any
     store: Any
 
 
@@ -98,7 +102,7 @@ class HyperGradient(abc.ABC):
         steps = num_steps(inner_batches)
         run = run_inner(
             problem, problem.initial_state(outer), outer, inner_batches, 0, steps, new_losses(problem, steps))
-        return Evaluation(problem.outer_loss(run.state, outer, outer_batch), run.losses.stack(), run.state)
+        return Evaluation(problem.outer_loss(run.state, outer, outer_batch), stacked_losses(problem, run), run.state)
 
     def predict(self, problem, state, outer_batch):
         """Targets, predictions and sample weights (or None) of the outer batch at the state `state`, for metrics."""
@@ -142,8 +146,8 @@ class StateStore:
         return StateStore(self._like, arrays=arrays)
 
 
-def run_inner(problem, state, outer, inner_batches, start, stop, losses, store=None):
-    """Inner steps `start` to `stop` in one `tf.while_loop`.
+def run_inner(problem, state, outer, inner_batches, start, stop, losses, store=None, norm=None, replay=False):
+    """Inner steps `start` to `stop` in one `tf.while_loop`; fewer where the problem's stop tolerance is reached.
 
     Args:
         problem: A `BilevelProblem`.
@@ -153,22 +157,47 @@ def run_inner(problem, state, outer, inner_batches, start, stop, losses, store=N
         start, stop: Ints or scalar int32 tensors.
         losses: `tf.TensorArray`; the inner objective before step t is written at t.
         store: A `StateStore` or None; the state before step t is written at t - start.
+        norm: The norm of the inner gradient at step start - 1, or None.
+        replay: Bool. These steps were taken before: all of them are taken again, whatever the tolerance.
 
     Returns:
         An `InnerRun`.
     """
+    if norm is None:
+        norm = norm_before_first_step(problem)
+
     def body(t, state, losses, norm, arrays):
         if store is not None:
             arrays = store.with_arrays(arrays).write(t - start, state).arrays
         result = problem.step(state, outer, batch_at(inner_batches, t))
         return t + 1, result.state, losses.write(t, result.loss), result.gradient_norm, arrays
 
-    _, state, losses, norm, arrays = tf.while_loop(
-        lambda t, *_: t < stop, body,
-        [tf.convert_to_tensor(start, tf.int32), state, losses, tf.zeros([], problem.loss_dtype),
-         [] if store is None else store.arrays],
+    steps, state, losses, norm, arrays = tf.while_loop(
+        lambda t, state, losses, norm, arrays: t < stop if replay else goes_on(problem, t, stop, norm), body,
+        [tf.convert_to_tensor(start, tf.int32), state, losses, norm, [] if store is None else store.arrays],
         parallel_iterations=1)
-    return InnerRun(state, losses, norm, None if store is None else store.with_arrays(arrays))
+    return InnerRun(state, losses, norm, steps, None if store is None else store.with_arrays(arrays))
+
+
+def goes_on(problem, index, stop, norm):
+    """Whether a loop over inner training goes on: `index` < `stop`, and `norm` has not fallen below the tolerance."""
+    if problem.stop_tolerance is None:
+        return index < stop
+    # What is not a number is not below.
+    return tf.logical_and(index < stop, tf.logical_not(norm < problem.stop_tolerance))
+
+
+def norm_before_first_step(problem):
+    """A norm that lets the first step be taken."""
+    return tf.constant(0.0 if problem.stop_tolerance is None else float("inf"), problem.loss_dtype)
+
+
+def stacked_losses(problem, run):
+    """The inner losses of a run as a tensor [T]; after an early stop the last one fills the rest."""
+    losses = run.losses.stack()
+    if problem.stop_tolerance is None:
+        return losses
+    return tf.where(tf.range(tf.shape(losses)[0]) < run.steps, losses, losses[run.steps - 1])
 
 
 def new_losses(problem, steps):
@@ -203,10 +232,25 @@ def gradients_or_error(problem, gradients, reached, reason):
     return gradients
 
 
+def add_initial_dynamics(problem, outer, adjoint, gradients, reached):
+    """gradients + (∂Φ_0/∂λ)' adjoint; `reached` is updated in place with the variables that Φ_0 depends on."""
+    products = _autodiff.transposed_product(
+        lambda inputs: float_leaves(problem.initial_state(inputs)), list(outer), adjoint)
+    for i, product in enumerate(products):
+        reached[i] = reached[i] or product is not None
+    return [total if product is None else total + product for total, product in zip(gradients, products)]
+
+
+def zeros_for_none(products, like):
+    """The products, zero tensors where there is none."""
+    return [tf.zeros_like(leaf) if product is None else product for product, leaf in zip(products, like)]
+
+
 def common_diagnostics(gradients, outer_loss, run):
     """The diagnostics that every method reports."""
     return {
         "finite": tf.logical_and(_tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
         "inner_gradient_norm": run.gradient_norm,
+        "inner_steps": run.steps,
         "hypergradient_norm": _tree.norm(gradients),
     }

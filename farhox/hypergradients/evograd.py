@@ -8,7 +8,8 @@ import tensorflow as tf
 from farhox import _autodiff
 from farhox.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, common_diagnostics, gradients_or_error, new_losses, run_inner)
+    HyperGradient, HyperGradientResult, common_diagnostics, gradients_or_error, new_losses, run_inner,
+    stacked_losses)
 
 _SEES = ("EvoGradHG sees what the inner and the outer objective depend on, at the end of the inner training. A "
          "learning rate or another setting of the dynamics, and an initial value without a proximal term, act through "
@@ -72,7 +73,7 @@ class EvoGradHG(HyperGradient):
         steps = num_steps(inner_batches)
         state = problem.initial_state(outer) if state is None else state
         run = run_inner(problem, state, outer, inner_batches, 0, steps, new_losses(problem, steps))
-        batch = batch_at(inner_batches, steps - 1)
+        batch = batch_at(inner_batches, run.steps - 1)
         (draw,) = carry or [tf.constant(0, tf.int64)]
         noise = self._noise(run.state.variables, draw)
 
@@ -97,7 +98,8 @@ class EvoGradHG(HyperGradient):
         outer_loss = problem.outer_loss(run.state, outer, outer_batch)
         diagnostics = common_diagnostics(gradients, outer_loss, run)
         diagnostics["mixture_loss"] = loss
-        return HyperGradientResult(gradients, outer_loss, run.losses.stack(), run.state, [draw + 1], diagnostics)
+        return HyperGradientResult(
+            gradients, outer_loss, stacked_losses(problem, run), run.state, [draw + 1], diagnostics)
 
     def initial_carry(self, problem):
         return [tf.constant(0, tf.int64)]

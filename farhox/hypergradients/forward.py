@@ -7,7 +7,8 @@ import tensorflow as tf
 from farhox import _autodiff
 from farhox.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, InnerRun, common_diagnostics, gradients_or_error, new_losses, reached_by_step)
+    HyperGradient, HyperGradientResult, InnerRun, common_diagnostics, goes_on, gradients_or_error, new_losses,
+    norm_before_first_step, reached_by_step, stacked_losses)
 from farhox.problem import float_leaves, with_float_leaves
 
 
@@ -65,9 +66,9 @@ class ForwardHG(HyperGradient):
             result = problem.step(state, outer, batch)
             return t + 1, result.state, new_tangents, losses.write(t, result.loss), result.gradient_norm
 
-        _, state, tangents, losses, norm = tf.while_loop(
-            lambda t, *_: t < steps, body,
-            [tf.constant(0), state, tangents, new_losses(problem, steps), tf.zeros([], problem.loss_dtype)],
+        taken, state, tangents, losses, norm = tf.while_loop(
+            lambda t, state, tangents, losses, norm: goes_on(problem, t, steps, norm), body,
+            [tf.constant(0), state, tangents, new_losses(problem, steps), norm_before_first_step(problem)],
             parallel_iterations=1)
 
         at_end = problem.outer_gradients(state, outer, outer_batch)
@@ -76,9 +77,10 @@ class ForwardHG(HyperGradient):
         gradients = gradients_or_error(
             problem, gradients, reached,
             "ForwardHG sees what the inner steps, the outer objective and the initial state depend on.")
-        diagnostics = common_diagnostics(gradients, at_end.loss, InnerRun(state, losses, norm, None))
+        run = InnerRun(state, losses, norm, taken, None)
+        diagnostics = common_diagnostics(gradients, at_end.loss, run)
         carry = [] if self.warm_restart else tangents
-        return HyperGradientResult(gradients, at_end.loss, losses.stack(), state, carry, diagnostics)
+        return HyperGradientResult(gradients, at_end.loss, stacked_losses(problem, run), state, carry, diagnostics)
 
     def initial_carry(self, problem):
         if self.warm_restart:

@@ -9,7 +9,8 @@ import tensorflow as tf
 from farhox import _autodiff, _tree
 from farhox.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, common_diagnostics, gradients_or_error, new_losses, run_inner)
+    HyperGradient, HyperGradientResult, common_diagnostics, gradients_or_error, new_losses, run_inner,
+    stacked_losses)
 from farhox.linear_solvers import ConjugateGradient, LinearSolver
 from farhox.problem import float_leaves, with_float_leaves
 
@@ -65,7 +66,7 @@ class ImplicitHG(HyperGradient):
         state = problem.initial_state(outer) if state is None else state
         run = run_inner(problem, state, outer, inner_batches, 0, steps, new_losses(problem, steps))
         at_end = problem.outer_gradients(run.state, outer, outer_batch)
-        batch = batch_at(inner_batches, steps - 1)
+        batch = batch_at(inner_batches, run.steps - 1)
 
         gradient = _gradient_system(problem, run.state, outer, batch)
         seen = gradient.parameter_product(gradient.outputs)
@@ -93,7 +94,7 @@ class ImplicitHG(HyperGradient):
         diagnostics.update(solver_residual=solution.residual, solver_steps=solution.steps,
                            solver_failed=solution.failed)
         carry = [solution.vector, iteration + 1]
-        return HyperGradientResult(gradients, at_end.loss, run.losses.stack(), run.state, carry, diagnostics)
+        return HyperGradientResult(gradients, at_end.loss, stacked_losses(problem, run), run.state, carry, diagnostics)
 
     def initial_carry(self, problem):
         state = problem.initial_state()

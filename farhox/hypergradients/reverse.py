@@ -10,7 +10,8 @@ import tensorflow as tf
 from farhox import _autodiff
 from farhox.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, StateStore, common_diagnostics, gradients_or_error, new_losses, run_inner)
+    HyperGradient, HyperGradientResult, InnerRun, StateStore, add_initial_dynamics, common_diagnostics, goes_on,
+    gradients_or_error, new_losses, run_inner, stacked_losses, zeros_for_none)
 from farhox.problem import float_leaves, with_float_leaves
 
 
@@ -52,22 +53,30 @@ class ReverseHG(HyperGradient):
         if from_initial_state:
             state = problem.initial_state(outer)
         steps = num_steps(inner_batches)
+        losses = new_losses(problem, steps)
+        if problem.stop_tolerance is not None and self.truncation is not None:
+            # Which steps are the last ones shows only at the end: the inner training runs once more.
+            steps = run_inner(problem, state, outer, inner_batches, 0, steps, new_losses(problem, steps)).steps
         first = self._first_differentiated_step(steps)
         segment = self._segment_length(steps, first)
 
-        run = run_inner(problem, state, outer, inner_batches, 0, first, new_losses(problem, steps))
+        run = run_inner(problem, state, outer, inner_batches, 0, first, losses)
         run, segments = _run_in_segments(problem, run, outer, inner_batches, first, steps, segment)
+        if problem.stop_tolerance is not None:
+            steps = run.steps
         at_end = problem.outer_gradients(run.state, outer, outer_batch)
         reached = [gradient is not None for gradient in at_end.outer]
-        adjoint = _zeros_for_none(at_end.state, float_leaves(run.state))
-        gradients = _zeros_for_none(at_end.outer, outer)
+        adjoint = zeros_for_none(at_end.state, float_leaves(run.state))
+        gradients = zeros_for_none(at_end.outer, outer)
 
         if self.truncation != 0:
             adjoint, gradients = _walk_back(
                 problem, segments, outer, inner_batches, first, steps, segment, adjoint, gradients, reached)
-        if from_initial_state and (self.truncation is None or (isinstance(first, int) and first == 0)):
-            gradients = _add_initial_dynamics(problem, outer, adjoint, gradients, reached)
-        elif self.truncation == 0:
+            if from_initial_state and not (isinstance(first, int) and first > 0):
+                if not isinstance(first, int):
+                    adjoint = [tf.where(first > 0, tf.zeros_like(part), part) for part in adjoint]
+                gradients = add_initial_dynamics(problem, outer, adjoint, gradients, reached)
+        else:
             reached = [True] * len(outer)  # What the user asked for: the explicit dependence alone.
 
         gradients = gradients_or_error(
@@ -75,7 +84,8 @@ class ReverseHG(HyperGradient):
             "ReverseHG sees what the inner steps, the outer objective and the initial state depend on"
             f"{'' if from_initial_state else '; a state that is passed in does not depend on initial values'}.")
         return HyperGradientResult(
-            gradients, at_end.loss, run.losses.stack(), run.state, [], common_diagnostics(gradients, at_end.loss, run))
+            gradients, at_end.loss, stacked_losses(problem, run), run.state, [],
+            common_diagnostics(gradients, at_end.loss, run))
 
     def _first_differentiated_step(self, steps):
         if self.truncation is None:
@@ -96,22 +106,23 @@ def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment):
     """The differentiated part of the inner training, and the store of its states or of each segment's first state."""
     if segment is None:
         store = StateStore(run.state, steps - first)
-        run = run_inner(problem, run.state, outer, inner_batches, first, steps, run.losses, store)
+        run = run_inner(
+            problem, run.state, outer, inner_batches, first, steps, run.losses, store, norm=run.gradient_norm)
         return run, run.store
     count = (steps - first + segment - 1) // segment
     store = StateStore(run.state, count)
 
-    def body(index, state, losses, norm, arrays):
+    def body(index, state, losses, norm, taken, arrays):
         arrays = store.with_arrays(arrays).write(index, state).arrays
         start = first + index * segment
-        inner = run_inner(problem, state, outer, inner_batches, start, tf.minimum(start + segment, steps), losses)
-        return index + 1, inner.state, inner.losses, inner.gradient_norm, arrays
+        stop = tf.minimum(start + segment, steps)
+        run = run_inner(problem, state, outer, inner_batches, start, stop, losses, norm=norm)
+        return index + 1, run.state, run.losses, run.gradient_norm, run.steps, arrays
 
-    _, state, losses, norm, arrays = tf.while_loop(
-        lambda index, *_: index < count, body,
-        [tf.constant(0), run.state, run.losses, run.gradient_norm, store.arrays], parallel_iterations=1)
-    run = run._replace(state=state, losses=losses, gradient_norm=norm)
-    return run, store.with_arrays(arrays)
+    _, *ended, arrays = tf.while_loop(
+        lambda index, state, losses, norm, taken, arrays: goes_on(problem, index, count, norm), body,
+        [tf.constant(0), run.state, run.losses, run.gradient_norm, run.steps, store.arrays], parallel_iterations=1)
+    return InnerRun(*ended, None), store.with_arrays(arrays)
 
 
 def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjoint, gradients, reached):
@@ -129,7 +140,7 @@ def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjo
         state = store.read(index)
         states = StateStore(state, segment)
         states = run_inner(
-            problem, state, outer, inner_batches, start, stop, new_losses(problem, steps), states).store
+            problem, state, outer, inner_batches, start, stop, new_losses(problem, steps), states, replay=True).store
         adjoint, gradients = _reverse_steps(
             problem, states, outer, inner_batches, start, stop, adjoint, gradients, reached)
         return index - 1, adjoint, gradients
@@ -157,7 +168,7 @@ def _reverse_steps(problem, states, outer, inner_batches, start, stop, adjoint, 
         products = _autodiff.transposed_product(step, leaves + list(outer), adjoint)
         for i, product in enumerate(products[len(leaves):]):
             reached[i] = reached[i] or product is not None
-        adjoint = _zeros_for_none(products[:len(leaves)], leaves)
+        adjoint = zeros_for_none(products[:len(leaves)], leaves)
         gradients = [total if product is None else total + product
                      for total, product in zip(gradients, products[len(leaves):])]
         return t - 1, adjoint, gradients
@@ -166,19 +177,6 @@ def _reverse_steps(problem, states, outer, inner_batches, start, stop, adjoint, 
         lambda t, *_: t >= start, body, [tf.convert_to_tensor(stop - 1, tf.int32), adjoint, gradients],
         parallel_iterations=1)
     return adjoint, gradients
-
-
-def _add_initial_dynamics(problem, outer, adjoint, gradients, reached):
-    """gradients + (∂Φ_0/∂λ)' adjoint."""
-    products = _autodiff.transposed_product(
-        lambda inputs: float_leaves(problem.initial_state(inputs)), list(outer), adjoint)
-    for i, product in enumerate(products):
-        reached[i] = reached[i] or product is not None
-    return [total if product is None else total + product for total, product in zip(gradients, products)]
-
-
-def _zeros_for_none(products, like):
-    return [tf.zeros_like(leaf) if product is None else product for product, leaf in zip(products, like)]
 
 
 def _is_integer(value):
