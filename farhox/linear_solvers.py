@@ -279,7 +279,7 @@ class Nystrom(LinearSolver):
         q, r = tf.linalg.qr(columns)
         core = r @ tf.linalg.pinv(tf.gather(columns, order)) @ tf.transpose(r)
         inside = tf.linalg.matvec(q, rhs, transpose_a=True)
-        solved = tf.linalg.solve(core + rho * tf.eye(rank, dtype=rhs.dtype), inside[:, tf.newaxis])[:, 0]
+        solved = _solve_square(core + rho * tf.eye(rank, dtype=rhs.dtype), inside)
         outside = rhs - tf.linalg.matvec(q, inside)
         # A second projection: what rounding left inside the columns' space must not be divided by a small rho.
         outside -= tf.linalg.matvec(q, tf.linalg.matvec(q, outside, transpose_a=True))
@@ -290,7 +290,9 @@ class Nystrom(LinearSolver):
 
 @dataclasses.dataclass(frozen=True)
 class Dense(LinearSolver):
-    """Builds A from n products and solves by LU decomposition: exact, for up to a few thousand inner variables.
+    """Builds A from n products and solves by QR decomposition: exact, for up to a few thousand inner variables.
+
+    The solution is not a number and `failed` is set where A is singular or not finite.
 
     Args:
         max_dimension: Positive int; larger systems are an error, since A would need n^2 numbers.
@@ -311,7 +313,7 @@ class Dense(LinearSolver):
                              f"Received: n={dimension}. Use ConjugateGradient or Nystrom.")
         # Row i is (A e_i)': the matrix comes out transposed.
         rows = _products_with_unit_vectors(matvec, tf.range(dimension), dimension, rhs.dtype)
-        vector = tf.linalg.solve(rows, rhs[:, tf.newaxis], adjoint=True)[:, 0]
+        vector = _solve_square(tf.transpose(rows), rhs)
         residual = _relative(rhs - matvec(vector), rhs)
         return LinearSolution(
             vector, residual, tf.constant(dimension + 1), tf.logical_not(tf.math.is_finite(residual)))
@@ -380,6 +382,17 @@ def _products_with_unit_vectors(matvec, indices, dimension, dtype):
     """A e_i for each index, as the rows of a matrix."""
     product = tf.autograph.experimental.do_not_convert(lambda i: matvec(tf.one_hot(i, dimension, dtype=dtype)))
     return tf.map_fn(product, indices, fn_output_signature=dtype, parallel_iterations=1)
+
+
+def _solve_square(matrix, vector):
+    """Not a number where the matrix is singular or not finite: TensorFlow's solve would stop the whole graph there."""
+    finite = tf.reduce_all(tf.math.is_finite(matrix))
+    identity = tf.eye(matrix.shape[0], dtype=matrix.dtype)
+    q, r = tf.linalg.qr(tf.where(finite, matrix, identity))
+    regular = finite & tf.reduce_all(tf.not_equal(tf.linalg.diag_part(r), 0))
+    inside = tf.linalg.matvec(q, vector, transpose_a=True)
+    solution = tf.linalg.triangular_solve(tf.where(regular, r, identity), inside[:, tf.newaxis], lower=False)[:, 0]
+    return tf.where(regular, solution, tf.fill(tf.shape(solution), tf.constant(float("nan"), solution.dtype)))
 
 
 def _normalised(vector):

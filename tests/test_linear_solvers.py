@@ -134,6 +134,21 @@ def test_right_hand_side_that_is_not_finite_does_not_come_out_as_a_number(name):
     assert not np.all(np.isfinite(solution.vector))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("matrix", [np.diag([1.0, 0.0]), np.diag([1.0, np.nan]), np.diag([np.inf, 1.0])])
+@pytest.mark.parametrize("solver", [farhox.Dense(), farhox.Nystrom(rank=2, rho=0.1), farhox.GMRES()])
+def test_singular_or_infinite_matrix_does_not_stop_the_graph(solver, matrix, compiled):
+    def call():
+        return solve(solver, matrix, [1.0, 1.0])
+
+    solution = tf.function(call, autograph=False)() if compiled else call()
+    finite = np.all(np.isfinite(matrix))
+    if isinstance(solver, farhox.Dense) or not finite:
+        assert solution.failed and not np.all(np.isfinite(solution.vector))
+    elif isinstance(solver, farhox.Nystrom):
+        np.testing.assert_allclose(solution.vector, [1 / 1.1, 1 / 0.1], rtol=1e-9)
+
+
 def test_conjugate_gradient_reports_negative_curvature():
     solution = solve(farhox.ConjugateGradient(), np.diag([1.0, -2.0]), [0.0, 1.0])
     assert solution.failed

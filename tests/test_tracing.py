@@ -1,0 +1,226 @@
+"""How a computation runs: pure, reproducible, traced once, in every mode of TensorFlow."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import assert_close, assert_identical, network_problem, scalar_quadratic
+
+import farhox
+
+METHODS = {
+    "reverse": farhox.ReverseHG(),
+    "checkpointed": farhox.ReverseHG(truncation=5, checkpoint_every=2),
+    "forward": farhox.ForwardHG(),
+    "implicit": farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=3)),
+}
+methods = pytest.mark.parametrize("method", list(METHODS.values()), ids=list(METHODS))
+
+
+def case_for(method, steps=2, name="Dropout"):
+    """A small network; for implicit differentiation without the learning rate."""
+    case = network_problem(name, steps=steps)
+    if not isinstance(method, farhox.ImplicitHG):
+        return case
+    problem = case.problem
+    return case._replace(problem=farhox.BilevelProblem(
+        problem._inner_objective, problem._outer_objective, problem.inner_variables, problem.outer_variables[1:],
+        farhox.GradientDescent(0.1), problem.state_variables))
+
+
+def operations(graph):
+    """Number of operations of a graph and of all functions in it: loop bodies, branches, calls."""
+    definition = graph.as_graph_def()
+    return len(definition.node) + sum(len(function.node_def) for function in definition.library.function)
+
+
+@methods
+def test_no_variable_changes_no_bit_differs_and_both_modes_agree(method, float64):
+    case = case_for(method, name="BatchNormalization")
+    variables = case.problem.inner_variables + case.problem.state_variables + case.problem.outer_variables
+    before = [variable.numpy() for variable in variables]
+    results = []
+    for compute in (method.compute, tf.function(method.compute, autograph=False)):
+        results.append(compute(*case[:3]))
+        assert_identical(compute(*case[:3]), results[-1])
+        assert_identical([variable.numpy() for variable in variables], before)
+    eager, graph = results
+    tf.nest.assert_same_structure(graph, eager)
+    for a, b in zip(tf.nest.flatten(graph), tf.nest.flatten(eager)):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-14)
+
+
+@methods
+def test_computation_compiles_under_xla(method, float64):
+    case = case_for(method, name="Dense")  # XLA draws other random numbers from the same seed.
+    compiled = tf.function(method.compute, autograph=False, jit_compile=True)(*case[:3])
+    assert_close(compiled.gradients, method.compute(*case[:3]).gradients, 1e-9)
+
+
+@methods
+def test_repeated_calls_with_new_data_trace_once(method, float64):
+    case, traces = case_for(method), []
+
+    @tf.function(autograph=False)
+    def compute(inner_batches, outer_batch):
+        traces.append(1)
+        return method.compute(case.problem, inner_batches, outer_batch).gradients
+
+    tensors = tf.nest.map_structure(tf.convert_to_tensor, case[1:3])
+    for scale in (1.0, 2.0):
+        (x, y), outer_batch = tensors
+        compute((scale * x, y), outer_batch)
+        case.problem.outer_variables[0].assign(-1.0 * scale)
+    assert len(traces) == 1
+
+
+@methods
+def test_graph_is_of_the_same_size_whatever_the_number_of_steps(method, float64):
+    sizes = []
+    for steps in (10, 1000):
+        case = scalar_quadratic(outer=("target",), steps=steps)
+        function = tf.function(method.compute, autograph=False)
+        sizes.append(operations(function.get_concrete_function(*case[:3]).graph))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("kind", ["repeat", "gather"])
+def test_graph_of_other_kinds_of_batches_does_not_grow_either(kind):
+    sizes = []
+    for steps in (10, 1000):
+        case = scalar_quadratic(outer=("target",))
+        batches = (farhox.repeat(case.inner_batches[0], steps) if kind == "repeat"
+                   else farhox.gather(case.inner_batches, np.zeros((steps, 1), "int32")))
+        problem = farhox.BilevelProblem(
+            lambda a: keras.ops.mean(case.problem._inner_objective(a)), case.problem._outer_objective,
+            case.problem.inner_variables, case.problem.outer_variables)
+        function = tf.function(farhox.ReverseHG().compute, autograph=False)
+        sizes.append(operations(function.get_concrete_function(problem, batches, case.outer_batch).graph))
+    assert sizes[0] == sizes[1]
+
+
+@methods
+def test_number_of_steps_may_be_unknown_when_traced(method, float64):
+    case, traces = case_for(method, steps=3), []
+    (x, y), outer_batch = tf.nest.map_structure(tf.convert_to_tensor, case[1:3])
+
+    @tf.function(autograph=False, input_signature=[
+        tf.TensorSpec([None, *x.shape[1:]], x.dtype), tf.TensorSpec([None, *y.shape[1:]], y.dtype)])
+    def compute(x, y):
+        traces.append(1)
+        return method.compute(case.problem, (x, y), outer_batch)
+
+    for steps in (3, 1):
+        assert_close(compute(x[:steps], y[:steps]).gradients,
+                     method.compute(case.problem, (x[:steps], y[:steps]), outer_batch).gradients, 1e-9)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("kind", ["repeat", "gather", "stack"])
+@pytest.mark.parametrize("checkpoint_every", [None, 2, "sqrt"])
+def test_all_kinds_of_batches_may_have_an_unknown_number_of_steps(kind, checkpoint_every):
+    case = scalar_quadratic(outer=("target", "rate", "initial"))
+    problem = farhox.BilevelProblem(
+        lambda a: keras.ops.mean(case.problem._inner_objective(a)), case.problem._outer_objective,
+        case.problem.inner_variables, case.problem.outer_variables, case.problem.dynamics)
+    batches = {"repeat": farhox.repeat(case.inner_batches[:1], 7),
+               "gather": farhox.gather(case.inner_batches, np.arange(7)[:, np.newaxis]),
+               "stack": case.inner_batches[:, tf.newaxis]}[kind]
+    method = farhox.ReverseHG(checkpoint_every=checkpoint_every)
+    specification = tf.nest.map_structure(lambda leaf: tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype), batches)
+    if kind == "repeat":
+        specification = specification._replace(batch=tf.TensorSpec.from_tensor(batches.batch))
+    compute = tf.function(lambda batches: method.compute(problem, batches, case.outer_batch).gradients,
+                          autograph=False, input_signature=[specification])
+    for element in tf.data.Dataset.from_tensors(batches):
+        assert_close(compute(element), case.expected, 1e-9)
+
+
+@methods
+def test_computation_runs_inside_a_distribution_strategy(method, float64):
+    case = case_for(method)
+    expected = method.compute(*case[:3]).gradients
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    assert strategy.num_replicas_in_sync == 2
+
+    @tf.function(autograph=False)
+    def compute():
+        return strategy.run(lambda: method.compute(*case[:3]).gradients)
+
+    for gradient, value in zip(compute(), expected):
+        for replica in strategy.experimental_local_results(gradient):
+            assert_close([replica], [value], 1e-9)
+
+
+@methods
+def test_computation_inside_a_saved_module_gives_the_same_numbers_when_loaded(method, tmp_path, float64):
+    case = case_for(method)
+    inner_batches, outer_batch = tf.nest.map_structure(tf.convert_to_tensor, case[1:3])
+
+    class Tuner(tf.Module):
+        def __init__(self):
+            super().__init__()
+            variables = case.problem.inner_variables + case.problem.state_variables + case.problem.outer_variables
+            self.kept = [variable.value for variable in variables]
+
+        @tf.function(autograph=False, input_signature=[
+            tf.nest.map_structure(tf.TensorSpec.from_tensor, inner_batches),
+            tf.nest.map_structure(tf.TensorSpec.from_tensor, outer_batch)])
+        def gradients(self, inner_batches, outer_batch):
+            return method.compute(case.problem, inner_batches, outer_batch).gradients
+
+    tuner = Tuner()
+    expected = tuner.gradients(inner_batches, outer_batch)
+    tf.saved_model.save(tuner, str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path))
+    assert_identical(loaded.gradients(inner_batches, outer_batch), expected)
+
+
+@methods
+def test_result_follows_the_current_values_of_the_variables(method, float64):
+    case = case_for(method)
+    compute = tf.function(lambda: method.compute(*case[:3]).gradients, autograph=False)
+    first = [gradient.numpy() for gradient in compute()]
+    for variable in case.problem.inner_variables:
+        variable.assign_add(0.1 * tf.ones(variable.shape, variable.dtype))
+    assert_close(compute(), method.compute(*case[:3]).gradients, 1e-9)
+    assert any(np.any(a != b) for a, b in zip(first, compute()))
+
+
+@methods
+def test_problem_must_be_a_bilevel_problem(method):
+    with pytest.raises(TypeError, match="problem must be a farhox.BilevelProblem. Received: 'problem'"):
+        method.compute("problem", tf.zeros([2]), tf.zeros([]))
+
+
+@methods
+def test_variable_without_any_effect_is_an_error_that_names_it(method):
+    case = scalar_quadratic(outer=("target",))
+    idle = keras.Variable(1.0, name="idle")
+    problem = farhox.BilevelProblem(
+        case.problem._inner_objective, case.problem._outer_objective, case.problem.inner_variables,
+        [*case.problem.outer_variables, idle])
+    for compute in (method.compute, tf.function(method.compute, autograph=False)):
+        with pytest.raises(ValueError, match="Nothing that was computed depends on 'idle'"):
+            compute(problem, *case[1:3])
+
+
+@methods
+def test_bad_inner_batches_are_an_error(method):
+    case = scalar_quadratic(outer=("target",))
+    for batches, message in [
+            (tf.zeros([0], tf.float64), "There must be at least one inner step.*T=0"),
+            (tf.zeros([], tf.float64), "must have a leading axis T.*Received a scalar"),
+            ((), "must hold at least one tensor"),
+            ((tf.zeros([2]), tf.zeros([3])), r"same leading axis T. Received leading axes: \[2, 3\]")]:
+        with pytest.raises(ValueError, match=message):
+            method.compute(case.problem, batches, case.outer_batch)
+
+
+def test_divergence_shows_in_the_diagnostics():
+    case = scalar_quadratic(outer=("target",), steps=3000, dynamics=lambda rate: farhox.GradientDescent(2.0))
+    for method in (farhox.ReverseHG(), farhox.ForwardHG(), farhox.ImplicitHG()):
+        result = tf.function(method.compute, autograph=False)(*case[:3])
+        assert not result.diagnostics["finite"]
+        assert not np.isfinite(result.diagnostics["hypergradient_norm"])
