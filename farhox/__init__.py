@@ -16,7 +16,8 @@ from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # no
 from farhox.health import health  # noqa: E402
 from farhox.hyper_optimizer import HyperOptimizer  # noqa: E402
 from farhox.hypergradients import (  # noqa: E402
-    EpisodesHG, EvoGradHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ObjectivesHG, ReverseHG)
+    EpisodesHG, EvoGradHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ObjectivesHG, ReverseHG,
+    ReversibleHG)
 from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
 from farhox.keras_dynamics import KerasDynamics  # noqa: E402
 from farhox.linear_solvers import (  # noqa: E402
@@ -33,6 +34,6 @@ __all__ = [
     "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult",
     "HyperOptimizer", "Hyperparameter", "ImplicitHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2",
     "LearnedSchedule", "LinearSolver", "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG",
-    "OptimizerGroups", "ReverseHG", "Simplex", "bilevel_dataset", "check_hypergradient", "compare_hypergradients",
-    "gather", "health", "k_fold_dataset", "repeat", "stack", "supervised_problem",
+    "OptimizerGroups", "ReverseHG", "ReversibleHG", "Simplex", "bilevel_dataset", "check_hypergradient",
+    "compare_hypergradients", "gather", "health", "k_fold_dataset", "repeat", "stack", "supervised_problem",
 ]

@@ -7,8 +7,9 @@ from farhox.hypergradients.forward import ForwardHG
 from farhox.hypergradients.implicit import ImplicitHG
 from farhox.hypergradients.objectives import ObjectivesHG
 from farhox.hypergradients.reverse import ReverseHG
+from farhox.hypergradients.reversible import ReversibleHG
 
 __all__ = [
     "EpisodesHG", "EvoGradHG", "ForwardHG", "HyperGradient", "HyperGradientResult", "ImplicitHG", "ObjectivesHG",
-    "ReverseHG",
+    "ReverseHG", "ReversibleHG",
 ]
