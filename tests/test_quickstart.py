@@ -1,0 +1,69 @@
+"""The quickstart script, which is the first thing a newcomer runs."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "quickstart.py"
+
+
+@pytest.fixture
+def quickstart(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import quickstart
+    return quickstart
+
+
+def test_the_tuned_model_beats_the_untuned_one_and_comes_near_the_clean_one(tmp_path):
+    command = [sys.executable, str(SCRIPT), f"--output={tmp_path}", "--hyper_iterations=30", "--inner_steps=60"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["tuned"] > results["untuned"] + 0.02
+    assert results["tuned"] > results["clean_only"] - 0.03
+    assert results["precision"] > 0.8 and results["recall"] > 0.9
+    assert results["history"]["outer_loss"][-1] < 0.7 * results["history"]["outer_loss"][0]
+    assert len(results["history"]["learning_rate"]) == len(results["history"]["l2_strength"]) == 30
+    for name in ("untuned", "tuned", "clean_only"):
+        assert f"{results[name]:.1%}" in run.stdout
+    for name in ("hyper_iterations.png", "example_weights.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_flipped_labels_are_all_wrong_and_as_many_as_asked_for(quickstart):
+    y = np.random.default_rng(0).integers(0, 10, 200)
+    noisy, flipped = quickstart.flip_labels(y, 0.3, np.random.default_rng(1))
+    assert np.sum(flipped) == 60
+    np.testing.assert_array_equal(noisy != y, flipped)
+    assert set(np.unique(noisy)) <= set(range(10))
+
+
+def test_precision_and_recall_count_the_weights_that_have_fallen(quickstart):
+    weights, flipped = np.array([0.1, 0.2, 0.4, 0.5, 0.9]), np.array([True, True, False, True, False])
+    assert quickstart.find_flipped(weights, flipped) == (2 / 3, 2 / 3)
+    assert quickstart.find_flipped(np.ones(5), flipped) == (0.0, 0.0)
+
+
+def test_parts_of_the_digits_are_disjoint_and_hold_all_of_them(quickstart):
+    parts = quickstart.load("digits", None, np.random.default_rng(0))
+    assert [len(x) for x, _ in parts] == [600, 700, 497]
+    assert all(x.dtype == np.float32 and 0.0 <= x.min() and x.max() <= 1.0 for x, _ in parts)
+    images = np.concatenate([x for x, _ in parts])
+    again = np.concatenate([x for x, _ in quickstart.load("digits", None, np.random.default_rng(1))])
+    assert not np.array_equal(images, again)
+    np.testing.assert_array_equal(np.sort(images.sum(axis=1)), np.sort(again.sum(axis=1)))
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(quickstart, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"needs the package matplotlib.*pip install '\.\[examples\]'"):
+        quickstart.check_packages()
+
+
+def test_importing_the_script_defines_no_flag(quickstart):
+    from absl import flags
+    assert not {"dataset", "hyper_iterations", "inner_steps"} & set(flags.FLAGS)
