@@ -16,12 +16,13 @@ from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # no
 from farhox.health import health  # noqa: E402
 from farhox.hyper_optimizer import HyperOptimizer  # noqa: E402
 from farhox.hypergradients import (  # noqa: E402
-    EpisodesHG, EvoGradHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ObjectivesHG, ReverseHG,
+    DartsHG, EpisodesHG, EvoGradHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ObjectivesHG, ReverseHG,
     ReversibleHG)
 from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
 from farhox.keras_dynamics import KerasDynamics  # noqa: E402
 from farhox.linear_solvers import (  # noqa: E402
     GMRES, ConjugateGradient, Dense, FixedPoint, LinearSolver, Neumann, NormalConjugateGradient, Nystrom)
+from farhox.line_search import BacktrackingGradientDescent  # noqa: E402
 from farhox.outer_optimizers import OptimizerGroups  # noqa: E402
 from farhox.problem import BilevelProblem, InnerState  # noqa: E402
 from farhox.regularizers import L1L2  # noqa: E402
@@ -30,10 +31,11 @@ from farhox.supervised import supervised_problem  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adam", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "Dense", "EpisodesHG", "EvoGradHG",
-    "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES", "GradientDescent", "HyperGradient", "HyperGradientResult",
-    "HyperOptimizer", "Hyperparameter", "ImplicitHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2",
-    "LearnedSchedule", "LinearSolver", "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG",
-    "OptimizerGroups", "ReverseHG", "ReversibleHG", "Simplex", "bilevel_dataset", "check_hypergradient",
-    "compare_hypergradients", "gather", "health", "k_fold_dataset", "repeat", "stack", "supervised_problem",
+    "Adam", "BacktrackingGradientDescent", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "DartsHG",
+    "Dense", "EpisodesHG", "EvoGradHG", "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES", "GradientDescent",
+    "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG", "InnerDynamics",
+    "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann",
+    "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "ReverseHG", "ReversibleHG", "Simplex",
+    "bilevel_dataset", "check_hypergradient", "compare_hypergradients", "gather", "health", "k_fold_dataset", "repeat",
+    "stack", "supervised_problem",
 ]

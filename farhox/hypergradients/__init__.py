@@ -1,6 +1,7 @@
 """Methods that compute the hypergradient dE/dλ: one per file, one interface."""
 
 from farhox.hypergradients.base import HyperGradient, HyperGradientResult
+from farhox.hypergradients.darts import DartsHG
 from farhox.hypergradients.episodes import EpisodesHG
 from farhox.hypergradients.evograd import EvoGradHG
 from farhox.hypergradients.forward import ForwardHG
@@ -10,6 +11,6 @@ from farhox.hypergradients.reverse import ReverseHG
 from farhox.hypergradients.reversible import ReversibleHG
 
 __all__ = [
-    "EpisodesHG", "EvoGradHG", "ForwardHG", "HyperGradient", "HyperGradientResult", "ImplicitHG", "ObjectivesHG",
-    "ReverseHG", "ReversibleHG",
+    "DartsHG", "EpisodesHG", "EvoGradHG", "ForwardHG", "HyperGradient", "HyperGradientResult", "ImplicitHG",
+    "ObjectivesHG", "ReverseHG", "ReversibleHG",
 ]
