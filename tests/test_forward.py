@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import unrolled
-from problems import (
-    TOLERANCE, assert_close, heavy_ball, network_problem, proximal_quadratic, scalar_quadratic, variable)
+from problems import TOLERANCE, assert_close, heavy_ball, proximal_quadratic, scalar_quadratic, variable
 
 import farhox
 from farhox import _autodiff
@@ -143,21 +142,3 @@ def test_error_of_the_objective_is_raised_as_it_is():
     for compute in (farhox.ForwardHG().compute, tf.function(farhox.ForwardHG().compute, autograph=False)):
         with pytest.raises(KeyError, match="the objective's own error"):
             compute(problem, *data)
-
-
-def test_recurrent_layer_in_a_graph_needs_no_unrolling(float64):
-    case = network_problem("LSTM", steps=2)
-    gradients = tf.function(lambda: farhox.ForwardHG().compute(*case[:3]).gradients, autograph=False)()
-    assert_close(gradients, unrolled.unrolled_hypergradient(*case[:3]), 1e-9)
-
-
-def test_warm_restart_keeps_the_state_and_drops_the_tangents():
-    case = scalar_quadratic(outer=("target", "rate"))
-    first = farhox.ForwardHG(warm_restart=True).compute(
-        case.problem, tf.nest.map_structure(lambda leaf: leaf[:3], case.inner_batches), case.outer_batch)
-    assert first.carry == [] == farhox.ForwardHG(warm_restart=True).initial_carry(case.problem)
-    rest = tf.nest.map_structure(lambda leaf: leaf[3:], case.inner_batches)
-    second = farhox.ForwardHG(warm_restart=True).compute(
-        case.problem, rest, case.outer_batch, state=first.state, carry=first.carry)
-    reverse = farhox.ReverseHG().compute(case.problem, rest, case.outer_batch, state=first.state)
-    assert_close(second.gradients, reverse.gradients, 1e-12)
