@@ -12,7 +12,7 @@ LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
 
 def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=None, outer_variables=(),
                        representation=None, example_weights=None, learn_initialization=False, proximal=None,
-                       training_at_outer=False, class_weights=None):
+                       training_at_outer=False, class_weights=None, stop_tolerance=None):
     """A `BilevelProblem` for a Keras model: training loss inside, validation loss outside.
 
     The inner objective is the loss of `model(x, training=True)` on an inner batch plus the regularisation and activity
@@ -40,6 +40,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         class_weights: A `Hyperparameter` of shape [classes]: the inner loss of an example is multiplied by the weight
             of its class, as with `class_weight` in Keras' `fit`. Labels are class numbers or one-hot. It is added to
             the outer variables if not named there.
+        stop_tolerance: Positive float, see `BilevelProblem`.
 
     Returns:
         A `BilevelProblem`. Batches are (x, y) or, as in Keras, (x, y, sample_weight).
@@ -104,7 +105,8 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
 
     return BilevelProblem(
         inner_objective, outer_objective, inner_variables=inner, outer_variables=outer, dynamics=dynamics,
-        state_variables=_state_variables(model), proximal=proximal, outer_predictions=outer_predictions)
+        state_variables=_state_variables(model), proximal=proximal, outer_predictions=outer_predictions,
+        stop_tolerance=stop_tolerance)
 
 
 def _state_variables(model):

@@ -15,7 +15,7 @@ from farhox.hypergradients.base import (
     gradients_or_error, new_losses, norm_before_first_step, stacked_losses, zeros_for_none)
 from farhox.problem import InnerState, float_leaves, with_float_leaves
 
-_LARGEST_DENOMINATOR = 10 ** 6
+_LARGEST_DENOMINATOR = 10 ** 4
 _WORD = 2 ** 63
 _MOST_STEPS_PER_WORD = 2 ** 16
 
@@ -31,7 +31,8 @@ class ReversibleHG(HyperGradient):
 
     [.] rounding to an integer. All three can be undone exactly: what the division by d loses goes into an information
     buffer, and the multiplication by n takes digits out of it. The adjoint is that of `ReverseHG`, at the states as
-    they reappear; the path differs from that of `farhox.Momentum` by rounding to 2^-fractional_bits alone.
+    they reappear. The path differs from that of `farhox.Momentum` by rounding alone: in each step by up to
+    2^-fractional_bits in a variable and d times that in a momentum, 1e-12 and 1e-11 with the default and momentum 0.9.
 
     Instead of T states only the buffer is kept. It grows by log2(1 / momentum) bits per inner variable's entry and
     step, 0.15 bits for momentum 0.9 and 0.014 for 0.99, where `ReverseHG` stores 64 (float32) or 128 bits. State
@@ -43,8 +44,8 @@ class ReversibleHG(HyperGradient):
     unless `tf.config.experimental.enable_op_determinism()` is on) cannot be undone: the hypergradient is then not a
     number. So is everything once a value leaves the range of +-2^(62 - fractional_bits).
 
-    The dynamics must be `farhox.Momentum` with a float for momentum, without nesterov; the learning rate can be any
-    setting and can be learned. To learn the momentum, or for other dynamics, use
+    The dynamics must be `farhox.Momentum` without nesterov, with a float of up to four decimals for momentum; the
+    learning rate can be any setting and can be learned. To learn the momentum, or for other dynamics, use
     `ReverseHG(checkpoint_every="sqrt")`.
 
     Args:
@@ -314,6 +315,6 @@ def _momentum_ratio(dynamics):
     ratio = fractions.Fraction(float(momentum)).limit_denominator(_LARGEST_DENOMINATOR)
     if abs(float(ratio) - momentum) > 1e-9:
         raise ValueError(f"The momentum must be a ratio of integers with a denominator of at most "
-                         f"{_LARGEST_DENOMINATOR:,}, as decimals of up to six digits are. "
+                         f"{_LARGEST_DENOMINATOR:,}, as decimals of up to four digits are. "
                          f"Received: momentum={momentum!r}. Near it is {float(ratio)}.")
     return ratio.numerator, ratio.denominator
