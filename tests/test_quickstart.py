@@ -1,6 +1,7 @@
 """The quickstart script, which is the first thing a newcomer runs."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -56,6 +57,16 @@ def test_parts_of_the_digits_are_disjoint_and_hold_all_of_them(quickstart):
     again = np.concatenate([x for x, _ in quickstart.load("digits", None, np.random.default_rng(1))])
     assert not np.array_equal(images, again)
     np.testing.assert_array_equal(np.sort(images.sum(axis=1)), np.sort(again.sum(axis=1)))
+
+
+@pytest.mark.skipif("FARHOX_DATA_DIR" not in os.environ, reason="FARHOX_DATA_DIR names no folder of TFDS' data sets")
+def test_images_of_tfds_keep_their_test_set(quickstart):
+    parts = quickstart.load("mnist", os.environ["FARHOX_DATA_DIR"], np.random.default_rng(0))
+    assert [x.shape for x, _ in parts] == [(5000, 784), (5000, 784), (10000, 784)]
+    again = quickstart.load("mnist", os.environ["FARHOX_DATA_DIR"], np.random.default_rng(1))
+    np.testing.assert_array_equal(parts[2][0], again[2][0])
+    assert not np.array_equal(parts[0][0], again[0][0])
+    assert all(0.0 <= x.min() and x.max() == 1.0 and set(np.unique(y)) == set(range(10)) for x, y in parts)
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(quickstart, monkeypatch):
