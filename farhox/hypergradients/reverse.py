@@ -54,14 +54,16 @@ class ReverseHG(HyperGradient):
             state = problem.initial_state(outer)
         steps = num_steps(inner_batches)
         losses = new_losses(problem, steps)
+        # Differentiated steps at most: what is stored has this size, which XLA must know.
+        most = steps - self._first_differentiated_step(steps)
+        segment = self._segment_length(most)
         if problem.stop_tolerance is not None and self.truncation is not None:
             # Which steps are the last ones shows only at the end: the inner training runs once more.
             steps = run_inner(problem, state, outer, inner_batches, 0, steps, new_losses(problem, steps)).steps
         first = self._first_differentiated_step(steps)
-        segment = self._segment_length(steps, first)
 
         run = run_inner(problem, state, outer, inner_batches, 0, first, losses)
-        run, segments = _run_in_segments(problem, run, outer, inner_batches, first, steps, segment)
+        run, segments = _run_in_segments(problem, run, outer, inner_batches, first, steps, segment, most)
         if problem.stop_tolerance is not None:
             steps = run.steps
         at_end = problem.outer_gradients(run.state, outer, outer_batch)
@@ -92,9 +94,8 @@ class ReverseHG(HyperGradient):
             return 0
         return max(steps - self.truncation, 0) if isinstance(steps, int) else tf.maximum(steps - self.truncation, 0)
 
-    def _segment_length(self, steps, first):
+    def _segment_length(self, count):
         """Steps between stored states; None for a single segment all of whose states are stored."""
-        count = steps - first
         if self.checkpoint_every == "sqrt":
             if isinstance(count, int):
                 return max(1, math.isqrt(max(count - 1, 0)) + 1)
@@ -102,15 +103,15 @@ class ReverseHG(HyperGradient):
         return self.checkpoint_every
 
 
-def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment):
+def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment, most):
     """The differentiated part of the inner training, and the store of its states or of each segment's first state."""
     if segment is None:
-        store = StateStore(run.state, steps - first)
+        store = StateStore(run.state, most)
         run = run_inner(
             problem, run.state, outer, inner_batches, first, steps, run.losses, store, norm=run.gradient_norm)
         return run, run.store
     count = (steps - first + segment - 1) // segment
-    store = StateStore(run.state, count)
+    store = StateStore(run.state, (most + segment - 1) // segment)
 
     def body(index, state, losses, norm, taken, arrays):
         arrays = store.with_arrays(arrays).write(index, state).arrays
@@ -139,8 +140,9 @@ def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjo
         stop = tf.minimum(start + segment, steps)
         state = store.read(index)
         states = StateStore(state, segment)
+        losses = new_losses(problem, num_steps(inner_batches))
         states = run_inner(
-            problem, state, outer, inner_batches, start, stop, new_losses(problem, steps), states, replay=True).store
+            problem, state, outer, inner_batches, start, stop, losses, states, replay=True).store
         adjoint, gradients = _reverse_steps(
             problem, states, outer, inner_batches, start, stop, adjoint, gradients, reached)
         return index - 1, adjoint, gradients

@@ -1,0 +1,169 @@
+"""Inner training that stops on the norm of its gradient: the same as a training of just as many steps."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import (
+    CURVATURE, RATE, START, STEPS, TARGET, assert_close, assert_identical, model_and_data, network_problem,
+    scalar_quadratic)
+
+import farhox
+
+Q = 1 - RATE * CURVATURE
+# Norms before the steps: 5, 4, 3.2, 2.56, 2.048, ... The first below 2.6 is that of the fourth step.
+TOLERANCE, TAKEN = 2.6, 4
+METHODS = {
+    "reverse": farhox.ReverseHG(),
+    "checkpoint_every_step": farhox.ReverseHG(checkpoint_every=1),
+    "checkpoint_3": farhox.ReverseHG(checkpoint_every=3),
+    "checkpoint_sqrt": farhox.ReverseHG(checkpoint_every="sqrt"),
+    "truncated": farhox.ReverseHG(truncation=2),
+    "truncated_checkpoints": farhox.ReverseHG(truncation=3, checkpoint_every=2),
+    "truncated_to_nothing": farhox.ReverseHG(truncation=0),
+    "forward": farhox.ForwardHG(),
+    "implicit": farhox.ImplicitHG(farhox.Dense()),
+    "evograd": farhox.EvoGradHG(sigma=0.1),
+    "darts": farhox.DartsHG(),
+    "reversible": farhox.ReversibleHG(),
+}
+methods = pytest.mark.parametrize("name", list(METHODS))
+
+
+def stopping(name, tolerance=TOLERANCE, steps=STEPS):
+    """The scalar quadratic with batches that differ, so that a step with another batch shows."""
+    through_path = name not in ("implicit", "evograd", "truncated_to_nothing")
+    return scalar_quadratic(
+        outer=("target", "rate") if through_path else ("target",), steps=steps, stop_tolerance=tolerance,
+        curvatures=np.linspace(CURVATURE, CURVATURE + 0.01, STEPS)[:steps],
+        dynamics=(lambda rate: farhox.Momentum(rate, 0.5)) if name == "reversible" else None)
+
+
+@methods
+def test_early_stop_equals_a_training_of_as_many_steps(name):
+    def compute(case):
+        return METHODS[name].compute(*case[:3])
+
+    case = stopping(name)
+    taken = int(compute(case).diagnostics["inner_steps"])
+    assert taken == TAKEN
+    early, fixed = compute(case), compute(stopping(name, tolerance=None, steps=taken))
+    assert_close(early.gradients, fixed.gradients, 1e-12)
+    assert_close([early.outer_loss, early.state.variables[0]], [fixed.outer_loss, fixed.state.variables[0]], 1e-14)
+    assert int(early.state.step) == taken
+    for key in ("inner_gradient_norm", "inner_steps"):
+        np.testing.assert_allclose(early.diagnostics[key], fixed.diagnostics[key], rtol=1e-14)
+    assert early.diagnostics["inner_gradient_norm"] < TOLERANCE
+
+
+@methods
+def test_last_loss_fills_the_rest(name):
+    result = METHODS[name].compute(*stopping(name)[:3])
+    losses, taken = result.inner_losses.numpy(), int(result.diagnostics["inner_steps"])
+    assert losses.shape == (STEPS,)
+    assert np.all(np.diff(losses[:taken]) < 0)
+    np.testing.assert_array_equal(losses[taken:], losses[taken - 1])
+
+
+@methods
+def test_tolerance_that_is_never_reached_changes_no_bit(name):
+    never, without = (METHODS[name].compute(*stopping(name, tolerance)[:3]) for tolerance in (1e-9, None))
+    assert_identical(never, without)
+    assert int(never.diagnostics["inner_steps"]) == STEPS
+
+
+@methods
+def test_first_step_is_always_taken(name):
+    result = METHODS[name].compute(*stopping(name, tolerance=1e9)[:3])
+    assert int(result.diagnostics["inner_steps"]) == 1
+
+
+def test_truncation_counts_back_from_the_last_step_taken():
+    case = scalar_quadratic(outer=("target",), stop_tolerance=TOLERANCE)
+    end = TARGET + Q ** TAKEN * (START - TARGET)
+    for truncation in (1, 3, 10):
+        result = farhox.ReverseHG(truncation).compute(*case[:3])
+        assert_close(result.gradients, [(end - 1.0) * (1 - Q ** min(truncation, TAKEN))], 1e-12)
+
+
+def test_initial_values_have_their_gradient():
+    case = scalar_quadratic(outer=("target", "initial"), stop_tolerance=TOLERANCE)
+    end = TARGET + Q ** TAKEN * (START - TARGET)
+    for method in (farhox.ReverseHG(), farhox.ReverseHG(checkpoint_every=2), farhox.ForwardHG(),
+                   farhox.ReverseHG(truncation=STEPS)):
+        result = method.compute(*case[:3])
+        assert_close(result.gradients, [(end - 1.0) * (1 - Q ** TAKEN), (end - 1.0) * Q ** TAKEN], 1e-12)
+    # Truncated, the initial value is out of reach.
+    assert farhox.ReverseHG(truncation=2).compute(*case[:3]).gradients[1] == 0
+
+
+@pytest.mark.parametrize("name", ["reverse", "checkpoint_sqrt", "truncated", "forward"])
+def test_network_with_masks_and_statistics_replays_the_steps_it_took(name, float64):
+    case = network_problem("BatchNormalization", "momentum", steps=12, extra=[keras.layers.Dropout(0.3)])
+    norms = []
+    state = case.problem.initial_state()
+    for t in range(12):
+        batch = tf.nest.map_structure(lambda leaf: leaf[t], case.inner_batches)
+        step = case.problem.step(state, case.problem.outer_values(), batch)
+        state = step.state
+        norms.append(float(step.gradient_norm))
+    tolerance = 1.0001 * min(norms[:9])
+    taken = 1 + next(t for t, norm in enumerate(norms) if norm < tolerance)
+    fixed = tf.function(lambda: METHODS[name].compute(
+        case.problem, tf.nest.map_structure(lambda leaf: leaf[:taken], case.inner_batches), case.outer_batch),
+        autograph=False)()
+    case.problem.stop_tolerance = tolerance
+    early = tf.function(lambda: METHODS[name].compute(*case[:3]), autograph=False)()
+    assert 1 < taken < 12 and int(early.diagnostics["inner_steps"]) == taken
+    assert_close(early.gradients, fixed.gradients, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_3", "truncated_checkpoints", "forward", "reversible"])
+def test_xla_stops_at_the_same_step(name):
+    case = stopping(name)
+    eager = METHODS[name].compute(*case[:3])
+    compiled = tf.function(lambda: METHODS[name].compute(*case[:3]), autograph=False, jit_compile=True)()
+    assert_close(compiled.gradients, eager.gradients, 1e-9)
+    assert int(compiled.diagnostics["inner_steps"]) == int(eager.diagnostics["inner_steps"])
+    assert_close([compiled.inner_losses], [eager.inner_losses], 1e-12)
+
+
+def test_loss_that_is_not_a_number_does_not_stop_the_training():
+    case = scalar_quadratic(outer=("target",), initial=float("nan"), stop_tolerance=TOLERANCE)
+    assert int(farhox.ReverseHG().compute(*case[:3]).diagnostics["inner_steps"]) == STEPS
+
+
+def test_fit_evaluate_and_train_inner_stop_too():
+    case = scalar_quadratic("float32", outer=("target",), stop_tolerance=TOLERANCE)
+    optimizer = farhox.HyperOptimizer(case.problem)
+    optimizer.compile(keras.optimizers.SGD(0.0))
+    end = TARGET + Q ** TAKEN * (START - TARGET)
+    logs = optimizer.fit((case.inner_batches, case.outer_batch), verbose=0).history
+    last_loss = CURVATURE / 2 * (Q ** (TAKEN - 1) * (START - TARGET)) ** 2
+    np.testing.assert_allclose([logs["outer_loss"][0], logs["inner_loss"][0]], [(end - 1) ** 2 / 2, last_loss], 1e-5)
+    evaluated = optimizer.evaluate((case.inner_batches, case.outer_batch), verbose=0, return_dict=True)
+    np.testing.assert_allclose(evaluated["outer_loss"], (end - 1) ** 2 / 2, 1e-5)
+    losses = optimizer.train_inner(case.inner_batches)
+    np.testing.assert_allclose(losses[-1], last_loss, 1e-5)
+    np.testing.assert_allclose(case.problem.inner_variables[0].numpy(), end, 1e-5)
+
+
+def test_hypergradient_check_stops_too():
+    case = scalar_quadratic(outer=("target", "rate"), stop_tolerance=TOLERANCE)
+    assert farhox.check_hypergradient(*case[:3], farhox.ReverseHG()).maximum_error < 1e-6
+
+
+def test_supervised_problem_takes_a_tolerance():
+    model, inner_batches, outer_batch = model_and_data("Dense")
+    rate = farhox.Hyperparameter(0.1, low=0.0, name="rate")
+    problem = farhox.supervised_problem(
+        model, keras.losses.SparseCategoricalCrossentropy(from_logits=True), farhox.GradientDescent(rate), [rate],
+        stop_tolerance=100.0)
+    result = farhox.ReverseHG().compute(problem, inner_batches, outer_batch)
+    assert int(result.diagnostics["inner_steps"]) == 1
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, float("inf"), True, "small"])
+def test_tolerance_must_be_a_positive_number(tolerance):
+    with pytest.raises(ValueError, match="stop_tolerance must be a positive number or None"):
+        scalar_quadratic(stop_tolerance=tolerance)
