@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from farhox import _autodiff, _tree
-from farhox.batches import as_inner_batches, batch_at, num_steps
+from farhox.batches import as_inner_batches, batch_at
 from farhox.hypergradients.base import HyperGradient
 from farhox.hypergradients.episodes import EpisodesHG
 from farhox.hypergradients.forward import ForwardHG
@@ -131,7 +131,7 @@ class InnerConvergence(NamedTuple):
 
 def inner_convergence(problem, inner_batches, result, power_steps=20):
     """Gradient norms at both ends of the inner training and the contraction at its end."""
-    steps = int(num_steps(inner_batches))
+    steps = int(result.diagnostics["inner_steps"])
     last = batch_at(inner_batches, steps - 1)
     return InnerConvergence(
         steps=steps,

@@ -153,6 +153,20 @@ def test_hypergradient_check_stops_too():
     assert farhox.check_hypergradient(*case[:3], farhox.ReverseHG()).maximum_error < 1e-6
 
 
+def test_episodes_stop_by_themselves():
+    case = scalar_quadratic(outer=("target",), stop_tolerance=TOLERANCE)
+    result = farhox.EpisodesHG(farhox.ReverseHG()).compute(
+        case.problem, tf.stack([case.inner_batches, 4 * case.inner_batches]), tf.stack([case.outer_batch] * 2))
+    # Norms with four times the curvature: 20, 4, 0.8.
+    assert result.state.step.numpy().tolist() == [TAKEN, 3]
+    assert result.diagnostics["inner_steps"] == 3.5
+
+
+def test_health_counts_the_steps_taken():
+    case = scalar_quadratic(outer=("target",), stop_tolerance=TOLERANCE)
+    assert farhox.health(*case[:3], farhox.ReverseHG()).steps == TAKEN
+
+
 def test_supervised_problem_takes_a_tolerance():
     model, inner_batches, outer_batch = model_and_data("Dense")
     rate = farhox.Hyperparameter(0.1, low=0.0, name="rate")

@@ -54,9 +54,7 @@ class EpisodesHG(HyperGradient):
             inner_losses=episodes.inner_losses,
             state=episodes.state,
             carry=episodes.carry,
-            diagnostics=_tree.map(
-                lambda value: tf.reduce_all(value) if value.dtype == tf.bool else tf.reduce_mean(value, axis=0),
-                episodes.diagnostics))
+            diagnostics=_tree.map(_over_episodes, episodes.diagnostics))
 
     def evaluate(self, problem, inner_batches, outer_batch):
         def one(inner_batches, outer_batch, _):
@@ -79,6 +77,13 @@ class EpisodesHG(HyperGradient):
 
     def _aggregated(self, values):
         return tf.reduce_mean(values, axis=0) if self.aggregation is None else self.aggregation(values)
+
+
+def _over_episodes(value):
+    """One diagnostic of all episodes: true if it is of all, or the mean, of integers too."""
+    if value.dtype == tf.bool:
+        return tf.reduce_all(value)
+    return tf.reduce_mean(tf.cast(value, tf.float32) if value.dtype.is_integer else value, axis=0)
 
 
 def _map_episodes(function, inner_batches, outer_batch, kept=None):
