@@ -37,7 +37,7 @@ class ReversibleHG(HyperGradient):
     Instead of T states only the buffer is kept. It grows by log2(1 / momentum) bits per inner variable's entry and
     step, 0.15 bits for momentum 0.9 and 0.014 for 0.99, where `ReverseHG` stores 64 (float32) or 128 bits. State
     variables (batch-norm statistics, seeds) are stored at each step: they are few. Time is that of `ReverseHG`, one
-    inner gradient more per step and the integer arithmetic: about twice as much for a small network.
+    inner gradient more per step and the integer arithmetic: two to three times as much for a small network.
 
     The diagnostics hold "reversed_exactly", whether the way back ended at the very integers the training started from,
     and "stored_bytes". Gradients that TensorFlow does not compute to the same bits twice (some operations on GPUs,
