@@ -14,8 +14,12 @@ made for it:
   optimizers multiply by an exact zero: not a number. Inside `finite_roots` their derivative there is zero, the value
   that the product has.
 
-The values computed are unchanged. The replacements are in place only inside the context managers below, which count
-their users, because the replica threads of a distribution strategy enter and leave them in any order.
+One more function of Keras is no matter of derivatives: under a distribution strategy its losses divide by the number of
+replicas, for gradients that will be added up. Here every replica trains an inner problem of its own on whole batches,
+so nothing is divided.
+
+Otherwise the values computed are unchanged. The replacements are in place only inside the context managers below, which
+count their users, because the replica threads of a distribution strategy enter and leave them in any order.
 """
 
 import contextlib
@@ -24,6 +28,7 @@ import threading
 
 import tensorflow as tf
 from keras.src.backend.common.name_scope import current_path
+from keras.src.losses import loss as keras_loss
 
 _moments = tf.nn.moments
 _softmax_cross_entropy_with_logits = tf.nn.softmax_cross_entropy_with_logits
@@ -155,6 +160,7 @@ exact_derivatives = _Replacement(
     (tf.nn, "softmax_cross_entropy_with_logits", _softmax_cross_entropy_with_logits,
      _exact_softmax_cross_entropy_with_logits),
     (tf.image, "resize", _resize, _guarded_resize),
+    (keras_loss, "scale_loss_for_distribution", keras_loss.scale_loss_for_distribution, lambda loss: loss),
 )
 finite_roots = _Replacement(
     (tf.math, "sqrt", _sqrt, _finite_root(_sqrt)),

@@ -168,7 +168,7 @@ class HyperOptimizer(keras.Model):
             RuntimeError: If too many hypergradients in a row were not finite.
             ValueError: If the optimizer was not compiled.
         """
-        if self.optimizer is None:
+        if not self.compiled:
             raise ValueError("A HyperOptimizer must be compiled with an outer optimizer before step() or fit().")
         if self._step_function is None:
             self._step_function = self._compiled(self._hyper_iteration)
@@ -332,10 +332,32 @@ class HyperOptimizer(keras.Model):
             if value.shape.rank == 0:
                 logs[name] = value
             elif size <= 16:
-                logs.update({f"{name}_{i}": part for i, part in enumerate(tf.unstack(tf.reshape(value, [-1])))})
+                logs.update({f"{name}[{i}]": part for i, part in enumerate(tf.unstack(tf.reshape(value, [-1])))})
             else:
                 logs[f"{name}_mean"] = tf.reduce_mean(value)
         return logs
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Makes the variables of metrics before training, as a distribution strategy needs it.
+
+        Keras' own way averages the data of all replicas, which makes fractions of indices and labels.
+        """
+        if self._compile_metrics is None or self._compile_metrics.built or self._distribute_strategy is None:
+            return
+        strategy = self.distribute_strategy
+        batch = next(next(iter(iterator))[2])
+        batch = tf.nest.map_structure(lambda leaf: strategy.experimental_local_results(leaf)[0], batch)
+
+        def predictions(inner_batches, outer_batch):
+            state = self.hypergradient.evaluate(self.problem, inner_batches, outer_batch).state
+            return self.hypergradient.predict(self.problem, state, outer_batch)
+
+        # Traced for its shapes and never run.
+        traced = tf.function(predictions, autograph=False).get_concrete_function(*_pair(batch))
+        targets, outputs, _ = traced.structured_outputs
+        with strategy.scope():
+            self._compile_metrics.build(
+                *(keras.KerasTensor(part.shape, part.dtype.name) for part in (targets, outputs)))
 
     def _compiled(self, function):
         if self.run_eagerly:

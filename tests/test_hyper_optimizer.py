@@ -1,0 +1,359 @@
+"""HyperOptimizer: fit, step, evaluate and train_inner, Keras' callbacks, skipped updates, strategies, resuming."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+import farhox
+
+X, Y = load_digits(return_X_y=True)
+X = (X / 16).astype("float32")
+TRAIN, VALIDATION = (X[:200], Y[:200]), (X[200:300], Y[200:300])
+
+
+def make_model(normalized=False):
+    keras.utils.set_random_seed(1)
+    layers = [keras.Input([64]), keras.layers.Dense(8, activation="relu")]
+    layers += [keras.layers.BatchNormalization(), keras.layers.Dropout(0.2)] if normalized else []
+    return keras.Sequential(layers + [keras.layers.Dense(10, activation="softmax")])
+
+
+def make(method=None, normalized=False, rate=0.1, optimizer=None, metrics=("accuracy",), compiled=None, **settings):
+    """A HyperOptimizer that learns learning rate and momentum of a small network on digits."""
+    learning_rate = farhox.Hyperparameter(rate, low=0.0, log=True, name="learning_rate")
+    momentum = farhox.Hyperparameter(0.5, low=0.0, high=1.0, name="momentum")
+    problem = farhox.supervised_problem(make_model(normalized), dynamics=farhox.Momentum(learning_rate, momentum),
+                                        outer_variables=[learning_rate, momentum])
+    hyper_optimizer = farhox.HyperOptimizer(problem, method, **settings)
+    hyper_optimizer.compile(optimizer or keras.optimizers.Adam(0.05), metrics=list(metrics), **(compiled or {}))
+    return hyper_optimizer
+
+
+def hyper_iterations(count, steps=3):
+    """A fixed data set of `count` different hyper-iterations."""
+    generator = np.random.default_rng(0)
+    inner = farhox.gather(TRAIN, generator.integers(0, 200, (steps, 20)))
+    indices = tf.constant(generator.integers(0, 200, (count, steps, 20)))
+    return tf.data.Dataset.from_tensor_slices(indices).map(
+        lambda chosen: (inner._replace(indices=chosen), tuple(tf.constant(part) for part in VALIDATION)))
+
+
+def outer_of(hyper_optimizer):
+    return [variable.numpy() for variable in hyper_optimizer.problem.outer_variables]
+
+
+def test_one_step_of_fit_is_the_outer_optimizer_applied_to_the_hypergradient():
+    fitted, stepped, by_hand = make(), make(), make()
+    data = hyper_iterations(1)
+    pair = next(iter(data))
+    fitted.fit(data, verbose=0)
+    result = stepped.step(*pair)
+    gradients = farhox.ReverseHG().compute(by_hand.problem, *pair).gradients
+    keras.optimizers.Adam(0.05).apply(gradients, by_hand.problem.outer_variables)
+    np.testing.assert_allclose(outer_of(fitted), outer_of(by_hand), rtol=1e-6)
+    np.testing.assert_array_equal(outer_of(stepped), outer_of(fitted))
+    np.testing.assert_allclose(result.gradients, gradients, rtol=1e-4)
+
+
+def test_logs_hold_losses_metrics_natural_values_and_skips():
+    hyper_optimizer = make()
+    history = hyper_optimizer.fit(hyper_iterations(4), epochs=2, verbose=0).history
+    assert set(history) == {
+        "loss", "outer_loss", "inner_loss", "accuracy", "learning_rate", "momentum", "skipped_updates"}
+    rate, momentum = hyper_optimizer.problem.hyperparameters
+    assert history["learning_rate"][-1] == pytest.approx(float(rate.numpy()), rel=1e-6)
+    assert history["momentum"][-1] == pytest.approx(float(momentum.numpy()), rel=1e-6)
+    assert history["loss"] == history["outer_loss"] and history["outer_loss"][1] < history["outer_loss"][0]
+    assert history["skipped_updates"] == [0, 0]
+
+
+def test_arrays_and_equal_names_are_logged():
+    w = keras.Variable(np.zeros(3), dtype="float32", name="w")
+    small, twin = farhox.Hyperparameter([1.0, 2.0], name="p"), farhox.Hyperparameter(0.5, name="p")
+    weights, plain = farhox.ExampleWeights(50), keras.Variable(2.0, name="plain")
+    problem = farhox.BilevelProblem(
+        lambda _: keras.ops.sum((w - small()[0] * twin()) ** 2) * small()[1] * plain * keras.ops.sum(weights([0])),
+        lambda _: keras.ops.sum(w), [w], [small, twin, weights, plain], dynamics=farhox.GradientDescent(0.1))
+    hyper_optimizer = farhox.HyperOptimizer(problem)
+    hyper_optimizer.compile(keras.optimizers.SGD(0.0))
+    logs = hyper_optimizer.fit((farhox.repeat(tf.zeros([1]), 2), tf.zeros([1])), verbose=0).history
+    assert logs["p[0]"] == [1.0] and logs["p[1]"] == [2.0] and logs["p_1"] == [0.5]
+    assert logs["example_weights_mean"] == [0.5] and logs["plain"] == [2.0]
+
+
+def test_evaluate_changes_nothing_and_train_inner_keeps_the_result():
+    hyper_optimizer = make(normalized=True)
+    data = hyper_iterations(2)
+    before = [variable.numpy() for variable in hyper_optimizer.variables]
+    result = hyper_optimizer.evaluate(data, verbose=0, return_dict=True)
+    model_variables = hyper_optimizer.problem.inner_variables + hyper_optimizer.problem.state_variables
+    start = [variable.numpy() for variable in model_variables]
+    inner_batches, outer_batch = next(iter(data))
+    one = hyper_optimizer.evaluate((inner_batches, outer_batch), verbose=0, return_dict=True)
+    losses = hyper_optimizer.train_inner(inner_batches)
+    assert losses.shape == (3,) and 0 <= result["accuracy"] <= 1
+    assert all(np.array_equal(a, b) for a, b in zip(before[:2], outer_of(hyper_optimizer)))
+    assert any(not np.array_equal(a, v.numpy()) for a, v in zip(start, model_variables))
+    outer = hyper_optimizer.problem.outer_values()
+    trained = hyper_optimizer.problem.outer_loss(hyper_optimizer.problem.initial_state(), outer, outer_batch)
+    assert float(trained) == pytest.approx(one["outer_loss"], rel=1e-5)
+
+
+def test_keras_callbacks_work_unchanged(tmp_path):
+    callbacks = keras.callbacks
+    hyper_optimizer = make(optimizer=keras.optimizers.SGD(0.0))
+    history = hyper_optimizer.fit(hyper_iterations(2), epochs=6, verbose=0, callbacks=[
+        callbacks.EarlyStopping("outer_loss", mode="min", patience=3, min_delta=1e-3),
+        callbacks.ModelCheckpoint(tmp_path / "best.weights.h5", monitor="outer_loss", mode="min",
+                                  save_best_only=True, save_weights_only=True),
+        callbacks.CSVLogger(tmp_path / "log.csv"),
+        callbacks.TensorBoard(tmp_path / "board"),
+        callbacks.TerminateOnNaN(),
+        callbacks.ReduceLROnPlateau("outer_loss", mode="min", factor=0.5, patience=1, min_delta=1e-3)])
+    assert len(history.history["loss"]) == 4  # Nothing is learned, so patience ends it.
+    assert (tmp_path / "best.weights.h5").exists() and any((tmp_path / "board").rglob("events*"))
+    assert "learning_rate" in (tmp_path / "log.csv").read_text().splitlines()[0]
+    assert float(hyper_optimizer.optimizer.learning_rate) == 0.0
+
+
+def test_reduce_on_plateau_acts_on_the_outer_optimizer():
+    hyper_optimizer = make(optimizer=keras.optimizers.SGD(1e-6))
+    hyper_optimizer.fit(hyper_iterations(1), epochs=4, verbose=0, callbacks=[
+        keras.callbacks.ReduceLROnPlateau("outer_loss", mode="min", factor=0.5, patience=1, min_delta=1.0)])
+    assert float(hyper_optimizer.optimizer.learning_rate) < 1e-6
+
+
+def test_terminate_on_nan_hears_of_a_diverged_training():
+    hyper_optimizer = make(rate=1e30)
+    history = hyper_optimizer.fit(
+        hyper_iterations(5), epochs=3, verbose=0, callbacks=[keras.callbacks.TerminateOnNaN()])
+    assert len(history.epoch) == 1
+
+
+@pytest.mark.parametrize("method, online", [
+    (farhox.ReverseHG(), False), (farhox.ForwardHG(), True), (farhox.ReverseHG(truncation=2), True)],
+    ids=["reverse", "real-time forward", "online truncated"])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, method, online):
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    def run(*callbacks):
+        hyper_optimizer = make(method, normalized=True, online=online)
+        hyper_optimizer.fit(hyper_iterations(2), epochs=4, verbose=0, callbacks=list(callbacks))
+        return hyper_optimizer
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(keras.callbacks.BackupAndRestore(tmp_path), Interrupt())
+    resumed = run(keras.callbacks.BackupAndRestore(tmp_path))
+    for a, b in zip(whole.variables + whole.optimizer.variables, resumed.variables + resumed.optimizer.variables):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
+
+
+def test_warm_start_of_the_linear_solver_is_saved(tmp_path):
+    def fresh():
+        weights = farhox.ExampleWeights(200)
+        problem = farhox.supervised_problem(make_model(), dynamics=farhox.GradientDescent(0.1), example_weights=weights)
+        hyper_optimizer = farhox.HyperOptimizer(problem, farhox.ImplicitHG(farhox.ConjugateGradient(3), damping=0.1))
+        hyper_optimizer.compile(keras.optimizers.Adam(0.1))
+        return hyper_optimizer
+
+    data = farhox.bilevel_dataset(TRAIN, VALIDATION, inner_steps=3, index=True)
+    first, second = fresh(), fresh()
+    first.fit(data, epochs=2, verbose=0)
+    first.save_weights(tmp_path / "x.weights.h5")
+    second.load_weights(tmp_path / "x.weights.h5")
+    pair = next(iter(data))
+    a, b = first.step(*pair), second.step(*pair)
+    assert int(a.carry[1]) == 3
+    np.testing.assert_array_equal(a.carry[0], b.carry[0])
+    np.testing.assert_array_equal(outer_of(first)[0], outer_of(second)[0])
+
+
+def test_real_time_forward_is_one_long_forward_computation_bit_for_bit():
+    hyper_optimizer = make(farhox.ForwardHG(), optimizer=keras.optimizers.SGD(0.0), online=True)
+    by_hand = make(farhox.ForwardHG())
+    compute = tf.function(
+        lambda inner, outer, *kept: farhox.ForwardHG().compute(by_hand.problem, inner, outer, *kept), autograph=False)
+    state = by_hand.problem.initial_state()
+    carry = farhox.ForwardHG().initial_carry(by_hand.problem)
+    for inner_batches, outer_batch in hyper_iterations(3):
+        online = hyper_optimizer.step(inner_batches, outer_batch)
+        result = compute(inner_batches, outer_batch, state, carry)
+        state, carry = result.state, result.carry
+    for a, b in zip(tf.nest.flatten(online), tf.nest.flatten(result)):
+        np.testing.assert_array_equal(a, b)
+    assert int(state.step) == 9
+
+
+def test_what_is_not_finite_never_reaches_the_outer_variables():
+    hyper_optimizer = make(rate=1e30, max_skipped_updates=100)
+    before = outer_of(hyper_optimizer), [v.numpy() for v in hyper_optimizer.optimizer.variables]
+    history = hyper_optimizer.fit(hyper_iterations(3), epochs=2, verbose=0).history
+    assert history["skipped_updates"] == [3, 6]
+    np.testing.assert_array_equal(outer_of(hyper_optimizer), before[0])
+    for a, b in zip(before[1], hyper_optimizer.optimizer.variables):
+        np.testing.assert_array_equal(a, b.numpy())
+
+
+def test_a_skipped_update_leaves_the_online_state_as_it_was():
+    hyper_optimizer = make(rate=1e30, online=True)
+    before = [variable.numpy() for variable in hyper_optimizer.problem.inner_variables]
+    result = hyper_optimizer.step(*next(iter(hyper_iterations(1))))
+    assert not np.isfinite(result.outer_loss)
+    for a, b in zip(before, hyper_optimizer.problem.inner_variables):
+        np.testing.assert_array_equal(a, b.numpy())
+
+
+def test_fit_and_step_stop_with_an_error_that_says_what_diverged():
+    message = "3 updates in a row were skipped.*the inner objective.*'learning_rate'.*smaller inner learning rate"
+    with pytest.raises(RuntimeError, match=message):
+        make(rate=1e30, max_skipped_updates=3).fit(hyper_iterations(5), verbose=0)
+    hyper_optimizer = make(rate=1e30, max_skipped_updates=3)
+    with pytest.raises(RuntimeError, match=message):
+        for pair in hyper_iterations(3):
+            hyper_optimizer.step(*pair)
+
+
+@pytest.mark.parametrize("compiled", [
+    {"steps_per_execution": 2}, {"run_eagerly": True}, {"jit_compile": True}], ids=lambda value: next(iter(value)))
+def test_ways_to_run_give_the_same_result(compiled):
+    plain, other = make(), make(compiled=compiled)
+    plain.fit(hyper_iterations(4), verbose=0)
+    other.fit(hyper_iterations(4), verbose=0)
+    np.testing.assert_allclose(outer_of(other), outer_of(plain), rtol=1e-4)
+
+
+def test_fit_traces_once():
+    traces = []
+    w, lam = (keras.Variable(1.0, name=name) for name in ("w", "lam"))
+
+    def inner_objective(batch):
+        traces.append(batch)
+        return (w - lam) ** 2
+
+    problem = farhox.BilevelProblem(inner_objective, lambda _: w ** 2, [w], [lam])
+    hyper_optimizer = farhox.HyperOptimizer(problem)
+    hyper_optimizer.compile(keras.optimizers.SGD(0.1))
+    data = (farhox.repeat(tf.zeros([1]), 3), tf.zeros([1]))
+    hyper_optimizer.fit(data, epochs=1, verbose=0)
+    count = len(traces)
+    hyper_optimizer.fit(data, epochs=5, verbose=0)
+    hyper_optimizer.step(*data)
+    after_step = len(traces)
+    for _ in range(5):
+        hyper_optimizer.step(*data)
+    assert len(traces) == after_step and after_step == 2 * count
+
+
+def test_memory_stays_flat_over_hyper_iterations():
+    import psutil
+    hyper_optimizer, pair = make(), next(iter(hyper_iterations(1)))
+    for _ in range(50):
+        hyper_optimizer.step(*pair)
+    before = psutil.Process().memory_info().rss
+    for _ in range(200):
+        hyper_optimizer.step(*pair)
+    assert psutil.Process().memory_info().rss - before < 20 * 2 ** 20
+
+
+@pytest.mark.parametrize("diverges", [False, True], ids=["update", "skip"])
+def test_replicas_apply_the_mean_of_their_hypergradients(diverges):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    rate = 1e30 if diverges else 0.1
+    with strategy.scope():
+        mirrored = make(rate=rate, optimizer=keras.optimizers.SGD(0.1))
+    single = make(rate=rate, optimizer=keras.optimizers.SGD(0.1))
+    start = outer_of(single)
+    parts = [farhox.ReverseHG().compute(single.problem, *pair).gradients for pair in hyper_iterations(2)]
+    mirrored.fit(hyper_iterations(2), verbose=0, steps_per_epoch=1)
+    expected = start if diverges else [s - 0.1 * np.mean([part[i] for part in parts]) for i, s in enumerate(start)]
+    np.testing.assert_allclose(outer_of(mirrored), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="needs one replica"):
+        with strategy.scope():
+            online = make(online=True)
+        online.fit(hyper_iterations(2), verbose=0, steps_per_epoch=1)
+
+
+def test_weights_within_a_budget_are_projected_after_each_update():
+    weights = farhox.ExampleWeights(200, budget=20.0)
+    problem = farhox.supervised_problem(make_model(), dynamics=farhox.GradientDescent(0.5), example_weights=weights)
+    hyper_optimizer = farhox.HyperOptimizer(problem)
+    hyper_optimizer.compile(keras.optimizers.Adam(0.05))
+    hyper_optimizer.fit(farhox.bilevel_dataset(TRAIN, VALIDATION, 5, index=True), epochs=5, verbose=0)
+    values = weights.numpy()
+    assert values.sum() <= 20 * (1 + 1e-6) and values.min() == 0.0 and values.max() > 0.15
+
+
+def test_learned_initial_values_are_updated_in_the_model():
+    model = make_model()
+    problem = farhox.supervised_problem(model, dynamics=farhox.GradientDescent(0.1), learn_initialization=True)
+    before = model.get_weights()
+    hyper_optimizer = farhox.HyperOptimizer(problem)
+    hyper_optimizer.compile(keras.optimizers.SGD(0.1))
+    result = hyper_optimizer.step(*next(iter(hyper_iterations(1))))
+    for a, b, gradient in zip(before, model.get_weights(), result.gradients):
+        np.testing.assert_allclose(b, a - 0.1 * gradient.numpy(), rtol=1e-5, atol=1e-7)
+
+
+def test_reset_starts_slots_steps_and_memory_anew():
+    hyper_optimizer = make(farhox.ForwardHG(), online=True)
+    pair = next(iter(hyper_iterations(1)))
+    hyper_optimizer.step(*pair)
+    hyper_optimizer.reset_inner_state()
+    assert int(hyper_optimizer.step(*pair).state.step) == 3
+
+
+def test_bad_input_is_refused():
+    problem, data = make().problem, hyper_iterations(1)
+    with pytest.raises(TypeError, match="problem must be a farhox.BilevelProblem"):
+        farhox.HyperOptimizer(make_model())
+    with pytest.raises(TypeError, match="must be one of farhox' methods"):
+        farhox.HyperOptimizer(problem, "reverse")
+    with pytest.raises(ValueError, match="max_skipped_updates must be a positive integer"):
+        farhox.HyperOptimizer(problem, max_skipped_updates=0)
+    with pytest.raises(ValueError, match="must be compiled"):
+        farhox.HyperOptimizer(problem).step(*next(iter(data)))
+    with pytest.raises(ValueError, match="takes no loss"):
+        farhox.HyperOptimizer(problem).compile("adam", loss="mse")
+    with pytest.raises(ValueError, match="objectives, which are Python code"):
+        make().save("model.keras")
+    w, lam = keras.Variable(1.0), keras.Variable(1.0)
+    bare = farhox.BilevelProblem(lambda _: (w - lam) ** 2, lambda _: w ** 2, [w], [lam])
+    with pytest.raises(ValueError, match="Metrics need predictions"):
+        farhox.HyperOptimizer(bare).compile("adam", metrics=["accuracy"])
+
+
+@pytest.mark.parametrize("settings, what", [
+    ({"learn_initialization": True}, "learned initial values"), ({"proximal": 1.0}, "a proximal term")])
+def test_online_training_refuses_problems_whose_start_matters(settings, what):
+    rate = farhox.Hyperparameter(0.1, low=0.0)
+    problem = farhox.supervised_problem(
+        make_model(), dynamics=farhox.GradientDescent(rate), outer_variables=[rate], **settings)
+    with pytest.raises(ValueError, match=what):
+        farhox.HyperOptimizer(problem, online=True)
+
+
+@pytest.mark.parametrize("data, message", [
+    (hyper_iterations(1).take(0), "at least one pair"),
+    (tf.data.Dataset.from_tensors(tf.zeros([3])), "must be a pair"),
+    (np.zeros(3), "must be a tf.data.Dataset of pairs"),
+], ids=["empty", "no pairs", "array"])
+def test_data_that_are_not_hyper_iterations_are_refused(data, message):
+    for use in ("fit", "evaluate"):
+        with pytest.raises(ValueError, match=message):
+            getattr(make(), use)(data, verbose=0)
+
+
+def test_labels_out_of_range_are_a_value_error_in_fit_and_step():
+    wrong = (X[:20], np.full(20, 12))
+    data = farhox.bilevel_dataset(wrong, VALIDATION, 2)
+    message = r"Labels must be integers from 0 to the number of classes - 1.*12"
+    with pytest.raises(ValueError, match=message):
+        make().fit(data, verbose=0)
+    with pytest.raises(ValueError, match=message):
+        make().step(*next(iter(data)))
