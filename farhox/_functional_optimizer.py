@@ -7,6 +7,7 @@ replaces what the TensorFlow backend does to raw variables by Keras' backend-ind
 import abc
 import numbers
 import re
+import warnings
 
 import keras
 import tensorflow as tf
@@ -148,7 +149,9 @@ def optimizer_config(optimizer):
         ValueError: If it has none.
     """
     try:
-        return dict(optimizer.get_config())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # A learning rate that is a lambda is not serialised in the end.
+            return dict(optimizer.get_config())
     except Exception as error:
         raise _not_copyable(optimizer, f"get_config() failed with {error!r}") from error
 

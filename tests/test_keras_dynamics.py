@@ -1,5 +1,8 @@
 """Keras optimizers as inner dynamics: the path of `optimizer.apply`, hypergradients of every float setting."""
 
+import pathlib
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from problems import assert_close, variable
 from unrolled import finite_differences
 
 import farhox
+from farhox import _exact
 from farhox.keras_dynamics import learnable_settings
 
 OPTIMIZERS = keras.optimizers
@@ -383,7 +387,8 @@ def test_learned_initial_values_reach_slots_that_start_from_them(case, float64):
 
 @pytest.mark.parametrize("case", ["Adam", "a user's subclass", *(
     pytest.param(case, marks=pytest.mark.slow) for case in CASES
-    if case not in ("Adam", "a user's subclass") and "Multi" not in case), "gradient accumulation"])
+    if case not in ("Adam", "a user's subclass") and "Multi" not in case),
+    pytest.param("gradient accumulation", marks=pytest.mark.slow)])
 def test_forward_and_reverse_mode_agree(case, float64):
     optimizer = optimizer_with(case) if case in OPTIONS else CASES[case]()
     settings = learned(optimizer)
@@ -614,3 +619,66 @@ def test_a_setting_that_the_update_does_not_read_is_named(float64):
     problem, inner_batches, outer_batch = small_problem(farhox.KerasDynamics(Precomputing(), scale=unread), [unread])
     with pytest.raises(ValueError, match="'unread'"):
         farhox.ReverseHG().compute(problem, inner_batches, outer_batch)
+
+
+ROOTS = {
+    "sqrt": lambda x: tf.sqrt(x),
+    "keras sqrt": lambda x: keras.ops.sqrt(x),
+    "keras norm": lambda x: keras.ops.norm(x),
+    "keras power": lambda x: keras.ops.power(x, 0.5),
+    "power": lambda x: x ** 0.3,
+    "pow with a tensor": lambda x: tf.pow(x, tf.constant([0.5, 0.0, 0.25])),
+    "discarded quotient": lambda x: tf.where(x > 0, 2.0 / x + x / x, x),
+    "discarded keras quotient": lambda x: keras.ops.minimum(keras.ops.divide(x + 1.0, x), 3.0),
+    "discarded rsqrt": lambda x: tf.minimum(keras.ops.rsqrt(x), 3.0),
+}
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_roots_powers_and_quotients_are_finite_at_zero_and_unchanged_elsewhere(root):
+    def with_gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = ROOTS[root](x)
+        return value, tape.gradient(value, x)
+
+    zero, positive = tf.zeros(3), tf.constant([0.5, 1.0, 2.0])
+    with _exact.finite_roots():
+        value, gradient = with_gradient(zero)
+        positive_value, positive_gradient = with_gradient(positive)
+    assert np.all(np.isfinite(gradient))
+    np.testing.assert_array_equal(value, ROOTS[root](zero))
+    plain_value, plain_gradient = with_gradient(positive)
+    np.testing.assert_array_equal(positive_value, plain_value)
+    np.testing.assert_allclose(positive_gradient, plain_gradient, rtol=1e-6)
+
+
+def test_quotients_and_powers_of_integers_and_numbers_keep_their_types():
+    integers = tf.constant([1, 2])
+    cases = [lambda: integers / 2, lambda: 3 / integers, lambda: integers / integers, lambda: integers ** 2,
+             lambda: tf.pow(2.0, tf.constant(3.0)), lambda: tf.constant(2.0) ** 2, lambda: 1 / tf.constant(4.0)]
+    plain = [case() for case in cases]
+    with _exact.finite_roots():
+        inside = [case() for case in cases]
+    for a, b in zip(inside, plain):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "keras_optimizers.md"
+IN_EVERY_OPTIMIZER = {"learning_rate", "weight_decay", "clipnorm", "clipvalue", "global_clipnorm"}
+
+
+def test_the_page_lists_what_can_be_learned_in_every_optimizer():
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE.read_text().split("## What cannot")[0], re.MULTILINE))
+    kinds = {type(make()) for name, make in CASES.items() if "Multi" not in name} - {SignedMomentum}
+    assert set(table) == {kind.__name__ for kind in kinds}
+    for kind in kinds:
+        assert set(re.findall(r"`(\w+)`", table[kind.__name__])) | IN_EVERY_OPTIMIZER == set(learnable_settings(kind()))
+
+
+def test_the_code_of_the_page_runs():
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(compile(block, str(PAGE), "exec"), names)  # One block goes on from another.
+    assert len(names["gradients"]) == 1 and abs(names["gradients"][0]) > 0.0
