@@ -77,7 +77,8 @@ def test_projection_equals_a_quadratic_program(kind):
 
 
 @pytest.mark.parametrize("constraint", [
-    farhox.Simplex(1.0, at_most=True), farhox.Simplex(1.0), farhox.CappedSimplex(1.0)], ids=["at_most", "equal", "capped"])
+    farhox.Simplex(1.0, at_most=True), farhox.Simplex(1.0), farhox.CappedSimplex(1.0)],
+    ids=["at_most", "equal", "capped"])
 def test_projection_of_the_simplex_oracle(constraint):
     # Every entry of the answer is below 1, so the cap of the capped simplex does not bind, and its sum is 1.
     projected = constraint(np.array([0.9, 0.5, 0.3, -0.2])).numpy()
