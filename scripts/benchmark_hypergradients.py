@@ -1,0 +1,302 @@
+"""Time and memory of a hypergradient beside plain training, for every method and several numbers of inner steps.
+
+```text
+python scripts/benchmark_hypergradients.py --quick
+python scripts/benchmark_hypergradients.py --workloads=W1,W2,W4 --steps=10,100,1000 --json=benchmark.json
+```
+
+Workloads, on synthetic data in float32:
+
+- W1: softmax regression 2000 x 784 x 10, full-batch gradient descent; outer: the examples' weights, the learning rate.
+- W2: 784-256-256-10 tanh network, batches of 100, momentum; outer: learning rate, momentum, L2 strength of each layer.
+- W4: W1's model with L2 penalty, near its optimum, 10 conjugate-gradient steps; outer: examples' weights, L2 strength.
+
+Methods: `reverse`, `reverse_sqrt` (checkpoint_every="sqrt"), `forward` (W2 has five scalars), `implicit` (W4), and
+`naive`: the steps written out in Python under one tape, up to T=100.
+
+Each case runs in a process of its own. Times are medians of CPU seconds, which other programs disturb little; plain
+training is a hand-written TensorFlow loop over the same steps without derivatives. Growth is the peak of resident
+memory above that of the process with its data and its model.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any, Callable, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+
+import farhox
+from farhox.batches import batch_at, num_steps
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("workloads", ["W1", "W2", "W4"], "Workloads to run.")
+flags.DEFINE_list("steps", None, "Numbers of inner steps T. Default: 10,100,1000, with --quick 2,5.")
+flags.DEFINE_list("methods", None, "Methods to run. Default: all that a workload has.")
+flags.DEFINE_integer("threads", 1, "Threads TensorFlow may use; 0 leaves it to TensorFlow.", lower_bound=0)
+flags.DEFINE_integer("repeats", None, "Timed computations per case. Default: 3 to 15, fewer for more steps.",
+                     lower_bound=1)
+flags.DEFINE_bool("quick", False, "Tiny sizes: shows in seconds that everything runs; the numbers mean nothing.")
+flags.DEFINE_string("json", None, "File to write the measurements to.")
+flags.DEFINE_string("case", None, "For internal use: the one case to measure in this process, as JSON.")
+
+METHODS = {"W1": ["reverse", "reverse_sqrt", "naive"], "W2": ["reverse", "reverse_sqrt", "forward", "naive"],
+           "W4": ["implicit", "naive"]}
+HYPERGRADIENTS = {
+    "reverse": farhox.ReverseHG(),
+    "reverse_sqrt": farhox.ReverseHG(checkpoint_every="sqrt"),
+    "forward": farhox.ForwardHG(),
+    # A tolerance that is never reached: always ten products.
+    "implicit": farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=10, tolerance=0.0)),
+}
+# Tracing steps that are written out takes minutes beyond this.
+NAIVE_MAX_STEPS = 100
+COLUMNS = [("workload", "{}"), ("method", "{}"), ("steps", "{}"), ("hypergradient_s", "{:.4f}"),
+           ("plain_s", "{:.4f}"), ("over_plain", "{:.2f}"), ("tracing_s", "{:.2f}"), ("growth_mb", "{:.0f}")]
+
+
+class Workload(NamedTuple):
+    """What one workload is made of.
+
+    Attributes:
+        problem: A `BilevelProblem`.
+        inner_batches: Callable, T to inner batches.
+        outer_batch: The batch of the outer objective.
+        plain_step: Callable `variables, slots, batch -> variables, slots`: the same inner step without farhox.
+        warm_up_steps: Plain steps to take before anything is measured.
+    """
+
+    problem: Any
+    inner_batches: Callable
+    outer_batch: Any
+    plain_step: Callable
+    warm_up_steps: int = 0
+
+
+def main(argv):
+    del argv
+    if FLAGS.case is not None:
+        print(json.dumps(measure(**json.loads(FLAGS.case))))
+        return
+    steps = [int(t) for t in FLAGS.steps or (["2", "5"] if FLAGS.quick else ["10", "100", "1000"])]
+    cases = [dict(workload=workload, method=method, steps=t, quick=FLAGS.quick, threads=FLAGS.threads,
+                  repeats=FLAGS.repeats)
+             for workload in FLAGS.workloads for t in steps for method in METHODS[workload]
+             if (FLAGS.methods is None or method in FLAGS.methods) and (method != "naive" or t <= NAIVE_MAX_STEPS)]
+    rows = []
+    for i, case in enumerate(cases):
+        print(f"[{i + 1}/{len(cases)}] {case['workload']} {case['method']} T={case['steps']}", file=sys.stderr,
+              flush=True)
+        rows.append(run_in_own_process(case))
+    print(table(rows))
+    if FLAGS.json:
+        with open(FLAGS.json, "w") as file:
+            json.dump({"tensorflow": tf.__version__, "keras": keras.__version__, "results": rows}, file, indent=1)
+
+
+def run_in_own_process(case):
+    """`measure(**case)` in a new process."""
+    result = subprocess.run([sys.executable, os.path.abspath(__file__), f"--case={json.dumps(case)}"],
+                            stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure(workload, method, steps, quick, threads, repeats):
+    """Measures one case in this process: a dictionary with the columns of the table."""
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    task = {"W1": softmax_regression, "W2": tanh_network, "W4": near_optimum}[workload](quick)
+    problem = task.problem
+    inner_batches = task.inner_batches(steps)
+    state = warmed_up(task) if task.warm_up_steps else None
+
+    arguments = (inner_batches, task.outer_batch) + (() if state is None else (state,))
+
+    idle = peak_memory()
+    start = time.process_time()
+    compute = unrolled if method == "naive" else HYPERGRADIENTS[method].compute
+    hypergradient = tf.function(lambda *arguments: compute(problem, *arguments), autograph=False)
+    hypergradient = hypergradient.get_concrete_function(*arguments)
+    timed(hypergradient, arguments)
+    first_call = time.process_time() - start
+    grown = peak_memory()
+
+    plain = tf.function(lambda batches, unused, *state: plain_training(task, batches, *state), autograph=False)
+    plain = plain.get_concrete_function(*arguments)
+    timed(plain, arguments)
+    repeats = repeats or max(3, min(15, 1000 // steps))
+    # One after the other in turn, so that a machine that slows down slows both.
+    times = [(timed(hypergradient, arguments), timed(plain, arguments)) for _ in range(repeats)]
+    grown = max(grown, peak_memory())
+    seconds, plain_seconds = (statistics.median(column) for column in zip(*times))
+    return dict(
+        workload=workload, method=method, steps=steps, hypergradient_s=seconds, plain_s=plain_seconds,
+        over_plain=seconds / plain_seconds, tracing_s=max(first_call - seconds, 0.0),
+        growth_mb=(grown - idle) / 1024, state_mb=state_megabytes(problem), repeats=repeats, threads=threads)
+
+
+def timed(function, arguments):
+    """CPU seconds of one call, its outputs computed to the end."""
+    start = time.process_time()
+    for output in tf.nest.flatten(function(*arguments)):
+        output.numpy()
+    return time.process_time() - start
+
+
+def peak_memory():
+    """The most resident memory that this process has had, in KB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def state_megabytes(problem):
+    """Size of one inner state."""
+    leaves = tf.nest.flatten(problem.initial_state())
+    return sum(leaf.dtype.size * leaf.shape.num_elements() for leaf in leaves) / 2**20
+
+
+def table(rows):
+    """The measurements as text, a line per case."""
+    lines = [[name for name, _ in COLUMNS]] + [[form.format(row[name]) for name, form in COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+
+
+# The competitors: plain training, and the tape that records every step.
+
+def plain_training(task, inner_batches, state=None):
+    """The inner training alone: a loop over the hand-written step."""
+    state = task.problem.initial_state() if state is None else state
+
+    def body(t, variables, slots):
+        return t + 1, *task.plain_step(variables, slots, batch_at(inner_batches, t))
+
+    return tf.while_loop(lambda t, *_: t < num_steps(inner_batches), body,
+                         [tf.constant(0), state.variables, state.slots], parallel_iterations=1)[1]
+
+
+def unrolled(problem, inner_batches, outer_batch, state=None):
+    """The hypergradient with all steps written out under one tape."""
+    outer = problem.outer_values()
+    with tf.GradientTape() as tape:
+        tape.watch(outer)
+        state = problem.initial_state(outer) if state is None else state
+        for t in range(num_steps(inner_batches)):
+            state = problem.step(state, outer, batch_at(inner_batches, t)).state
+        loss = problem.outer_loss(state, outer, outer_batch)
+    return [tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, outer)], loss
+
+
+# The workloads.
+
+def softmax_regression(quick):
+    """W1."""
+    examples, features, classes = (60, 8, 3) if quick else (2000, 784, 10)
+    x, y = synthetic_data(2 * examples, features, classes)
+    model = network([features, classes])
+    learning_rate = farhox.Hyperparameter(0.1, low=0.0, log=True, name="learning_rate")
+    weights = farhox.ExampleWeights(examples)
+    problem = farhox.supervised_problem(
+        model, cross_entropy(), farhox.GradientDescent(learning_rate), outer_variables=[learning_rate],
+        example_weights=weights)
+
+    def plain_step(variables, slots, batch):
+        gradients = plain_gradients(variables, batch, weights=weights.natural_value())
+        return [w - 0.1 * g for w, g in zip(variables, gradients)], slots
+
+    batch = (x[:examples], y[:examples], np.arange(examples))
+    return Workload(problem, lambda steps: farhox.repeat(batch, steps), (x[examples:], y[examples:]), plain_step)
+
+
+def tanh_network(quick):
+    """W2."""
+    examples, batch_size, widths = (60, 10, [8, 6, 6, 3]) if quick else (2000, 100, [784, 256, 256, 10])
+    x, y = synthetic_data(examples + batch_size, widths[0], widths[-1])
+    learning_rate = farhox.Hyperparameter(0.05, low=0.0, log=True, name="learning_rate")
+    momentum = farhox.Hyperparameter(0.9, low=0.0, high=1.0, name="momentum")
+    strengths = [farhox.Hyperparameter(1e-4, low=0.0, log=True, name=f"l2_{i}") for i in range(len(widths) - 1)]
+    problem = farhox.supervised_problem(
+        network(widths, strengths), cross_entropy(), farhox.Momentum(learning_rate, momentum),
+        outer_variables=[learning_rate, momentum, *strengths])
+
+    def plain_step(variables, slots, batch):
+        gradients = plain_gradients(variables, batch, strength=1e-4)
+        slots = [0.9 * m + g for m, g in zip(slots, gradients)]
+        return [w - 0.05 * m for w, m in zip(variables, slots)], slots
+
+    data = (tf.constant(x[:examples]), tf.constant(y[:examples]))
+    draws = np.random.default_rng(1)
+    return Workload(
+        problem, lambda steps: farhox.gather(data, draws.integers(examples, size=[steps, batch_size])),
+        (x[examples:], y[examples:]), plain_step)
+
+
+def near_optimum(quick):
+    """W4."""
+    examples, features, classes = (60, 8, 3) if quick else (2000, 784, 10)
+    x, y = synthetic_data(2 * examples, features, classes)
+    strength = farhox.Hyperparameter(0.01, low=0.0, log=True, name="l2")
+    weights = farhox.ExampleWeights(examples)
+    problem = farhox.supervised_problem(
+        network([features, classes], [strength]), cross_entropy(), farhox.GradientDescent(10.0),
+        outer_variables=[strength], example_weights=weights)
+
+    def plain_step(variables, slots, batch):
+        gradients = plain_gradients(variables, batch, weights=weights.natural_value(), strength=0.01)
+        return [w - 10.0 * g for w, g in zip(variables, gradients)], slots
+
+    batch = (x[:examples], y[:examples], np.arange(examples))
+    return Workload(problem, lambda steps: farhox.repeat(batch, steps), (x[examples:], y[examples:]), plain_step,
+                    warm_up_steps=20 if quick else 300)
+
+
+def warmed_up(task):
+    """The inner state after the task's warm-up steps."""
+    batches = task.inner_batches(task.warm_up_steps)
+    variables = tf.function(lambda batches: plain_training(task, batches), autograph=False)(batches)
+    return task.problem.initial_state()._replace(variables=list(variables))
+
+
+def synthetic_data(examples, features, classes):
+    """Normal inputs of about length 3 and the labels that a random linear map gives them."""
+    draws = np.random.default_rng(0)
+    x = draws.normal(size=[examples, features]).astype("float32") * np.float32(3.0 / features**0.5)
+    return x, np.argmax(x @ draws.normal(size=[features, classes]), axis=1)
+
+
+def network(widths, strengths=None):
+    """A dense Keras network: tanh layers and a linear one, with L2 strengths for their kernels."""
+    keras.utils.set_random_seed(0)
+    strengths = strengths or [None] * (len(widths) - 1)
+    return keras.Sequential([keras.Input([widths[0]])] + [
+        keras.layers.Dense(width, activation="tanh" if i < len(widths) - 2 else None,
+                           kernel_regularizer=None if strength is None else farhox.L1L2(l2=strength))
+        for i, (width, strength) in enumerate(zip(widths[1:], strengths))])
+
+
+def cross_entropy():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def plain_gradients(variables, batch, weights=None, strength=None):
+    """The inner gradient of `network`, without Keras."""
+    with tf.GradientTape() as tape:
+        tape.watch(variables)
+        values = batch[0]
+        for i in range(0, len(variables), 2):
+            values = tf.matmul(values if i == 0 else tf.tanh(values), variables[i]) + variables[i + 1]
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch[1], values)
+        loss = tf.reduce_mean(losses if weights is None else weights * losses)
+        if strength is not None:
+            loss += strength * tf.add_n([tf.reduce_sum(tf.square(kernel)) for kernel in variables[::2]])
+    return tape.gradient(loss, variables)
+
+
+if __name__ == "__main__":
+    app.run(main)
