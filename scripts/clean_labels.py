@@ -1,0 +1,207 @@
+"""Data hyper-cleaning: finds wrong training labels by learning one weight per example within a budget.
+
+Half of the training labels are replaced by wrong ones; the validation labels are right. The weights of the training
+examples are outer variables in {0 <= w <= 1, sum(w) <= budget}, and hypergradients through the training say which ones
+help the validation loss. An example counts as discarded if its weight falls below 0.001.
+
+    python scripts/clean_labels.py --quick
+    python scripts/clean_labels.py --num_seeds=3
+    python scripts/clean_labels.py --flagfile=scripts/flags/clean_labels_paper.cfg
+
+Afterwards a new model is trained on training and validation examples together: with the learned weights, with the right
+labels only (oracle), and with all labels alike (baseline).
+
+Reference: Franceschi et al., Forward and reverse gradient-based hyperparameter optimization, 2017, section 5.1.
+"""
+
+import pathlib
+
+import experiment  # First: it sets TensorFlow's log level.
+from absl import app, flags
+import keras
+import numpy as np
+import tensorflow as tf
+
+import farhox
+
+SIZES = (5000, 5000)  # Training and validation examples.
+NUM_CLASSES = 10
+DISCARDED_BELOW = 1e-3
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+SETTINGS = ("dataset", "model", "budgets", "noise", "inner_steps", "batch_size", "hyper_iterations", "learning_rate",
+            "momentum", "outer_learning_rate", "truncation", "retrain_steps")
+QUICK = {"budgets": ["1500"], "inner_steps": 50, "hyper_iterations": 30, "outer_learning_rate": 0.04,
+         "retrain_steps": 100}
+
+
+def define_flags():
+    experiment.define_flags("results/clean_labels")
+    flags.DEFINE_enum("dataset", "mnist", ["mnist", "fashion_mnist"], "Data set of TFDS.")
+    flags.DEFINE_enum("model", "softmax", ["softmax", "cnn"], "Softmax regression or a small convolutional net.")
+    flags.DEFINE_list("budgets", ["1000", "1500", "2000", "2500"], "Largest sums of the weights.")
+    flags.DEFINE_float("noise", 0.5, "Fraction of training labels that are made wrong.", 0.0, 0.9)
+    flags.DEFINE_integer("inner_steps", 100, "Training steps in each hyper-iteration.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", None, "Examples in an inner batch. Default: all.", lower_bound=1)
+    flags.DEFINE_integer("hyper_iterations", 100, "Updates of the weights.", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 0.1, "Inner learning rate, divided by the mean weight budget / examples.")
+    flags.DEFINE_float("momentum", 0.9, "Inner momentum.", 0.0, 1.0)
+    flags.DEFINE_float("outer_learning_rate", 0.02, "Learning rate of Adam on the weights.")
+    flags.DEFINE_integer("truncation", None, "Differentiate only this many of the last inner steps.", lower_bound=1)
+    flags.DEFINE_integer("retrain_steps", 200, "Steps of the training whose test accuracy is reported.", lower_bound=1)
+
+
+def flip_labels(y, noise, rng):
+    """Labels of which a fraction `noise` is replaced by another class, and a mask of these."""
+    flipped = np.zeros(len(y), bool)
+    flipped[rng.permutation(len(y))[:round(noise * len(y))]] = True
+    return np.where(flipped, (y + rng.integers(1, NUM_CLASSES, len(y))) % NUM_CLASSES, y), flipped
+
+
+def build_model(kind):
+    if kind == "softmax":
+        layers = [keras.layers.Flatten(), keras.layers.Dense(NUM_CLASSES, kernel_initializer="zeros")]
+    else:
+        layers = [keras.layers.Conv2D(8, 5, strides=2, activation="relu"),
+                  keras.layers.Conv2D(16, 3, strides=2, activation="relu"),
+                  keras.layers.Flatten(), keras.layers.Dense(NUM_CLASSES)]
+    return keras.Sequential([keras.Input([28, 28, 1]), *layers])
+
+
+def find_flipped(weights, flipped):
+    """Precision, recall and F1 of calling an example wrongly labelled if its weight is next to zero."""
+    found = weights < DISCARDED_BELOW
+    hits = float(np.sum(found & flipped))
+    precision, recall = hits / max(1, np.sum(found)), hits / max(1, np.sum(flipped))
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(1e-12, precision + recall)}
+
+
+def test_accuracy(data, weights, settings, seed):
+    """Trains a new model with plain Keras on training and validation examples, and tests it."""
+    (x, y), (x_validation, y_validation), test = data
+    x, y = np.concatenate([x, x_validation]), np.concatenate([y, y_validation])
+    weights = np.concatenate([weights, np.ones(len(x_validation))]).astype("float32")
+    keras.utils.set_random_seed(seed)
+    model = build_model(settings["model"])
+    # The loss is the mean of weight times loss, so that the rate is divided by the mean weight, as in the inner problem.
+    rate = settings["learning_rate"] / float(np.mean(weights))
+    model.compile(keras.optimizers.SGD(rate, settings["momentum"]), LOSS, weighted_metrics=["accuracy"])
+    if settings["batch_size"] is None:
+        batches = tf.data.Dataset.from_tensors((x, y, weights)).repeat()
+    else:
+        batches = tf.data.Dataset.from_tensor_slices((x, y, weights)).shuffle(len(x), seed).repeat().batch(
+            settings["batch_size"])
+    model.fit(batches.take(settings["retrain_steps"]), shuffle=False, verbose=0)
+    return float(model.evaluate(*test, batch_size=1000, verbose=0, return_dict=True)["accuracy"])
+
+
+def learn_weights(data, flipped, budget, settings, seed, folder):
+    """Learned example weights and the history of learning them."""
+    (x, y), validation, _ = data
+    keras.utils.set_random_seed(seed)
+    weights = farhox.ExampleWeights(len(x), budget=budget)
+    rate, momentum = settings["learning_rate"] * len(x) / budget, settings["momentum"]
+    problem = farhox.supervised_problem(
+        build_model(settings["model"]), loss=LOSS, example_weights=weights,
+        dynamics=farhox.Momentum(rate, momentum) if momentum > 0 else farhox.GradientDescent(rate))
+    batches = farhox.bilevel_dataset(
+        (x, y), validation, settings["inner_steps"], batch_size=settings["batch_size"], index=True, seed=seed).take(1)
+    optimizer = farhox.HyperOptimizer(problem, farhox.ReverseHG(truncation=settings["truncation"]))
+    optimizer.compile(keras.optimizers.Adam(settings["outer_learning_rate"]), metrics=["accuracy"])
+    history = experiment.fit_resumable(
+        optimizer, batches, settings["hyper_iterations"], folder,
+        observe=lambda: find_flipped(weights.numpy(), flipped))
+    return weights.numpy(), history
+
+
+def run_budget(data, flipped, budget, settings, seed, folder):
+    weights, history = learn_weights(data, flipped, budget, settings, seed, folder)
+    return {
+        "test_accuracy": test_accuracy(data, weights, settings, seed), **find_flipped(weights, flipped),
+        "sum": float(np.sum(weights)), "weights": np.round(weights, 4).tolist(), "flipped": flipped.tolist(),
+        "seconds_before": history.pop("seconds_before"),
+        "history": {name: history[name] for name in ("outer_loss", "inner_loss", "accuracy", "f1")}}
+
+
+def run_seed(folder, settings, data_dir, seed):
+    """All runs of one seed: dictionary of oracle, baseline and each budget."""
+    train, validation, test = experiment.images(settings["dataset"], data_dir, SIZES, seed)
+    noisy, flipped = flip_labels(train[1], settings["noise"], np.random.default_rng(seed))
+    data = (train[0], noisy), validation, test
+    results = {}
+    for name, weights in (("oracle", ~flipped), ("baseline", np.ones(len(noisy)))):
+        results[name] = folder.once(
+            f"seed{seed}_{name}", lambda _: {"test_accuracy": test_accuracy(data, weights, settings, seed)})
+    for budget in settings["budgets"]:
+        results[f"budget {budget}"] = folder.once(
+            f"seed{seed}_budget{budget}",
+            lambda path: run_budget(data, flipped, float(budget), settings, seed, path))
+    return results
+
+
+def best_budget(by_seed):
+    """The budget with the highest validation accuracy, mean over seeds: no test label takes part."""
+    budgets = [name for name in next(iter(by_seed.values())) if name.startswith("budget")]
+    return max(budgets, key=lambda name: np.mean([run[name]["history"]["accuracy"][-1] for run in by_seed.values()]))
+
+
+def table(by_seed):
+    rows = []
+    for name in next(iter(by_seed.values())):
+        runs = [run[name] for run in by_seed.values()]
+        row = [name, experiment.mean_and_range([100 * run["test_accuracy"] for run in runs])]
+        for key, form in (("precision", "{:.3f}"), ("recall", "{:.3f}"), ("f1", "{:.3f}"), ("seconds", "{:.0f}")):
+            row.append(experiment.mean_and_range([run[key] for run in runs], form) if key in runs[0] else "")
+        rows.append(row)
+    return experiment.markdown_table(["", "test accuracy, %", "precision", "recall", "F1", "seconds"], rows)
+
+
+def plot(by_seed, path):
+    """Accuracy and F1 by budget, F1 while learning, and the weights of the best budget."""
+    seeds, first = list(by_seed), next(iter(by_seed.values()))
+    names = [name for name in first if name.startswith("budget")]
+    budgets = [int(float(name.split()[1])) for name in names]
+    best = best_budget(by_seed)
+    with experiment.figure(path, columns=4, size=(15.5, 3.6)) as (accuracy, f1, progress, histogram):
+        for name, color in (("oracle", experiment.GREEN), ("baseline", experiment.GREY)):
+            mean = np.mean([100 * by_seed[seed][name]["test_accuracy"] for seed in seeds])
+            accuracy.axhline(mean, color=color, linestyle="--", label=name)
+        for axis, key, scale, label in ((accuracy, "test_accuracy", 100, "learned weights"), (f1, "f1", 1, "F1")):
+            values = scale * np.array([[by_seed[seed][name][key] for name in names] for seed in seeds])
+            axis.errorbar(budgets, values.mean(0), [values.mean(0) - values.min(0), values.max(0) - values.mean(0)],
+                          color=experiment.BLUE, marker="o", capsize=3, label=label)
+            axis.set(xlabel="Budget", xticks=budgets)
+        accuracy.set(title="Test accuracy", ylabel="%")
+        accuracy.legend()
+        f1.set(title="F1 of the discarded examples")
+        colors = [experiment.BLUE, experiment.ORANGE, experiment.GREEN, experiment.PURPLE]
+        for i, name in enumerate(names):
+            values = np.mean([by_seed[seed][name]["history"]["f1"] for seed in seeds], axis=0)
+            progress.plot(np.arange(1, len(values) + 1), values, color=colors[i % len(colors)], label=name)
+        progress.set(title="F1 while learning", xlabel="Hyper-iteration", ylim=(0, 1))
+        progress.legend(loc="lower right")
+        weights, flipped = (np.array(first[best][key]) for key in ("weights", "flipped"))
+        histogram.hist([weights[~flipped], weights[flipped]], bins=np.linspace(0, 1, 26), stacked=True,
+                       color=[experiment.BLUE, experiment.ORANGE], label=["right label", "wrong label"])
+        histogram.set(title=f"Learned weights, {best}, seed {seeds[0]}", xlabel="Weight", ylabel="Training examples")
+        histogram.legend()
+
+
+def main(_):
+    experiment.require(matplotlib="examples")
+    settings = experiment.settings(SETTINGS, QUICK)
+    output = pathlib.Path(flags.FLAGS.output)
+    folder = experiment.Folder(output, settings)
+    by_seed = {seed: run_seed(folder, settings, flags.FLAGS.data_dir, seed) for seed in experiment.seeds()}
+    best = best_budget(by_seed)
+    print(f"\n{settings['dataset']}, {settings['model']}: {settings['noise']:.0%} of {SIZES[0]} training labels wrong, "
+          f"{len(by_seed)} seed(s): mean (least to greatest)\n{table(by_seed)}\n"
+          f"Highest validation accuracy: {best}. Results and plot: {output.resolve()}")
+    short = {seed: {name: {key: value for key, value in run.items() if key not in ("weights", "flipped")}
+                    for name, run in runs.items()} for seed, runs in by_seed.items()}
+    experiment.write_json(output / "results.json", {"settings": settings, "best": best, "seeds": short})
+    plot(by_seed, output / "clean_labels.png")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,232 @@
+"""What the experiments share: flags, images of TFDS, runs that go on after an interruption, results, and plots."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import flags, logging  # noqa: E402
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563a8", "#d9772b", "#2f8f5b", "#8256a8", "#6b7280"
+# These change where and how often something runs, not what one run is.
+_NOT_SETTINGS = ("data_dir", "output", "seed", "num_seeds", "quick")
+
+
+def define_flags(output):
+    """The flags of every experiment. Called when a script runs, not when it is imported: absl flags are global."""
+    flags.DEFINE_string("data_dir", os.environ.get("FARHOX_DATA_DIR"), "Folder of TFDS' data sets.")
+    flags.DEFINE_string("output", output, "Folder for results.json, plots, and runs that can be gone on with.")
+    flags.DEFINE_integer("seed", 0, "Seed of data, initial values and batches.", lower_bound=0)
+    flags.DEFINE_integer("num_seeds", 1, "Repeats the experiment with this many seeds from --seed on.", lower_bound=1)
+    flags.DEFINE_bool("quick", False, "Small sizes for all flags that are not given: shows that everything runs.")
+
+
+def settings(names, quick):
+    """Values of the flags of a script as a dictionary; with --quick those of `quick` where a flag is not given."""
+    values = {name: flags.FLAGS[name].value for name in names}
+    if flags.FLAGS.quick:
+        values.update({name: value for name, value in quick.items() if not flags.FLAGS[name].present})
+    return values
+
+
+def seeds():
+    """The seeds to run."""
+    return list(range(flags.FLAGS.seed, flags.FLAGS.seed + flags.FLAGS.num_seeds))
+
+
+def require(**packages):
+    """Fails before the work rather than after it. Keyword arguments: the name of a package, and its extra."""
+    for package, extra in packages.items():
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise SystemExit(f"This experiment needs the package {package}, which is not installed: run pip install "
+                             f"'.[{extra}]' in the checkout of farhox.") from error
+
+
+def images(dataset, data_dir, sizes, seed):
+    """Parts of the training set of a data set of 28 x 28 images, and its test set.
+
+    Args:
+        dataset: "mnist" or "fashion_mnist".
+        data_dir: Folder of TFDS' data sets or None, TFDS' own.
+        sizes: Number of examples of each part. They are drawn by `seed`; the test set is always the same.
+        seed: Int.
+
+    Returns:
+        List of (images [n, 28, 28, 1] in [0, 1], labels [n]), the test set last.
+    """
+    import tensorflow_datasets as tfds
+    logging.set_verbosity(logging.WARNING)  # TFDS tells of each file that it opens.
+    builder = tfds.builder(dataset, data_dir=data_dir)
+    if not builder.is_prepared():
+        builder.download_and_prepare()
+    parts = [builder.as_dataset(split=split, batch_size=-1) for split in (f"train[:{sum(sizes)}]", "test")]
+    (x, y), test = [
+        (part["image"].numpy().astype("float32") / 255, part["label"].numpy().astype("int64")) for part in parts]
+    order = np.random.default_rng(seed).permutation(len(x))
+    ends = np.cumsum(sizes)[:-1]
+    return [*zip(np.split(x[order], ends), np.split(y[order], ends)), test]
+
+
+class Folder:
+    """The folder of an experiment: one JSON file per finished run, so that what is done is not done again.
+
+    Args:
+        path: The folder; made if it is not there.
+        settings: Dictionary of what the runs depend on, kept beside them.
+
+    Raises:
+        SystemExit: If the folder holds runs of other settings.
+    """
+
+    def __init__(self, path, settings):
+        self.path = pathlib.Path(path)
+        self.settings = settings
+        self.runs = self.path / "runs"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        file = self.runs / "settings.json"
+        settings = {name: value for name, value in settings.items() if name not in _NOT_SETTINGS}
+        if not file.exists():
+            write_json(file, settings)
+        elif (others := json.loads(file.read_text())) != json.loads(json.dumps(settings)):
+            differ = sorted(name for name in {**others, **settings} if others.get(name) != settings.get(name))
+            raise SystemExit(f"{self.path} holds runs with other values of {', '.join(differ)}: give another --output, "
+                             f"or delete {self.runs} to start anew.")
+
+    def once(self, name, function):
+        """The result of a run: that on disk, or else what `function(folder of the run)` returns, a JSON value.
+
+        A result has the wall-clock seconds it took under "seconds", interruptions left out.
+        """
+        file = self.runs / f"{name}.json"
+        if file.exists():
+            return json.loads(file.read_text())
+        print(f"\n{name}", flush=True)
+        start = time.perf_counter()
+        folder = self.runs / name
+        folder.mkdir(exist_ok=True)
+        result = function(folder)
+        result["seconds"] = round(result.pop("seconds_before", 0.0) + time.perf_counter() - start, 2)
+        write_json(file, result)
+        shutil.rmtree(folder)  # The state of a run is of no use when it is finished.
+        return json.loads(file.read_text())
+
+
+def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, save_every=10.0):
+    """`HyperOptimizer.fit` for a number of hyper-iterations; after an interruption it goes on where it was.
+
+    The data go on too: an interrupted run ends with the same numbers as one that was not interrupted.
+
+    Args:
+        optimizer: A compiled `HyperOptimizer`.
+        dataset: Elements (inner_batches, outer_batch), deterministic. It is repeated as often as needed.
+        hyper_iterations: Positive int.
+        folder: Folder for the state of the run.
+        observe: Callable without arguments that returns a dictionary of floats, added to each hyper-iteration's logs.
+        save_every: Float, seconds between two saved states.
+
+    Returns:
+        History: a dictionary of lists with one entry per hyper-iteration, and "seconds_before", the seconds that
+        earlier processes needed for their part of it.
+    """
+    backup = _Backup(optimizer, folder, hyper_iterations, observe, save_every)
+    if backup.done < hyper_iterations:
+        # One epoch is one hyper-iteration, so that logs are not means over several.
+        optimizer.fit(dataset.repeat().skip(backup.done), epochs=hyper_iterations, steps_per_epoch=1, verbose=0,
+                      initial_epoch=backup.done, callbacks=[backup])
+    return {**backup.history, "seconds_before": backup.seconds_before}
+
+
+class _Backup(keras.callbacks.Callback):
+    """Saves the optimizer with its history in one go, and shows Keras' progress bar over all hyper-iterations.
+
+    `keras.callbacks.BackupAndRestore` saves weights and epoch one after the other and does not know how far the data
+    have come: a process killed in between would go on from a state that never was.
+    """
+
+    def __init__(self, optimizer, folder, hyper_iterations, observe, save_every):
+        super().__init__()
+        self.folder, self.hyper_iterations, self.save_every = pathlib.Path(folder), hyper_iterations, save_every
+        self.observe = observe
+        self.history, self.done, self.seconds_before = {}, 0, 0.0
+        self._file = self.folder / "state.json"
+        if self._file.exists():
+            state = json.loads(self._file.read_text())
+            self.history, self.done, self.seconds_before = state["history"], state["done"], state["seconds"]
+            optimizer.load_weights(self.folder / state["weights"])
+        self._start = self._saved = time.perf_counter()
+        self._bar = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs = {name: float(value) for name, value in (logs or {}).items()}
+        logs.update(self.observe() if self.observe is not None else {})
+        for name, value in logs.items():
+            self.history.setdefault(name, []).append(value)
+        self.done = epoch + 1
+        shown = {name: value for name, value in logs.items() if name not in ("loss", "skipped_updates")}
+        self._bar = self._bar or progress_bar(self.hyper_iterations, list(shown))
+        self._bar.update(self.done, list(shown.items()))
+        if self.done == self.hyper_iterations or time.perf_counter() - self._saved > self.save_every:
+            self._save()
+
+    def _save(self):
+        # The JSON file names the weights and replaces the old one in one step.
+        weights = f"{self.done}.weights.h5"
+        self.model.save_weights(self.folder / weights)
+        self._saved = time.perf_counter()
+        write_json(self._file, {"done": self.done, "weights": weights, "history": self.history,
+                                "seconds": self.seconds_before + self._saved - self._start})
+        for old in self.folder.glob("*.weights.h5"):
+            if old.name != weights:
+                old.unlink()
+
+
+def progress_bar(steps, names, unit="hyper-iteration"):
+    """Keras' progress bar that shows the values `names` as they are; where each update is a line it speaks seldom."""
+    return keras.utils.Progbar(
+        steps, stateful_metrics=names, interval=0.1 if sys.stdout.isatty() else 10.0, unit_name=unit)
+
+
+def write_json(path, value):
+    """Writes a file of JSON in one step: it is there whole or not at all."""
+    part = pathlib.Path(f"{path}.part")
+    part.write_text(json.dumps(value, indent=1))
+    os.replace(part, path)
+
+
+def mean_and_range(values, form="{:.2f}"):
+    """`mean (least to greatest)`, or the value alone if there is one."""
+    if len(values) == 1:
+        return form.format(values[0])
+    return f"{form} ({form} to {form})".format(float(np.mean(values)), min(values), max(values))
+
+
+def markdown_table(header, rows):
+    """A table in Markdown with padded columns, to be read on a screen as well."""
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
+
+
+@contextlib.contextmanager
+def figure(path, columns=1, size=(5.2, 3.4)):
+    """Axes of a figure that is saved as a PNG file at the end."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+             "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 1.0, "legend.edgecolor": "none"}
+    with plt.rc_context(style):
+        made, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
+        yield axes
+        made.savefig(path, dpi=110)
+        plt.close(made)
