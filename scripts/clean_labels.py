@@ -82,7 +82,7 @@ def test_accuracy(data, weights, settings, seed):
     weights = np.concatenate([weights, np.ones(len(x_validation))]).astype("float32")
     keras.utils.set_random_seed(seed)
     model = build_model(settings["model"])
-    # The loss is the mean of weight times loss, so that the rate is divided by the mean weight, as in the inner problem.
+    # The loss is the mean of weight times loss, so the rate is divided by the mean weight, as in the inner problem.
     rate = settings["learning_rate"] / float(np.mean(weights))
     model.compile(keras.optimizers.SGD(rate, settings["momentum"]), LOSS, weighted_metrics=["accuracy"])
     if settings["batch_size"] is None:
@@ -198,7 +198,8 @@ def main(_):
           f"Highest validation accuracy: {best}. Results and plot: {output.resolve()}")
     short = {seed: {name: {key: value for key, value in run.items() if key not in ("weights", "flipped")}
                     for name, run in runs.items()} for seed, runs in by_seed.items()}
-    experiment.write_json(output / "results.json", {"settings": settings, "best": best, "seeds": short})
+    experiment.write_json(
+        output / "results.json", experiment.rounded({"settings": settings, "best": best, "seeds": short}))
     plot(by_seed, output / "clean_labels.png")
 
 
