@@ -5,7 +5,7 @@ import numbers
 import numpy as np
 import tensorflow as tf
 
-from farhox.batches import GatheredBatches, RepeatedBatch
+from farhox.batches import GatheredBatches, RepeatedBatch, as_inner_batches
 
 
 def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch_size=None, index=False, seed=0):
@@ -65,9 +65,19 @@ def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch
 
 
 def _shuffled_indices(count, batch_size, seed):
-    """Batches of indices, an endless stream reshuffled on every pass."""
-    return tf.data.Dataset.range(count).shuffle(count, seed=seed, reshuffle_each_iteration=True).repeat().batch(
-        batch_size, drop_remainder=True)
+    """Batches of indices, an endless stream reshuffled on every pass; each iteration starts another one.
+
+    A pass follows from the seed, the iteration and its own number alone. `Dataset.shuffle` would draw from a generator
+    at the start of each pass, and reading ahead starts passes that nobody sees: the order would depend on timing.
+    """
+    def passes(number):
+        return tf.data.Dataset.counter().map(lambda index: tf.random.experimental.stateless_shuffle(
+            tf.range(count, dtype=tf.int64), seed=[number, index]))
+
+    numbers = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
+    # Keras' progress bar needs the length of what is taken from the stream.
+    endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+    return numbers.flat_map(passes).rebatch(batch_size, drop_remainder=True).apply(endless)
 
 
 def _arrays(name, data):
@@ -147,3 +157,46 @@ def k_fold_dataset(data, folds, inner_steps, batch_size=None, seed=0):
     else:
         shuffled = _shuffled_indices(training.shape[1], batch_size, seed).batch(inner_steps, drop_remainder=True)
     return shuffled.map(element).take(1)
+
+
+def as_hyper_iterations(data, strategy):
+    """The data of `HyperOptimizer.fit` as a data set, checked.
+
+    Args:
+        data: A `tf.data.Dataset` of pairs (inner_batches, outer_batch), a distributed one, or one such pair.
+        strategy: The `tf.distribute.Strategy`. Each replica takes elements of its own: none is split.
+
+    Returns:
+        A `tf.data.Dataset`, or a distributed one where there are several replicas.
+
+    Raises:
+        ValueError: If the data are something else, or empty.
+    """
+    if isinstance(data, tf.distribute.DistributedDataset):
+        return data
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        data = tf.data.Dataset.from_tensors((as_inner_batches(data[0]), as_tensors(data[1])))
+    if not isinstance(data, tf.data.Dataset):
+        raise ValueError("Data must be a tf.data.Dataset of pairs (inner_batches, outer_batch), as "
+                         f"farhox.bilevel_dataset makes it, or one such pair. Received: {type(data).__name__}")
+    if data.cardinality() == 0:
+        raise ValueError("The data set must hold at least one pair (inner_batches, outer_batch). "
+                         "Received an empty one.")
+    if strategy.num_replicas_in_sync == 1:
+        return data
+    return strategy.distribute_datasets_from_function(
+        lambda context: data.shard(context.num_input_pipelines, context.input_pipeline_id))
+
+
+def pair(element):
+    """(inner_batches, outer_batch), or a ValueError if the element of the data set is not such a pair."""
+    if not isinstance(element, (tuple, list)) or len(element) != 2:
+        length = f" of length {len(element)}" if isinstance(element, (tuple, list)) else ""
+        raise ValueError("An element of the data set must be a pair (inner_batches, outer_batch). "
+                         f"Received: {type(element).__name__}{length}")
+    return element
+
+
+def as_tensors(nest):
+    """The nest with tensors for arrays."""
+    return tf.nest.map_structure(tf.convert_to_tensor, nest)

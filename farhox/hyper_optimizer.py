@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox import _tree
+from farhox import _logs, _tree
 from farhox.batches import as_inner_batches, num_steps
+from farhox.datasets import as_hyper_iterations, as_tensors, pair
 from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
 from farhox.problem import BilevelProblem, InnerState, variable_names
@@ -14,6 +15,10 @@ from farhox.supervised import LABEL_RULE
 _ADVICE = (
     "Try a smaller inner learning rate or tighter bounds on it, fewer inner steps, a smaller outer learning rate or "
     "clipnorm on the outer optimizer; with an inner rate that is learned, an upper bound (high=...) keeps it stable.")
+_SAVE_RULE = (
+    "A HyperOptimizer holds objectives, which are Python code and cannot be saved. Use save_weights (ModelCheckpoint "
+    "with save_weights_only=True): it holds inner and outer variables, the outer optimizer and all memory. Save the "
+    "Keras model itself with model.save.")
 
 
 class HyperOptimizer(keras.Model):
@@ -32,6 +37,9 @@ class HyperOptimizer(keras.Model):
     ```
 
     A hypergradient that is not finite never reaches the outer variables: the update is skipped and counted.
+
+    `BackupAndRestore` resumes an interrupted run with all its memory. As everywhere in Keras, a data set that shuffles
+    anew in each epoch does not know of the epochs before: it starts with the order of its first.
 
     Args:
         problem: A `BilevelProblem`.
@@ -68,13 +76,14 @@ class HyperOptimizer(keras.Model):
         # Tracked by Keras, so that save_weights and BackupAndRestore hold all there is to go on from.
         self._outer = list(problem.outer_variables)
         self._inner = list(problem.inner_variables) + list(problem.state_variables)
-        self._log_names = _log_names(problem)
+        self._log_names = _logs.names(problem)
         self._outer_loss = keras.metrics.Mean(name="outer_loss")
         self._inner_loss = keras.metrics.Mean(name="inner_loss")
         self._skipped = _counter(0, "skipped_updates")
         self._skipped_in_a_row = _counter(0, "skipped_in_a_row")
-        # Which of the inner loss, the outer loss and each hypergradient was not finite at the last skip.
-        self._not_finite = _counter(np.zeros(2 + len(self._outer)), "not_finite")
+        # Which of the inner loss, the outer loss, the memory kept and each hypergradient was not finite at the last
+        # skip.
+        self._not_finite = _counter(np.zeros(3 + len(self._outer)), "not_finite")
         initial = problem.initial_state()
         self._slots = [_kept(leaf) for leaf in tf.nest.flatten([initial.slots, initial.step])] if online else []
         self._slot_structure = [initial.slots, initial.step]
@@ -127,16 +136,22 @@ class HyperOptimizer(keras.Model):
 
         Raises:
             RuntimeError: If too many hypergradients in a row were not finite.
-            ValueError: If the data are empty or not pairs, or labels are out of range.
+            ValueError: If the data are empty or not pairs, labels are out of range, or a `ModelCheckpoint` is to save
+                more than weights.
         """
+        x = self._dataset(x)
         if validation_data is not None:
             validation_data = self._dataset(validation_data)
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = callbacks.callbacks
+        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+        if any(isinstance(c, keras.callbacks.ModelCheckpoint) and not c.save_weights_only for c in callbacks):
+            raise ValueError(f"ModelCheckpoint must have save_weights_only=True. {_SAVE_RULE}")
+        # First in the list, so that what BackupAndRestore restores is not touched.
+        callbacks.insert(0, _SkipGuard())
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks = [_DivergenceGuard()] + (
-                list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else [])
         with _clear_errors():
-            return super().fit(self._dataset(x), callbacks=callbacks, validation_data=validation_data, **kwargs)
+            return super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
 
     def evaluate(self, x=None, **kwargs):
         """The outer loss and metrics with the current outer variables; nothing is updated.
@@ -173,7 +188,7 @@ class HyperOptimizer(keras.Model):
         if self._step_function is None:
             self._step_function = self._compiled(self._hyper_iteration)
         with _clear_errors():
-            result = self._step_function(as_inner_batches(inner_batches), _as_tensors(outer_batch))
+            result = self._step_function(as_inner_batches(inner_batches), as_tensors(outer_batch))
         self.raise_if_diverged()
         return result
 
@@ -192,13 +207,13 @@ class HyperOptimizer(keras.Model):
             return self._inner_function(as_inner_batches(inner_batches))
 
     def train_step(self, data):
-        inner_batches, outer_batch = _pair(data)
+        inner_batches, outer_batch = pair(data)
         result = self._hyper_iteration(inner_batches, outer_batch)
         self._inner_loss.update_state(result.inner_losses[..., -1])
         return self._logs(result.outer_loss, result.state, outer_batch)
 
     def test_step(self, data):
-        inner_batches, outer_batch = _pair(data)
+        inner_batches, outer_batch = pair(data)
         if self.online:
             state = self._kept_state()
             loss = self.problem.outer_loss(state, self.problem.outer_values(), outer_batch)
@@ -212,13 +227,18 @@ class HyperOptimizer(keras.Model):
         in_a_row = int(self._skipped_in_a_row.numpy())
         if in_a_row < self.max_skipped_updates:
             return
-        inner, outer, *gradients = (bool(flag) for flag in self._not_finite.numpy())
+        inner, outer, memory, *gradients = (bool(flag) for flag in self._not_finite.numpy())
         names = variable_names([v for v, bad in zip(self._outer, gradients) if bad])
         causes = ["the inner objective"] * inner + ["the outer objective"] * outer
+        causes += ["the inner state that is carried on"] * memory
         causes += [f"the hypergradients of {names}"] if names else []
         raise RuntimeError(
             f"Training stopped: {in_a_row} updates in a row were skipped because a value was not finite. At the last "
             f"one: {', '.join(causes)}. {_ADVICE}")
+
+    def start_counting_skips(self):
+        """Starts the count of updates skipped in a row anew, so that a run goes on after a cause was removed."""
+        self._skipped_in_a_row.assign(0)
 
     def reset_inner_state(self):
         """Starts the optimizer's slots, the step count and the carried memory anew; variables stay as they are."""
@@ -231,16 +251,18 @@ class HyperOptimizer(keras.Model):
             variable.assign(value)
 
     def save(self, *args, **kwargs):
-        raise ValueError("A HyperOptimizer holds objectives, which are Python code and cannot be saved. Use "
-                         "save_weights (ModelCheckpoint with save_weights_only=True): it holds inner and outer "
-                         "variables, the outer optimizer and all memory. Save the Keras model itself with model.save.")
+        raise ValueError(_SAVE_RULE)
 
     def _hyper_iteration(self, inner_batches, outer_batch):
         state = self._kept_state() if self.online else None
         carry = self._kept_carry() if self._keeps_carry else None
         result = self.hypergradient.compute(self.problem, inner_batches, outer_batch, state=state, carry=carry)
-        flags = [tf.logical_not(_tree.is_finite(part))
-                 for part in [result.inner_losses, result.outer_loss, *result.gradients]]
+        kept = list(zip(self._carry, tf.nest.flatten(result.carry)))
+        if self.online:
+            kept += zip(self._inner + self._slots, tf.nest.flatten(
+                [result.state.variables, result.state.state_variables, result.state.slots, result.state.step]))
+        flags = [tf.logical_not(_tree.is_finite(part)) for part in [
+            result.inner_losses, result.outer_loss, [leaf for _, leaf in kept], *result.gradients]]
         flags = tf.cast(tf.stack(flags), tf.int32)
         context = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync > 1:
@@ -251,10 +273,6 @@ class HyperOptimizer(keras.Model):
         # A diverged inner loss with a finite hypergradient is a diverged run all the same.
         finite = tf.reduce_all(flags == 0)
         self._update(finite, result.gradients, context)
-        kept = [(variable, leaf) for variable, leaf in zip(self._carry, tf.nest.flatten(result.carry))]
-        if self.online:
-            kept += zip(self._inner + self._slots, tf.nest.flatten(
-                [result.state.variables, result.state.state_variables, result.state.slots, result.state.step]))
         for variable, value in kept:
             variable.assign(tf.where(finite, value, tf.convert_to_tensor(variable)))
         skipped = tf.cast(tf.logical_not(finite), tf.int32)
@@ -320,21 +338,8 @@ class HyperOptimizer(keras.Model):
             values = self.compute_metrics(None, targets, predictions, sample_weight=weights)
             own = {metric.name for metric in (self._outer_loss, self._inner_loss)} | {"loss"}
             logs.update({name: value for name, value in values.items() if name not in own})
-        logs.update(self._hyperparameter_logs())
+        logs.update(_logs.values(self._log_names))
         logs["skipped_updates"] = tf.convert_to_tensor(self._skipped)
-        return logs
-
-    def _hyperparameter_logs(self):
-        logs = {}
-        for name, entry in self._log_names.items():
-            value = tf.convert_to_tensor(entry) if isinstance(entry, keras.Variable) else entry.natural_value()
-            size = value.shape.num_elements()
-            if value.shape.rank == 0:
-                logs[name] = value
-            elif size <= 16:
-                logs.update({f"{name}[{i}]": part for i, part in enumerate(tf.unstack(tf.reshape(value, [-1])))})
-            else:
-                logs[f"{name}_mean"] = tf.reduce_mean(value)
         return logs
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
@@ -353,7 +358,7 @@ class HyperOptimizer(keras.Model):
             return self.hypergradient.predict(self.problem, state, outer_batch)
 
         # Traced for its shapes and never run.
-        traced = tf.function(predictions, autograph=False).get_concrete_function(*_pair(batch))
+        traced = tf.function(predictions, autograph=False).get_concrete_function(*pair(batch))
         targets, outputs, _ = traced.structured_outputs
         with strategy.scope():
             self._compile_metrics.build(
@@ -365,26 +370,14 @@ class HyperOptimizer(keras.Model):
         return tf.function(function, autograph=False, jit_compile=bool(self.jit_compile))
 
     def _dataset(self, x):
-        """A data set of pairs. Under a strategy each replica takes elements of its own: none is split."""
-        if isinstance(x, (tuple, list)) and len(x) == 2:
-            x = tf.data.Dataset.from_tensors((as_inner_batches(x[0]), _as_tensors(x[1])))
-        if isinstance(x, tf.data.Dataset):
-            if x.cardinality() == 0:
-                raise ValueError("The data set must hold at least one pair (inner_batches, outer_batch). "
-                                 "Received an empty one.")
-            strategy = self.distribute_strategy
-            if strategy.num_replicas_in_sync > 1:
-                return strategy.distribute_datasets_from_function(
-                    lambda context: x.shard(context.num_input_pipelines, context.input_pipeline_id))
-            return x
-        if isinstance(x, tf.distribute.DistributedDataset):
-            return x
-        raise ValueError("Data must be a tf.data.Dataset of pairs (inner_batches, outer_batch), as "
-                         f"farhox.bilevel_dataset makes it, or one such pair. Received: {type(x).__name__}")
+        return as_hyper_iterations(x, self.distribute_strategy)
 
 
-class _DivergenceGuard(keras.callbacks.Callback):
+class _SkipGuard(keras.callbacks.Callback):
     """Ends `fit` with an error when updates keep being skipped."""
+
+    def on_train_begin(self, logs=None):
+        self.model.start_counting_skips()
 
     def on_train_batch_end(self, batch, logs=None):
         self.model.raise_if_diverged()
@@ -400,32 +393,6 @@ class _clear_errors:
         if isinstance(error, tf.errors.InvalidArgumentError) and LABEL_RULE in str(error):
             message = str(error)
             raise ValueError(message[message.index(LABEL_RULE):].splitlines()[0]) from error
-
-
-def _log_names(problem):
-    """Names in the logs of all outer variables a person can read: hyperparameters and scalar Keras variables."""
-    owned = {id(entry.variable) for entry in problem.hyperparameters}
-    entries = problem.hyperparameters + [
-        v for v in problem.outer_variables if id(v) not in owned and tuple(v.shape) == ()]
-    names = {}
-    for entry in entries:
-        name, count = entry.name, 1
-        while name in names:
-            name, count = f"{entry.name}_{count}", count + 1
-        names[name] = entry
-    return names
-
-
-def _pair(data):
-    if not isinstance(data, (tuple, list)) or len(data) != 2:
-        length = f" of length {len(data)}" if isinstance(data, (tuple, list)) else ""
-        raise ValueError("An element of the data set must be a pair (inner_batches, outer_batch). "
-                         f"Received: {type(data).__name__}{length}")
-    return data
-
-
-def _as_tensors(nest):
-    return tf.nest.map_structure(tf.convert_to_tensor, nest)
 
 
 def _counter(value, name):

@@ -83,3 +83,19 @@ def test_bad_input_is_refused(arguments, error, message):
     arguments = {"train": (X, Y), "validation": (X_VAL, Y_VAL), "inner_steps": 3, **arguments}
     with pytest.raises(error, match=message):
         farhox.bilevel_dataset(**arguments)
+
+
+def test_order_follows_from_seed_and_iteration_however_the_data_are_read():
+    data, small = (np.arange(200.0),), (np.arange(4.0),)
+
+    def epoch(dataset):
+        return [element[0].indices.numpy().tolist() for element in dataset]
+
+    # 9 of the 10 batches of a pass: reading ahead begins another pass or does not.
+    make = [farhox.bilevel_dataset(data, small, 3, batch_size=20, seed=4) for _ in range(4)]
+    whole = [[epoch(dataset) for _ in range(3)] for dataset in make[:3]]
+    assert whole[0] == whole[1] == whole[2]
+    assert whole[0][0] != whole[0][1] and int(make[3].cardinality()) == 3
+    for _ in range(2):
+        next(iter(make[3]))  # Left early, after one element.
+    assert epoch(make[3]) == whole[0][2]

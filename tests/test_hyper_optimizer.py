@@ -154,6 +154,18 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, meth
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
 
 
+def test_a_checkpoint_of_the_whole_optimizer_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="must have save_weights_only=True"):
+        make().fit(hyper_iterations(1), verbose=0, callbacks=[keras.callbacks.ModelCheckpoint(tmp_path / "x.keras")])
+
+
+def test_a_callback_list_of_keras_is_taken_like_a_list():
+    seen = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(epoch))
+    epochs = []
+    make().fit(hyper_iterations(1), verbose=0, callbacks=keras.callbacks.CallbackList([seen]))
+    assert epochs == [0]
+
+
 def test_warm_start_of_the_linear_solver_is_saved(tmp_path):
     def fresh():
         weights = farhox.ExampleWeights(200)
@@ -207,6 +219,30 @@ def test_a_skipped_update_leaves_the_online_state_as_it_was():
     assert not np.isfinite(result.outer_loss)
     for a, b in zip(before, hyper_optimizer.problem.inner_variables):
         np.testing.assert_array_equal(a, b.numpy())
+
+
+def test_an_inner_state_that_is_not_finite_is_not_carried_on():
+    w, u, lam = (keras.Variable(value, name=name) for value, name in ((1.0, "w"), (0.0, "u"), (1.0, "lam")))
+    problem = farhox.BilevelProblem(
+        lambda _: (w - lam) ** 2 + 3e38 * u, lambda _: w ** 2, [w, u], [lam], dynamics=farhox.GradientDescent(10.0))
+    hyper_optimizer = farhox.HyperOptimizer(problem, online=True, max_skipped_updates=2)
+    hyper_optimizer.compile(keras.optimizers.SGD(0.1))
+    data = (farhox.repeat(tf.zeros([1]), 1), tf.zeros([1]))
+    result = hyper_optimizer.step(*data)
+    assert np.isfinite(result.outer_loss) and np.isfinite(result.inner_losses).all()
+    assert not np.isfinite(result.state.variables[1])
+    assert (w.numpy(), u.numpy(), lam.numpy()) == (1.0, 0.0, 1.0)
+    with pytest.raises(RuntimeError, match="one: the inner state that is carried on. Try"):
+        hyper_optimizer.step(*data)
+
+
+def test_fit_counts_skips_in_a_row_anew_once_the_cause_is_removed():
+    hyper_optimizer = make(rate=1e30, max_skipped_updates=2)
+    with pytest.raises(RuntimeError, match="updates in a row were skipped"):
+        hyper_optimizer.fit(hyper_iterations(2), verbose=0)
+    hyper_optimizer.problem.hyperparameters[0].assign(0.1)
+    history = hyper_optimizer.fit(hyper_iterations(2), verbose=0).history
+    assert history["skipped_updates"] == [2]
 
 
 def test_fit_and_step_stop_with_an_error_that_says_what_diverged():

@@ -1,0 +1,32 @@
+"""The outer variables a person can read, under their names, for logs."""
+
+import keras
+import tensorflow as tf
+
+
+def names(problem):
+    """Dictionary from unique names to the problem's hyperparameters and other scalar outer variables."""
+    owned = {id(entry.variable) for entry in problem.hyperparameters}
+    entries = problem.hyperparameters + [
+        v for v in problem.outer_variables if id(v) not in owned and tuple(v.shape) == ()]
+    named = {}
+    for entry in entries:
+        name, count = entry.name, 1
+        while name in named:
+            name, count = f"{entry.name}_{count}", count + 1
+        named[name] = entry
+    return named
+
+
+def values(named):
+    """Scalars by name, in natural units: the entries of arrays of up to 16, the mean of larger ones."""
+    logs = {}
+    for name, entry in named.items():
+        value = tf.convert_to_tensor(entry) if isinstance(entry, keras.Variable) else entry.natural_value()
+        if value.shape.rank == 0:
+            logs[name] = value
+        elif value.shape.num_elements() <= 16:
+            logs.update({f"{name}[{i}]": part for i, part in enumerate(tf.unstack(tf.reshape(value, [-1])))})
+        else:
+            logs[f"{name}_mean"] = tf.reduce_mean(value)
+    return logs
