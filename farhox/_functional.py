@@ -19,19 +19,28 @@ class FunctionalResult(NamedTuple):
         value: The closure's return value.
         values: List of tensors, the values of the bound variables afterwards, in the order of the bindings.
         assigned: List of the variables that the closure assigned, bound or not.
+        read: Set of the ids of the variables that the closure read.
     """
 
     value: Any
     values: list
     assigned: list
+    read: set
 
 
 class _Scope(keras.StatelessScope):
-    """A `StatelessScope` that remembers which variables were assigned."""
+    """A `StatelessScope` that remembers which variables were read and assigned."""
 
-    def __init__(self, bindings):
+    def __init__(self, bindings, draws):
         super().__init__(state_mapping=bindings, collect_losses=True)
         self.assigned = []
+        self.read = set()
+        for variable, value in draws:
+            super().add_update((variable, tf.cast(value, variable.dtype)))
+
+    def get_current_value(self, variable):
+        self.read.add(id(variable))
+        return super().get_current_value(variable)
 
     def add_update(self, update):
         variable, value = update
@@ -40,19 +49,22 @@ class _Scope(keras.StatelessScope):
         super().add_update((variable, tf.convert_to_tensor(value)))
 
 
-def call(function, *arguments, bindings):
+def call(function, *arguments, bindings, draws=()):
     """Calls `function(*arguments)` with tensors in the place of Keras variables.
 
     Args:
         function: Any Python callable that reads or assigns Keras variables.
         bindings: List of (keras.Variable, tensor). Of two entries for one variable the later one counts.
+        draws: The same for variables that the closure only reads, and tensors of any shape: one value per example in
+            the place of a scalar, say. Code that computes with the variable then broadcasts.
 
     Returns:
         A `FunctionalResult`. No variable changes.
     """
     bindings = list(bindings)
-    with _exact.exact_derivatives(), _Scope(bindings) as scope:
+    with _exact.exact_derivatives(), _Scope(bindings, draws) as scope:
         value = function(*arguments)
+        read = set(scope.read)
         value = tf.nest.map_structure(
             lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, keras.Variable) else leaf, value)
-    return FunctionalResult(value, [scope.get_current_value(variable) for variable, _ in bindings], scope.assigned)
+    return FunctionalResult(value, [scope.get_current_value(variable) for variable, _ in bindings], scope.assigned, read)

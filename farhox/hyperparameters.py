@@ -40,6 +40,7 @@ class OuterVariable(abc.ABC):
         return f"<{type(self).__name__} {self.name!r}, {value}>"
 
 
+@keras.saving.register_keras_serializable(package="farhox")
 class Hyperparameter(OuterVariable):
     """A scalar or array that is kept within its bounds by a smooth map.
 
@@ -105,6 +106,24 @@ class Hyperparameter(OuterVariable):
             raise ValueError(f"A value for {self.name!r} must have shape {tuple(self.variable.shape)}. "
                              f"Received shape: {value.shape}")
         self.variable.assign(self._unconstrained(value, self.name))
+
+    def get_config(self):
+        """Settings and the current unconstrained value, for layers that hold a hyperparameter and are saved."""
+        unconstrained = keras.ops.convert_to_numpy(self.variable).tolist()
+        return {"unconstrained": unconstrained, "low": self.low, "high": self.high, "log": self.log,
+                "discrete": self.discrete, "name": self.name, "dtype": self.variable.dtype}
+
+    @classmethod
+    def from_config(cls, config):
+        settings = {key: value for key, value in config.items() if key != "unconstrained"}
+        low, high = settings["low"], settings["high"]
+        inside = 0.5 * (low + high) if low is not None and high is not None else (
+            low + 1.0 if low is not None else high - 1.0 if high is not None else 0.0)
+        unconstrained = np.asarray(config["unconstrained"])
+        hyperparameter = cls(np.full(unconstrained.shape, inside), **settings)
+        # The natural value may have been rounded to a bound, which the constructor refuses.
+        hyperparameter.variable.assign(unconstrained)
+        return hyperparameter
 
     def _unconstrained(self, value, name):
         too_low = self.low is not None and np.any(value <= self.low)

@@ -1,0 +1,158 @@
+"""Gates: how a layer's weights answer to hyperparameters, for each example on its own.
+
+A self-tuning layer has elementary weights W and hyper weights V of the same shape, and for every output unit one gate
+per kind of weight, linear in the hyperparameters u (Eq. 10):
+
+    W(u) = W + diag(gate_weights u) V,    b(u) = b + (gate_biases u) * b_hyper.
+
+An output is linear in the weights, so one draw of u per example needs no weights per example: the outputs of W and V are
+computed once for the whole batch and the second ones are scaled, unit by unit and example by example.
+
+Reference:
+    [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), section 3.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from farhox.hyperparameters import Hyperparameter
+
+
+class GateInput:
+    """What gates see of their hyperparameters: the unconstrained values u, as one vector.
+
+    While a `SelfTuningModel` takes a step, it puts a matrix in the place of `variable`: a row per example, or a
+    single row for all. Otherwise gates see the current values, or zero if they are centred at them (`centred`, as in
+    Delta-STN: the elementary weights then are the response at the current values).
+
+    Args:
+        hyperparameters: List of `Hyperparameter`.
+        owner: Name of the layer, for errors.
+
+    Raises:
+        TypeError: If an entry is not a `Hyperparameter`.
+        ValueError: If there is none, or one comes twice.
+    """
+
+    def __init__(self, hyperparameters, owner, centred=False):
+        self.hyperparameters = as_hyperparameters(hyperparameters, owner)
+        self.size = sum(num_entries(entry) for entry in self.hyperparameters)
+        self.centred = bool(centred)
+        self.variable = keras.Variable(np.zeros([self.size]), dtype=keras.config.floatx(), trainable=False,
+                                       name="gate_input")
+
+    def __call__(self):
+        """Tensor [n], or [batch, n] while examples have draws of their own."""
+        value = tf.convert_to_tensor(self.variable)
+        if value.shape.rank == 2:
+            return value[0] if value.shape[0] == 1 else value
+        if self.centred:
+            return tf.zeros_like(value)
+        return tf.cast(unconstrained(self.hyperparameters), value.dtype)
+
+
+class Gate(keras.layers.Layer):
+    """The gates of a layer's weights as linear maps of the hyperparameters, without bias.
+
+    Args:
+        hyperparameters: List of `Hyperparameter`, n entries in all.
+        initializer: Keras initializer of the map [n, units]. None: normal with standard deviation 0.01.
+        owner: Name of the layer, for errors.
+        centred: Bool, see `GateInput`.
+    """
+
+    def __init__(self, hyperparameters, initializer, owner, centred=False, **kwargs):
+        super().__init__(name="gate", **kwargs)
+        self.input_of_gates = GateInput(hyperparameters, owner, centred)
+        # An initializer object gives the same numbers again, so that a default must not be shared between layers.
+        self.initializer = keras.initializers.get(initializer) or keras.initializers.RandomNormal(stddev=0.01)
+
+    def build(self, units):
+        """Makes the map for a list of numbers of units, one per weight."""
+        self._units = list(units)
+        self.kernel = self.add_weight(
+            shape=(self.input_of_gates.size, sum(units)), initializer=self.initializer, name="kernel")
+        self.built = True
+
+    def values(self, dtype):
+        """List of gates, one tensor [units] or [batch, units] per weight, of the type in which the layer computes."""
+        u, kernel = tf.cast(self.input_of_gates(), dtype), tf.cast(tf.convert_to_tensor(self.kernel), dtype)
+        gates = tf.matmul(u, kernel) if u.shape.rank == 2 else tf.linalg.matvec(kernel, u, transpose_a=True)
+        return tf.split(gates, self._units, axis=-1)
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class FanInUniform(keras.initializers.Initializer):
+    """Uniform between -1/sqrt(fan_in) and 1/sqrt(fan_in), for a kernel and for the bias that belongs to it.
+
+    Args:
+        fan_in: Positive int, the number of inputs of an output unit. None: a self-tuning layer sets it when it is built.
+        seed: Int, `keras.random.SeedGenerator` or None.
+    """
+
+    def __init__(self, fan_in=None, seed=None):
+        self.fan_in = fan_in
+        self.seed = seed
+
+    def __call__(self, shape, dtype=None, **kwargs):
+        limit = 1.0 / np.sqrt(self.fan_in)
+        return keras.initializers.RandomUniform(-limit, limit, seed=self.seed)(shape, dtype)
+
+    def get_config(self):
+        return {"fan_in": self.fan_in, "seed": self.seed}
+
+
+def as_hyperparameters(hyperparameters, owner):
+    """The hyperparameters as a tuple; errors name `owner`."""
+    if isinstance(hyperparameters, Hyperparameter):
+        hyperparameters = [hyperparameters]
+    if not isinstance(hyperparameters, (list, tuple)):
+        raise TypeError(f"hyperparameters of {owner!r} must be a list of farhox.Hyperparameter. "
+                        f"Received: {hyperparameters!r}")
+    for entry in hyperparameters:
+        if not isinstance(entry, Hyperparameter):
+            raise TypeError(f"hyperparameters of {owner!r} must be farhox.Hyperparameter objects. Received: {entry!r}")
+    if not hyperparameters:
+        raise ValueError(f"{owner!r} needs at least one hyperparameter to respond to. Received: {hyperparameters!r}")
+    names = [entry.name for entry in hyperparameters]
+    if len({id(entry) for entry in hyperparameters}) < len(names):
+        raise ValueError(f"hyperparameters of {owner!r} must be different objects. Received: {names}")
+    return tuple(hyperparameters)
+
+
+def num_entries(hyperparameter):
+    """Number of entries of an array of hyperparameters, 1 for a scalar."""
+    return int(np.prod(hyperparameter.variable.shape, dtype=int))
+
+
+def unconstrained(hyperparameters):
+    """The unconstrained values as one vector [n], differentiable."""
+    return tf.concat([tf.reshape(tf.convert_to_tensor(entry.variable), [-1]) for entry in hyperparameters], axis=0)
+
+
+def serialized(hyperparameters):
+    """Configurations for `get_config`, marked so that layers of one saved model share their hyperparameters again."""
+    configs = []
+    for entry in hyperparameters:
+        config = keras.saving.serialize_keras_object(entry)
+        # Keras marks an object from its second appearance on, and loses marks that are set inside nested models.
+        config["shared_object_id"] = id(entry)
+        configs.append(config)
+    return configs
+
+
+def deserialized(config, *keys):
+    """The configuration of a layer, with the objects in the place of the `keys` that hold hyperparameters."""
+    config = dict(config)
+    for key in keys:
+        entry = config.get(key)
+        if isinstance(entry, list):
+            config[key] = [_object(item) for item in entry]
+        elif entry is not None:
+            config[key] = _object(entry)
+    return config
+
+
+def _object(entry):
+    return keras.saving.deserialize_keras_object(entry) if isinstance(entry, dict) else entry

@@ -1,0 +1,338 @@
+"""The self-tuning model: weights on perturbed hyperparameters and hyperparameters on validation data, in turn."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from farhox import _logs
+from farhox.stn.alternation import alternate, as_dataset, unpack
+from farhox.stn.draws import Perturbation
+from farhox.stn.gates import as_hyperparameters, deserialized, serialized
+from farhox.stn.losses import as_loss
+from farhox.stn.network import Network
+from farhox.stn.steps import STN, DeltaSTN
+
+_METHODS = ("stn", "delta")
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class SelfTuningModel(keras.Model):
+    """Tunes hyperparameters while it trains: the weights learn their response, the hyperparameters follow it.
+
+    In a training step every example has its own draw u' = u + scale * noise of the unconstrained hyperparameters, and
+    the weights, elementary and hyper, descend the training loss at u'. In a validation step the hyperparameters descend
+    the validation loss through the gates alone, and the scales with them (Eq. 15):
+
+        F(u', w(u')) - entropy_weight * sum(log(scale sqrt(2 pi e))).
+
+    The training loss is never differentiated with respect to a hyperparameter, so it may depend on it in any way: by a
+    dropout rate, a number of holes, an augmentation.
+
+    ```python
+    rate = farhox.Hyperparameter(0.2, low=0.0, high=0.9, name="dropout")
+    network = keras.Sequential([
+        keras.Input([64]), keras.layers.Dense(50, "relu"), stn.Dropout(rate), keras.layers.Dense(10)])
+    model = stn.SelfTuningModel(stn.convert(network), [rate])
+    model.compile(optimizer="sgd", hyper_optimizer=keras.optimizers.Adam(0.003),
+                  scale_optimizer=keras.optimizers.Adam(0.003),
+                  loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(x, y, validation_data=(x_validation, y_validation))
+    ```
+
+    With `method="delta"` (Delta-STN) gates see the difference from the current hyperparameters. The elementary weights
+    learn at the current hyperparameters, and the response learns on the network linearised in the gates around them,
+    y + J (u' - u), with an exact forward-mode product.
+
+    Args:
+        model: A built `keras.Model` with self-tuning layers, `stn.convert(...)` for example.
+        hyperparameters: List of `Hyperparameter`. Default: those that the self-tuning layers respond to.
+        training_steps: Positive int, training steps in a row.
+        validation_steps: Positive int, validation steps after them.
+        warmup_steps: Int, training steps before the first validation step.
+        initial_scale: Positive float, standard deviation of the draws in unconstrained space.
+        entropy_weight: Float, at least 0.
+        method: "stn" or "delta".
+        one_draw: List of hyperparameters with one draw for the whole batch, because the training loss applies them to
+            weights or to the batch as a whole. Those of regularizers and DropConnect are found.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, the model has no self-tuning layer, or one of them responds to a
+            hyperparameter that is not among the model's.
+
+    Reference:
+        [MacKay et al., 2019](https://arxiv.org/abs/1903.03088);
+        [Bae and Grosse, 2020](https://arxiv.org/abs/2010.13514).
+    """
+
+    def __init__(self, model, hyperparameters=None, training_steps=2, validation_steps=1, warmup_steps=0,
+                 initial_scale=0.5, entropy_weight=1e-3, method="stn", one_draw=(), **kwargs):
+        super().__init__(**kwargs)
+        if not isinstance(model, keras.Model) or not model.built:
+            raise TypeError(f"A SelfTuningModel needs a built keras.Model. Received: {model!r}")
+        network = Network(model)
+        if not network.gated:
+            raise ValueError("A SelfTuningModel needs a model with self-tuning layers, which stn.convert makes. "
+                             f"Received: {model.name!r} without any")
+        if hyperparameters is None:
+            hyperparameters = list({id(entry): entry for layer in network.gated for entry in layer.hyperparameters}
+                                   .values())
+        self.hyperparameters = as_hyperparameters(hyperparameters, "SelfTuningModel")
+        own = {id(entry) for entry in self.hyperparameters}
+        for layer in network.gated:
+            for entry in layer.hyperparameters:
+                if id(entry) not in own:
+                    raise ValueError("Layers must respond to hyperparameters of their SelfTuningModel. Received: layer "
+                                     f"{layer.name!r} with {entry.name!r}, which is none of "
+                                     f"{[entry.name for entry in self.hyperparameters]}")
+        if method not in _METHODS:
+            raise ValueError(f"method must be one of {_METHODS}. Received: method={method!r}")
+        for name, value, least in (("training_steps", training_steps, 1), ("validation_steps", validation_steps, 1),
+                                   ("warmup_steps", warmup_steps, 0)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}. Received: {name}={value!r}")
+        if not initial_scale > 0 or not entropy_weight >= 0:
+            raise ValueError("initial_scale must be positive and entropy_weight at least 0. Received: "
+                             f"initial_scale={initial_scale}, entropy_weight={entropy_weight}")
+        self.model = model
+        self.method = method
+        self.training_steps, self.validation_steps = int(training_steps), int(validation_steps)
+        self.warmup_steps = int(warmup_steps)
+        self.initial_scale, self.entropy_weight = float(initial_scale), float(entropy_weight)
+        self.one_draw = as_hyperparameters(one_draw, "one_draw") if one_draw else ()
+        self.perturbation = Perturbation(
+            self.hyperparameters, initial_scale, [*self.one_draw, *network.hyperparameters_with_one_draw()])
+        for gate_input in network.gate_inputs:
+            gate_input.centred = method == "delta"
+        self._network = network
+        self._train_loss = keras.metrics.Mean(name="loss")
+        self._outer_loss = keras.metrics.Mean(name="outer_loss")
+        self._functions = {}
+        self.built = True
+
+    def compile(self, optimizer="sgd", hyper_optimizer="adam", scale_optimizer=None, loss=None, validation_loss=None,
+                response_optimizer=None, metrics=None, weighted_metrics=None, **kwargs):
+        """Sets optimizers and losses.
+
+        Args:
+            optimizer: Keras optimizer of the weights.
+            hyper_optimizer: Keras optimizer of the unconstrained hyperparameters.
+            scale_optimizer: Keras optimizer of the perturbation scales. None: the scales stay, and validation steps are
+                taken at the current hyperparameters, unperturbed.
+            loss: Training loss: the name of a Keras loss, a `keras.losses.Loss` or a function (targets, predictions) ->
+                losses of the examples. It may read hyperparameters. Losses of layers are added.
+            validation_loss: The same for validation and `evaluate`, where nothing is added. Default: `loss`.
+            response_optimizer: Keras optimizer of hyper weights and gates with `method="delta"`. Default: a copy of
+                `optimizer`.
+            metrics, weighted_metrics, **kwargs: As in Keras.
+
+        Raises:
+            TypeError: If a loss is not one.
+            ValueError: If there is no loss, or `response_optimizer` comes with `method="stn"`.
+        """
+        if loss is None:
+            raise ValueError("A SelfTuningModel must be compiled with a loss. Received: loss=None")
+        if response_optimizer is not None and self.method != "delta":
+            raise ValueError('Only method="delta" has a response_optimizer of its own. '
+                             f"Received: method={self.method!r} and response_optimizer={response_optimizer!r}")
+        dtype = self.model.variable_dtype
+        self._losses_given, self._metrics_given = (loss, validation_loss), {
+            "metrics": metrics, "weighted_metrics": weighted_metrics, **kwargs}
+        self._loss = as_loss(loss, dtype)
+        self._validation_loss = self._loss if validation_loss is None else as_loss(validation_loss, dtype)
+        super().compile(optimizer=optimizer, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs)
+        self.hyper_optimizer = keras.optimizers.get(hyper_optimizer)
+        self.scale_optimizer = None if scale_optimizer is None else keras.optimizers.get(scale_optimizer)
+        network, delta = self._network, self.method == "delta"
+        if delta and response_optimizer is None:
+            response_optimizer = type(self.optimizer).from_config(self.optimizer.get_config())
+        self.response_optimizer = keras.optimizers.get(response_optimizer) if delta else None
+        self.optimizer.build(network.general if delta else network.general + network.response)
+        self.hyper_optimizer.build(self.perturbation.variables_of)
+        if delta:
+            self.response_optimizer.build(network.response)
+        if self.scale_optimizer is not None:
+            self.scale_optimizer.build([self.perturbation.raw_scales])
+        self._steps = (DeltaSTN if delta else STN)(
+            network, self.perturbation, self._training_objective, self._validation_objective,
+            self.optimizer.scale_loss, self.entropy_weight)
+        self._functions = {}
+
+    def fit(self, x=None, y=None, batch_size=None, epochs=1, validation_data=None, sample_weight=None, shuffle=True,
+            validation_batch_size=None, **kwargs):
+        """Trains and tunes. One step of an epoch is one training step or one validation step.
+
+        The logs of an epoch have the training loss as `loss`, the mean over validation steps as `outer_loss`, every
+        hyperparameter in natural units under its name, and, as in Keras, `val_loss` and metrics from an evaluation on the
+        validation data with `val_` in front.
+
+        Args:
+            x, y, sample_weight: Arrays, or `x` a `tf.data.Dataset` of batches (x, y) or (x, y, sample_weight).
+            batch_size: Int, for arrays.
+            epochs: Int, passes over the training data.
+            validation_data: Arrays (x, y) or (x, y, sample_weight), or a `tf.data.Dataset` of batches. It is read again
+                and again in training, so it must not be what the result is reported on.
+            shuffle: Bool, for arrays.
+            validation_batch_size: Int, for arrays. Default: `batch_size`.
+            **kwargs: As in Keras.
+
+        Returns:
+            A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: If there is no validation data, or training and validation batches differ in structure.
+        """
+        if validation_data is None:
+            raise ValueError("A SelfTuningModel tunes hyperparameters on validation data. Received: "
+                             "validation_data=None")
+        if not self.compiled:
+            raise ValueError("A SelfTuningModel must be compiled before fit().")
+        data = x if isinstance(x, tf.data.Dataset) else (x, y) if sample_weight is None else (x, y, sample_weight)
+        train = as_dataset(data, batch_size, shuffle, "The training data")
+        validation = as_dataset(validation_data, validation_batch_size or batch_size, shuffle, "validation_data")
+        if self._compile_metrics is not None and not self._compile_metrics.built:
+            # Their variables are made from a batch, and Keras would take the flag of a batch for its inputs.
+            self.test_on_batch(*next(iter(validation)))
+        return super().fit(
+            alternate(train, validation, self.training_steps, self.validation_steps), epochs=epochs, shuffle=False,
+            validation_data=validation, **kwargs)
+
+    def train_step(self, data):
+        is_validation, batch = data
+        x, y, sample_weight, batch_size = unpack(batch)
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError("A SelfTuningModel trains on one replica. Received a strategy with "
+                             f"{tf.distribute.get_strategy().num_replicas_in_sync}.")
+        noise = self.perturbation.noise(batch_size)
+        due = tf.convert_to_tensor(self.optimizer.iterations) >= self.warmup_steps
+
+        tf.cond(
+            is_validation,
+            lambda: tf.cond(due, lambda: _done(self._validation_step, x, y, sample_weight, noise), tf.no_op),
+            lambda: _done(self._training_step, x, y, sample_weight, noise))
+        return self._logs()
+
+    def test_step(self, data):
+        x, y, sample_weight, batch_size = unpack(data)
+        predictions = self.model(x, training=False)
+        loss = self._validation_objective(x, y, predictions, sample_weight)
+        self._train_loss.update_state(loss, sample_weight=batch_size)
+        logs = self.compute_metrics(x, y, predictions, sample_weight)
+        logs.pop("outer_loss")
+        return logs
+
+    def call(self, inputs, training=None, mask=None):
+        return self.model(inputs, training=training, mask=mask)
+
+    def training_step(self, batch, noise=None):
+        """One training step by hand; compiled unless the model runs eagerly.
+
+        Args:
+            batch: (x, y) or (x, y, sample_weight).
+            noise: Tensor [batch, n] in the place of standard normal numbers, or None.
+
+        Returns:
+            The training loss.
+        """
+        return self._by_hand("training", self._training_step, batch, noise)
+
+    def validation_step(self, batch, noise=None):
+        """One validation step by hand, whatever `warmup_steps`; compiled unless the model runs eagerly.
+
+        Args:
+            batch, noise: As in `training_step`.
+
+        Returns:
+            The validation loss.
+        """
+        return self._by_hand("validation", self._validation_step, batch, noise)
+
+    def get_config(self):
+        return {**super().get_config(), "model": keras.saving.serialize_keras_object(self.model),
+                "hyperparameters": serialized(self.hyperparameters), "training_steps": self.training_steps,
+                "validation_steps": self.validation_steps, "warmup_steps": self.warmup_steps,
+                "initial_scale": self.initial_scale, "entropy_weight": self.entropy_weight, "method": self.method,
+                "one_draw": serialized(self.one_draw)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**deserialized(config, "model", "hyperparameters", "one_draw"))
+
+    def get_compile_config(self):
+        if not self.compiled:
+            return {}
+        loss, validation_loss = self._losses_given
+        return keras.saving.serialize_keras_object({
+            "optimizer": self.optimizer, "hyper_optimizer": self.hyper_optimizer,
+            "scale_optimizer": self.scale_optimizer, "response_optimizer": self.response_optimizer,
+            "loss": loss, "validation_loss": validation_loss, **self._metrics_given})
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def _training_step(self, x, y, sample_weight, noise):
+        step = self._steps.training(x, y, sample_weight, noise)
+        self._check_used(step.read)
+        network = self._network
+        if self.method == "delta":
+            self.optimizer.apply(step.general, network.general)
+            self.response_optimizer.apply(step.response, network.response)
+        else:
+            self.optimizer.apply(step.general + step.response, network.general + network.response)
+        for variable, value in step.updates:
+            variable.assign(value)
+        self._train_loss.update_state(step.loss, sample_weight=tf.shape(noise)[0])
+        if self._compile_metrics is not None:
+            self._compile_metrics.update_state(y, step.predictions, sample_weight)
+        return step.loss
+
+    def _validation_step(self, x, y, sample_weight, noise):
+        step = self._steps.validation(x, y, sample_weight, None if self.scale_optimizer is None else noise)
+        self.hyper_optimizer.apply(step.hyperparameters, self.perturbation.variables_of)
+        if self.scale_optimizer is not None:
+            self.scale_optimizer.apply([step.raw_scales], [self.perturbation.raw_scales])
+        self._outer_loss.update_state(step.loss, sample_weight=tf.shape(noise)[0])
+        return step.loss
+
+    def _training_objective(self, x, y, predictions, sample_weight):
+        loss = self._loss(y, predictions, sample_weight=sample_weight)
+        return tf.add_n([loss] + [tf.cast(tf.reduce_sum(added), loss.dtype) for added in self.model.losses])
+
+    def _validation_objective(self, x, y, predictions, sample_weight):
+        return self._validation_loss(y, predictions, sample_weight=sample_weight)
+
+    def _check_used(self, read):
+        unused = [entry.name for entry in self.hyperparameters if id(entry.variable) not in read]
+        if unused:
+            raise ValueError("Every hyperparameter must have a use in training: a layer, a regularizer or the training "
+                             f"loss that reads it. Received: {', '.join(map(repr, unused))} without any")
+
+    def _by_hand(self, name, step, batch, noise):
+        if not self.compiled:
+            raise ValueError(f"A SelfTuningModel must be compiled before {name}_step().")
+        if name not in self._functions:
+            def function(batch, noise):
+                x, y, sample_weight, batch_size = unpack(batch)
+                noise = (self.perturbation.noise(batch_size) if noise is None else
+                         self.perturbation.same_rows(tf.cast(noise, self.perturbation.raw_scales.dtype)))
+                return step(x, y, sample_weight, noise)
+
+            self._functions[name] = function if self.run_eagerly else tf.function(
+                function, autograph=False, jit_compile=bool(self.jit_compile))
+        return self._functions[name](tuple(batch) if isinstance(batch, list) else batch, noise)
+
+    def _logs(self):
+        logs = self.get_metrics_result()
+        named = {}
+        for entry in self.hyperparameters:
+            name, count = entry.name, 1
+            while name in named or name in logs:
+                name, count = f"{entry.name}_{count}", count + 1
+            named[name] = entry
+        return {**logs, **_logs.values(named)}
+
+
+def _done(step, *arguments):
+    """Branches of a condition return the same: nothing."""
+    step(*arguments)
+    return tf.no_op()

@@ -1,0 +1,88 @@
+"""A Keras model as a pure function of its weights, of the draws its layers read, and of what its gates see."""
+
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from farhox import _functional
+from farhox.regularizers import L1L2
+from farhox.stn.gates import GateInput
+from farhox.stn.layers import SelfTuning
+
+
+class Pass(NamedTuple):
+    """A forward pass.
+
+    Attributes:
+        value: What the function of the predictions returned.
+        updates: List of (variable, tensor) of statistics and seeds.
+        read: Set of the ids of the variables that were read.
+    """
+
+    value: Any
+    updates: list
+    read: set
+
+
+class Network:
+    """The layers of a model and their variables, seen by a self-tuning model.
+
+    Args:
+        model: A built `keras.Model`.
+
+    Attributes:
+        gated: List of its self-tuning layers.
+        general, response: Lists of its trainable variables: hyper weights and gates are the response.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.layers = list(model._flatten_layers())
+        self.gated = [layer for layer in self.layers if isinstance(layer, SelfTuning)]
+        response = {id(v) for layer in self.gated for v in layer.response_variables}
+        self.general = [v for v in model.trainable_variables if id(v) not in response]
+        self.response = [v for v in model.trainable_variables if id(v) in response]
+
+    @property
+    def gate_inputs(self):
+        """List of `GateInput`, one per self-tuning layer."""
+        return [layer.gate.input_of_gates for layer in self.gated]
+
+    def hyperparameters_with_one_draw(self):
+        """Hyperparameters that layers or regularizers read once per batch."""
+        found = []
+        for layer in self.layers:
+            for value in vars(layer).values():
+                if isinstance(value, L1L2):
+                    found += [strength for strength in (value.l1, value.l2) if not _is_array(strength)]
+            found += getattr(layer, "hyperparameters_with_one_draw", [])
+        return found
+
+    def run(self, function, x, training, weights=(), draws=(), gates=None):
+        """Calls `function(predictions)`, which may read `model.losses`.
+
+        Args:
+            x: Inputs of the model.
+            training: Bool.
+            weights: List of (variable, tensor), in the place of weights.
+            draws: List of (variable, tensor), in the place of the variables of hyperparameters.
+            gates: None, or a function `GateInput -> tensor [batch or 1, n]`.
+
+        Returns:
+            A `Pass`.
+        """
+        state = [v for v in self.model.non_trainable_variables]
+        draws = list(draws)
+        if gates is not None:
+            draws += [(gate_input.variable, gates(gate_input)) for gate_input in self.gate_inputs]
+        bindings = [(v, tf.convert_to_tensor(v)) for v in state] + list(weights)
+        result = _functional.call(
+            lambda: function(self.model(x, training=training)), bindings=bindings, draws=draws)
+        assigned = {id(v) for v in result.assigned}
+        updates = [(v, value) for v, value in zip(state, result.values) if id(v) in assigned]
+        return Pass(result.value, updates, result.read)
+
+
+def _is_array(strength):
+    return not hasattr(strength, "variable")
