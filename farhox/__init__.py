@@ -8,6 +8,7 @@ if keras.backend.backend() != "tensorflow":
         f"backend {keras.backend.backend()!r}: set the environment variable KERAS_BACKEND=tensorflow before the first "
         "import of keras.")
 
+from farhox import meta  # noqa: E402
 from farhox.batches import gather, repeat, stack  # noqa: E402
 from farhox.constraints import Box, CappedSimplex, Simplex  # noqa: E402
 from farhox.datasets import bilevel_dataset, k_fold_dataset  # noqa: E402
@@ -16,8 +17,8 @@ from farhox.dynamics import Adam, GradientDescent, InnerDynamics, Momentum  # no
 from farhox.health import health  # noqa: E402
 from farhox.hyper_optimizer import HyperOptimizer  # noqa: E402
 from farhox.hypergradients import (  # noqa: E402
-    DartsHG, EpisodesHG, EvoGradHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, ObjectivesHG, ReverseHG,
-    ReversibleHG)
+    DartsHG, EpisodesHG, EvoGradHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, InitialHG, ObjectivesHG,
+    ReptileHG, ReverseHG, ReversibleHG)
 from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
 from farhox.keras_dynamics import KerasDynamics  # noqa: E402
 from farhox.linear_solvers import (  # noqa: E402
@@ -33,9 +34,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Adam", "BacktrackingGradientDescent", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "DartsHG",
     "Dense", "EpisodesHG", "EvoGradHG", "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES", "GradientDescent",
-    "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG", "InnerDynamics",
-    "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann",
-    "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "ReverseHG", "ReversibleHG", "Simplex",
-    "bilevel_dataset", "check_hypergradient", "compare_hypergradients", "gather", "health", "k_fold_dataset", "repeat",
-    "stack", "supervised_problem",
+    "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG", "InitialHG",
+    "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann",
+    "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "ReptileHG", "ReverseHG", "ReversibleHG",
+    "Simplex", "bilevel_dataset", "check_hypergradient", "compare_hypergradients", "gather", "health", "k_fold_dataset",
+    "meta", "repeat", "stack", "supervised_problem",
 ]

@@ -207,13 +207,13 @@ class HyperOptimizer(keras.Model):
             return self._inner_function(as_inner_batches(inner_batches))
 
     def train_step(self, data):
-        inner_batches, outer_batch = pair(data)
+        inner_batches, outer_batch = self._hyper_iteration_data(data, training=True)
         result = self._hyper_iteration(inner_batches, outer_batch)
         self._inner_loss.update_state(result.inner_losses[..., -1])
         return self._logs(result.outer_loss, result.state, outer_batch)
 
     def test_step(self, data):
-        inner_batches, outer_batch = pair(data)
+        inner_batches, outer_batch = self._hyper_iteration_data(data)
         if self.online:
             state = self._kept_state()
             loss = self.problem.outer_loss(state, self.problem.outer_values(), outer_batch)
@@ -252,6 +252,11 @@ class HyperOptimizer(keras.Model):
 
     def save(self, *args, **kwargs):
         raise ValueError(_SAVE_RULE)
+
+    def _hyper_iteration_data(self, data, training=False):
+        """(inner_batches, outer_batch) of an element of the data set."""
+        del training
+        return pair(data)
 
     def _hyper_iteration(self, inner_batches, outer_batch):
         state = self._kept_state() if self.online else None
@@ -358,7 +363,7 @@ class HyperOptimizer(keras.Model):
             return self.hypergradient.predict(self.problem, state, outer_batch)
 
         # Traced for its shapes and never run.
-        traced = tf.function(predictions, autograph=False).get_concrete_function(*pair(batch))
+        traced = tf.function(predictions, autograph=False).get_concrete_function(*self._hyper_iteration_data(batch))
         targets, outputs, _ = traced.structured_outputs
         with strategy.scope():
             self._compile_metrics.build(
@@ -367,7 +372,8 @@ class HyperOptimizer(keras.Model):
     def _compiled(self, function):
         if self.run_eagerly:
             return function
-        return tf.function(function, autograph=False, jit_compile=bool(self.jit_compile))
+        # Before compile() Keras would choose XLA by itself.
+        return tf.function(function, autograph=False, jit_compile=self.compiled and bool(self.jit_compile))
 
     def _dataset(self, x):
         return as_hyper_iterations(x, self.distribute_strategy)

@@ -12,7 +12,7 @@ LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
 
 def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=None, outer_variables=(),
                        representation=None, example_weights=None, learn_initialization=False, proximal=None,
-                       training_at_outer=False, class_weights=None, stop_tolerance=None):
+                       training_at_outer=False, class_weights=None, stop_tolerance=None, outer_call=None):
     """A `BilevelProblem` for a Keras model: training loss inside, validation loss outside.
 
     The inner objective is the loss of `model(x, training=True)` on an inner batch plus the regularisation and activity
@@ -41,13 +41,15 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
             of its class, as with `class_weight` in Keras' `fit`. Labels are class numbers or one-hot. It is added to
             the outer variables if not named there.
         stop_tolerance: Positive float, see `BilevelProblem`.
+        outer_call: Callable `x -> predictions` for outer batches (x, y), x being any nest. Default:
+            `model(x, training=training_at_outer)`.
 
     Returns:
         A `BilevelProblem`. Batches are (x, y) or, as in Keras, (x, y, sample_weight).
 
     Raises:
         TypeError: If the model is not a Keras model, `example_weights` not an `ExampleWeights`, `class_weights` not a
-            `Hyperparameter`, or the loss not one.
+            `Hyperparameter`, or the loss or `outer_call` not one.
         ValueError: If the model is not built, has nothing left to train, `representation` names a layer that is not
             the model's, or `class_weights` does not have one axis. When called: if a batch is not a tuple as above, a
             label is out of range, or there is not one class weight per class.
@@ -64,6 +66,8 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
     if class_weights is not None and len(class_weights.variable.shape) != 1:
         raise ValueError("class_weights must have shape [classes]. "
                          f"Received shape: {tuple(class_weights.variable.shape)}")
+    if outer_call is not None and not callable(outer_call):
+        raise TypeError(f"outer_call must be a callable x -> predictions. Received: {outer_call!r}")
     trainable = list(model.trainable_variables)
     shared = _representation_variables(model, representation or [])
     inner = [v for v in trainable if id(v) not in {id(s) for s in shared}]
@@ -95,13 +99,12 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
             value += tf.cast(addition, value.dtype)
         return value
 
-    def outer_objective(batch):
-        x, y, weights = _unpacked(batch)
-        return loss_value(y, model(x, training=training_at_outer), weights)
-
     def outer_predictions(batch):
         x, y, weights = _unpacked(batch)
-        return y, model(x, training=training_at_outer), weights
+        return y, model(x, training=training_at_outer) if outer_call is None else outer_call(x), weights
+
+    def outer_objective(batch):
+        return loss_value(*outer_predictions(batch))
 
     return BilevelProblem(
         inner_objective, outer_objective, inner_variables=inner, outer_variables=outer, dynamics=dynamics,

@@ -47,7 +47,7 @@ class EpisodesHG(HyperGradient):
         def one(inner_batches, outer_batch, kept):
             return self.hypergradient.compute(problem, inner_batches, outer_batch, *(kept or (None, None)))
 
-        episodes = _map_episodes(one, inner_batches, outer_batch, None if state is None else (state, carry or []))
+        episodes = map_episodes(one, inner_batches, outer_batch, None if state is None else (state, carry or []))
         return HyperGradientResult(
             gradients=[self._aggregated(gradient) for gradient in episodes.gradients],
             outer_loss=self._aggregated(episodes.outer_loss),
@@ -60,14 +60,14 @@ class EpisodesHG(HyperGradient):
         def one(inner_batches, outer_batch, _):
             return self.hypergradient.evaluate(problem, inner_batches, outer_batch)
 
-        episodes = _map_episodes(one, inner_batches, outer_batch)
+        episodes = map_episodes(one, inner_batches, outer_batch)
         return episodes._replace(outer_loss=self._aggregated(episodes.outer_loss))
 
     def predict(self, problem, state, outer_batch):
         def one(_, outer_batch, state):
             return self.hypergradient.predict(problem, state, outer_batch)
 
-        parts = _map_episodes(one, (), outer_batch, state)
+        parts = map_episodes(one, (), outer_batch, state)
         return tf.nest.map_structure(
             lambda part: None if part is None else tf.reshape(part, tf.concat([[-1], tf.shape(part)[2:]], axis=0)),
             parts)
@@ -79,6 +79,18 @@ class EpisodesHG(HyperGradient):
         return tf.reduce_mean(values, axis=0) if self.aggregation is None else self.aggregation(values)
 
 
+def num_episodes(inner_batches):
+    """The number of episodes of inner batches that have a leading axis of them: an int where it is static."""
+    leaf = tf.nest.flatten(_sliced_and_shared(inner_batches)[0])[0]
+    return leaf.shape[0] if leaf.shape[0] is not None else tf.shape(leaf)[0]
+
+
+def episode_at(inner_batches, index):
+    """The inner batches of one episode."""
+    sliced, shared = _sliced_and_shared(inner_batches)
+    return _rejoined(inner_batches, tf.nest.map_structure(lambda leaf: leaf[index], sliced), shared)
+
+
 def _over_episodes(value):
     """One diagnostic of all episodes: true if it is of all, or the mean, of integers too."""
     if value.dtype == tf.bool:
@@ -86,7 +98,7 @@ def _over_episodes(value):
     return tf.reduce_mean(tf.cast(value, tf.float32) if value.dtype.is_integer else value, axis=0)
 
 
-def _map_episodes(function, inner_batches, outer_batch, kept=None):
+def map_episodes(function, inner_batches, outer_batch, kept=None):
     """`function(inner_batches, outer_batch, kept)` of each episode, its results stacked; None stays None.
 
     The function is traced once, into a graph function that the loop over episodes calls.

@@ -1,0 +1,119 @@
+"""ReptileHG: the displacement of the inner training as the direction in which initial values are learned."""
+
+import dataclasses
+from typing import Any
+
+import tensorflow as tf
+
+from farhox import _tree
+from farhox.batches import batch_at, num_steps
+from farhox.hypergradients.base import (
+    HyperGradient, HyperGradientResult, add_initial_dynamics, gradients_or_error, new_losses)
+from farhox.hypergradients.episodes import EpisodesHG, episode_at, num_episodes
+from farhox.hypergradients.initial import InitialHG
+from farhox.problem import float_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class ReptileHG(HyperGradient):
+    """φ - φ_T in the place of a hypergradient of learned initial values φ, averaged over episodes.
+
+    With gradient descent of rate ε as the outer optimizer this is Reptile: φ <- φ + ε mean(φ_T - φ). The inner training
+    needs no derivative, and memory does not grow with T. Batches have a leading axis of episodes, as with `EpisodesHG`;
+    episodes are trained one after the other, and the slots and the step count of the inner dynamics go on from one to
+    the next and, in the carry, from one hyper-iteration to the next.
+
+    Args:
+        step_weights: Tuple of T numbers, or None for ones: the direction is Σ_t weight_t (φ_t - φ_{t+1}). With
+            (0, ..., 0, 1) it is that of the last step alone, which is FOMAML's when that step's batch is the query set.
+
+    Raises:
+        TypeError: If `step_weights` is not a tuple of numbers.
+        ValueError: When called: if their number is not T, or an outer variable is not a learned initial value.
+
+    Reference:
+        [Nichol et al., 2018](https://arxiv.org/abs/1803.02999), Algorithms 1 and 2.
+    """
+
+    step_weights: Any = None
+
+    carry_outlives_state = True
+
+    def __post_init__(self):
+        if self.step_weights is not None and (not isinstance(self.step_weights, tuple) or not all(
+                isinstance(weight, (int, float)) for weight in self.step_weights)):
+            raise TypeError(f"step_weights must be a tuple of numbers or None. Received: {self.step_weights!r}")
+
+    def _compute(self, problem, inner_batches, outer_batch, state, carry):
+        outer = problem.outer_values()
+        start = problem.initial_state(outer)
+        steps = num_steps(episode_at(inner_batches, 0))
+        weights = None
+        if self.step_weights is not None:
+            if steps != len(self.step_weights):
+                raise ValueError("step_weights must have one entry per inner step. "
+                                 f"Received: {len(self.step_weights)} entries for T={steps}")
+            weights = tf.constant(self.step_weights, problem.loss_dtype)
+        reached = [False] * len(outer)
+        add_initial_dynamics(problem, outer, float_leaves(start), [tf.zeros_like(v) for v in outer], reached)
+        gradients_or_error(problem, outer, reached, "ReptileHG learns initial values alone: name the inner variables "
+                                                    "as outer variables too, and nothing else.")
+        count = num_episodes(inner_batches)
+        kept = carry if carry else self.initial_carry(problem)
+        losses = tf.TensorArray(problem.loss_dtype, count, element_shape=[steps])
+        outer_losses = tf.TensorArray(problem.loss_dtype, count, element_shape=[])
+        ends = [tf.TensorArray(leaf.dtype, count, element_shape=leaf.shape) for leaf in tf.nest.flatten(start)]
+
+        def episode(index, kept, direction, losses, outer_losses, ends):
+            slots, step = kept
+            batches = episode_at(inner_batches, index)
+            state, direction, inner_losses, norm = self._train(
+                problem, start._replace(slots=slots, step=step), outer, batches, steps, weights, direction)
+            loss = problem.outer_loss(state, outer, tf.nest.map_structure(lambda leaf: leaf[index], outer_batch))
+            ends = [array.write(index, leaf) for array, leaf in zip(ends, tf.nest.flatten(state))]
+            return (index + 1, [state.slots, state.step], direction, losses.write(index, inner_losses),
+                    outer_losses.write(index, tf.cast(loss, problem.loss_dtype)), ends)
+
+        zeros = [tf.zeros_like(variable) for variable in start.variables]
+        _, kept, direction, losses, outer_losses, ends = tf.while_loop(
+            lambda index, *_: index < count, episode,
+            [tf.constant(0), kept, zeros, losses, outer_losses, ends], parallel_iterations=1)
+        direction = [part / tf.cast(count, part.dtype) for part in direction]
+        adjoint = [tf.zeros_like(leaf) for leaf in float_leaves(start)]
+        adjoint[:len(direction)] = direction
+        gradients = add_initial_dynamics(
+            problem, outer, adjoint, [tf.zeros_like(value) for value in outer], reached)
+        outer_loss = tf.reduce_mean(outer_losses.stack())
+        diagnostics = {
+            "finite": tf.logical_and(_tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
+            "inner_gradient_norm": tf.zeros([], problem.loss_dtype), "inner_steps": tf.constant(steps),
+            "hypergradient_norm": _tree.norm(gradients)}
+        states = tf.nest.pack_sequence_as(start, [array.stack() for array in ends])
+        return HyperGradientResult(gradients, outer_loss, losses.stack(), states, kept, diagnostics)
+
+    def _train(self, problem, state, outer, batches, steps, weights, direction):
+        """One episode: its last state, the direction with its share added, its losses, the last gradient's norm."""
+        losses = new_losses(problem, steps)
+
+        def body(t, state, direction, losses, _):
+            result = problem.step(state, outer, batch_at(batches, t))
+            moved = _tree.subtract(state.variables, result.state.variables)
+            if weights is not None:
+                moved = [tf.cast(weights[t], part.dtype) * part for part in moved]
+            return (t + 1, result.state, [a + b for a, b in zip(direction, moved)], losses.write(t, result.loss),
+                    result.gradient_norm)
+
+        _, state, direction, losses, norm = tf.while_loop(
+            lambda t, *_: t < steps, body,
+            [tf.constant(0), state, direction, losses, tf.zeros([], problem.loss_dtype)], parallel_iterations=1)
+        return state, direction, losses.stack(), norm
+
+    def evaluate(self, problem, inner_batches, outer_batch):
+        return EpisodesHG(InitialHG()).evaluate(problem, inner_batches, outer_batch)
+
+    def predict(self, problem, state, outer_batch):
+        return EpisodesHG(InitialHG()).predict(problem, state, outer_batch)
+
+    def initial_carry(self, problem):
+        initial = problem.initial_state()
+        return [initial.slots, initial.step]

@@ -1,0 +1,16 @@
+"""Few-shot learning: episodes, learners over them, and their evaluation."""
+
+from farhox.meta.episodes import (
+    ClassificationEpisodes, Episode, EpisodeSource, SinusoidEpisodes, split_classes, with_rotations)
+from farhox.meta.evaluation import evaluate_episodes, mean_and_interval
+from farhox.meta.learner import Learner
+from farhox.meta.learners import ANIL, IMAML, MAML, HyperRepresentation, JointTraining, Reptile
+from farhox.meta.networks import convolutional_body, few_shot_classifier, residual_body
+from farhox.meta.omniglot import load_omniglot
+
+__all__ = [
+    "ANIL", "ClassificationEpisodes", "Episode", "EpisodeSource", "HyperRepresentation", "IMAML", "JointTraining",
+    "Learner", "MAML", "Reptile", "SinusoidEpisodes", "convolutional_body", "evaluate_episodes", "few_shot_classifier",
+    "load_omniglot", "mean_and_interval", "residual_body",
+    "split_classes", "with_rotations",
+]

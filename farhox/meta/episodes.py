@@ -1,0 +1,234 @@
+"""Episodes: few-shot tasks drawn from labelled examples or from a family of functions."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+
+class Episode(NamedTuple):
+    """One task, or several along a leading axis of episodes.
+
+    Attributes:
+        support: Tuple (x, y), what a learner adapts to: [ways * shots, ...].
+        query: Tuple (x, y), what it is judged by: [ways * queries, ...].
+    """
+
+    support: Any
+    query: Any
+
+
+class EpisodeSource:
+    """Where episodes come from: episode k of a source is always the same one.
+
+    Subclasses define `draw`.
+    """
+
+    def draw(self, index):
+        """The episode with number `index`, a scalar int64 tensor: an `Episode`. Pure TensorFlow."""
+        raise NotImplementedError
+
+    def dataset(self, meta_batch_size, start=0, count=None):
+        """Episodes in meta-batches, in the order of their numbers.
+
+        Args:
+            meta_batch_size: Positive int, episodes in an element.
+            start: Non-negative int, number of the first episode: `start=steps_done * meta_batch_size` goes on with an
+                interrupted training.
+            count: Positive int, a multiple of `meta_batch_size`: the number of episodes. Default: without end.
+
+        Returns:
+            A `tf.data.Dataset` of `Episode`s with a leading axis of episodes.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        _check_positive("meta_batch_size", meta_batch_size)
+        if isinstance(start, bool) or int(start) != start or start < 0:
+            raise ValueError(f"start must be a non-negative integer. Received: {start!r}")
+        if count is None:
+            numbers = tf.data.Dataset.counter(start)
+        else:
+            _check_positive("count", count)
+            if count % meta_batch_size:
+                raise ValueError("count must be a multiple of meta_batch_size, so that all elements have one shape. "
+                                 f"Received: count={count}, meta_batch_size={meta_batch_size}")
+            numbers = tf.data.Dataset.range(start, start + count)
+        episodes = numbers.map(self.draw, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return episodes.batch(meta_batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+
+
+class ClassificationEpisodes(EpisodeSource):
+    """Episodes of a few-shot classification: some classes, a few examples of each, labels from 0 to ways - 1.
+
+    ```python
+    episodes = farhox.meta.ClassificationEpisodes(images, labels, ways=5, shots=1, queries=15, seed=0)
+    learner.fit(episodes.dataset(meta_batch_size=4), epochs=10, steps_per_epoch=100)
+    ```
+
+    Support and query examples are ordered by class, and the classes of an episode are in random order.
+
+    Args:
+        images: Array [examples, ...]. uint8 is kept as it is and divided by 255 when drawn.
+        labels: Integer array [examples], any numbers.
+        ways: Positive int, classes in an episode.
+        shots: Positive int, support examples per class.
+        queries: Positive int, query examples per class.
+        seed: Non-negative int.
+
+    Raises:
+        ValueError: If a number is not positive, there are fewer classes than ways, a class has fewer examples than
+            shots + queries, or images and labels differ in number.
+    """
+
+    def __init__(self, images, labels, ways=5, shots=1, queries=15, seed=0):
+        images, labels = np.asarray(images), np.asarray(labels)
+        for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
+            _check_positive(name, value)
+        if isinstance(seed, bool) or int(seed) != seed or seed < 0:
+            raise ValueError(f"seed must be a non-negative integer. Received: {seed!r}")
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError("labels must be integers of shape [examples]. "
+                             f"Received: {labels.dtype} of shape {labels.shape}")
+        if len(images) != len(labels):
+            raise ValueError("There must be one label for each image. "
+                             f"Received: {len(images)} images and {len(labels)} labels")
+        _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        if len(counts) < ways:
+            raise ValueError("There must be at least as many classes as ways. "
+                             f"Received: {len(counts)} classes for ways={ways}")
+        if counts.min() < shots + queries:
+            raise ValueError("Every class must have at least shots + queries examples. Received: a class of "
+                             f"{counts.min()} examples for shots={shots} and queries={queries}")
+        self.ways, self.shots, self.queries, self.seed = int(ways), int(shots), int(queries), int(seed)
+        self.num_classes = len(counts)
+        order = np.argsort(numbers, kind="stable")
+        # On the host: the arrays are what data pipelines read.
+        with tf.device("CPU:0"):
+            self._images = tf.constant(images[order])
+            self._starts = tf.constant(np.cumsum(counts) - counts, tf.int32)
+            self._counts = tf.constant(counts, tf.int32)
+        self._most = int(counts.max())
+
+    def draw(self, index):
+        seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(index, tf.int64)])
+        class_seed, example_seed = tf.unstack(tf.random.split(seed, 2))
+        classes = _first_of_shuffled(tf.random.stateless_uniform([self.num_classes], class_seed), self.ways)
+        # A random order of the examples of each class; places past its last example come at the end.
+        keys = tf.random.stateless_uniform([self.ways, self._most], example_seed)
+        there = tf.range(self._most)[None, :] < tf.gather(self._counts, classes)[:, None]
+        chosen = _first_of_shuffled(tf.where(there, keys, 2.0), self.shots + self.queries)
+        chosen += tf.gather(self._starts, classes)[:, None]
+        labels = tf.range(self.ways)
+        return Episode((self._read(chosen[:, :self.shots]), tf.repeat(labels, self.shots)),
+                       (self._read(chosen[:, self.shots:]), tf.repeat(labels, self.queries)))
+
+    def _read(self, indices):
+        images = tf.gather(self._images, tf.reshape(indices, [-1]))
+        return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images
+
+
+class SinusoidEpisodes(EpisodeSource):
+    """Regression tasks y = a sin(x - b), a family of few-shot regression.
+
+    Amplitudes a are uniform in [0.1, 5], phases b in [0, π], points x in [-5, 5]; x and y have shape [points, 1].
+
+    Args:
+        shots: Positive int, support points.
+        queries: Positive int, query points.
+        seed: Non-negative int.
+
+    Raises:
+        ValueError: If a number is not positive.
+
+    Reference:
+        [Finn et al., 2017](https://arxiv.org/abs/1703.03400), section 5.1.
+    """
+
+    def __init__(self, shots=10, queries=10, seed=0):
+        _check_positive("shots", shots)
+        _check_positive("queries", queries)
+        self.shots, self.queries, self.seed = int(shots), int(queries), int(seed)
+
+    def draw(self, index):
+        x, amplitude, phase = self._task(index)
+        y = amplitude * tf.sin(x - phase)
+        return Episode((x[:self.shots], y[:self.shots]), (x[self.shots:], y[self.shots:]))
+
+    def curve(self, index):
+        """(amplitude, phase) of the episode with number `index`, two floats."""
+        _, amplitude, phase = self._task(index)
+        return float(amplitude), float(phase)
+
+    def _task(self, index):
+        seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(index, tf.int64)])
+        seeds = tf.unstack(tf.random.split(seed, 3))
+        x = tf.random.stateless_uniform([self.shots + self.queries, 1], seeds[0], -5.0, 5.0)
+        return (x, tf.random.stateless_uniform([], seeds[1], 0.1, 5.0),
+                tf.random.stateless_uniform([], seeds[2], 0.0, math.pi))
+
+
+def split_classes(images, labels, sizes, seed=0):
+    """Splits examples by their classes: no class is in two parts.
+
+    Args:
+        images: Array [examples, ...].
+        labels: Integer array [examples].
+        sizes: List of positive ints, classes in each part; the last may be None for all that remain.
+        seed: Int, of the random order of classes.
+
+    Returns:
+        List of (images, labels), one per part.
+
+    Raises:
+        ValueError: If there are fewer classes than the sizes name.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    classes = np.unique(labels)
+    given = [size for size in sizes if size is not None]
+    for size in given:
+        _check_positive("A size", size)
+    if sum(given) + (None in sizes) > len(classes) or None in sizes[:-1]:
+        raise ValueError("sizes must be numbers of classes, no more in all than there are; only the last may be None. "
+                         f"Received: {list(sizes)} for {len(classes)} classes")
+    order = np.random.default_rng(seed).permutation(classes)
+    ends = np.cumsum([len(order) - sum(given) if size is None else size for size in sizes])
+    parts = np.split(order, ends)[:len(sizes)]
+    chosen = [np.isin(labels, part) for part in parts]
+    return [(images[mask], labels[mask]) for mask in chosen]
+
+
+def with_rotations(images, labels):
+    """Every class four times: as it is and turned by 90, 180 and 270 degrees, each a class of its own.
+
+    Args:
+        images: Array [examples, height, width, channels] with height = width.
+        labels: Integer array [examples].
+
+    Returns:
+        images [4 * examples, ...], labels [4 * examples].
+
+    Raises:
+        ValueError: If the images are not square.
+
+    Reference:
+        [Santoro et al., 2016](https://arxiv.org/abs/1605.06065), section 4.1.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim != 4 or images.shape[1] != images.shape[2]:
+        raise ValueError("images must have shape [examples, height, width, channels] with height = width. "
+                         f"Received shape: {images.shape}")
+    turned = np.concatenate([np.rot90(images, k, axes=(1, 2)) for k in range(4)])
+    classes, numbers = np.unique(labels, return_inverse=True)
+    return turned, np.concatenate([numbers + k * len(classes) for k in range(4)])
+
+
+def _first_of_shuffled(keys, count):
+    """Places of the `count` least keys along the last axis, in their order: int32."""
+    return tf.argsort(keys, axis=-1, stable=True)[..., :count]
+
+
+def _check_positive(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be a positive integer. Received: {value!r}")

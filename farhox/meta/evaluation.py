@@ -1,0 +1,42 @@
+"""The field's protocol: means over many episodes, with 95 % intervals."""
+
+import numpy as np
+
+from farhox.meta.episodes import EpisodeSource
+
+
+def evaluate_episodes(judge, episodes, count=600, meta_batch_size=10):
+    """Means over the first episodes of a source.
+
+    Args:
+        judge: Callable, `Episode` with a leading axis of episodes -> dictionary of tensors [episodes].
+        episodes: An `EpisodeSource`.
+        count: Positive int, the number of episodes.
+        meta_batch_size: Positive int, episodes in a call; divides `count`.
+
+    Returns:
+        Dictionary: for each entry its mean, and under `<name>_interval` half the width of its 95 % interval, 1.96
+        standard errors; "episodes", their number.
+
+    Raises:
+        TypeError: If `episodes` is not an `EpisodeSource`.
+        ValueError: If `count` is not a multiple of `meta_batch_size`.
+    """
+    if not isinstance(episodes, EpisodeSource):
+        raise TypeError("Episodes must come from a farhox.meta.EpisodeSource, for example ClassificationEpisodes. "
+                        f"Received: {type(episodes).__name__}")
+    values = {}
+    for batch in episodes.dataset(meta_batch_size, count=count):
+        for name, value in judge(batch).items():
+            values.setdefault(name, []).append(value.numpy())
+    result = {}
+    for name, parts in values.items():
+        result[name], result[f"{name}_interval"] = mean_and_interval(np.concatenate(parts))
+    return {**result, "episodes": count}
+
+
+def mean_and_interval(values):
+    """Mean of independent values, and half the width of its 95 % interval: 1.96 standard errors."""
+    values = np.asarray(values, np.float64)
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return float(values.mean()), float(1.96 * error)

@@ -1,0 +1,271 @@
+"""MAML and its relatives: each is a bilevel problem over episodes and a method for its gradient."""
+
+import keras
+import numpy as np
+
+from farhox.dynamics import GradientDescent
+from farhox.hypergradients import EpisodesHG, HyperGradient, ImplicitHG, InitialHG, ReptileHG, ReverseHG
+from farhox.hyperparameters import Hyperparameter
+from farhox.keras_dynamics import KerasDynamics
+from farhox.linear_solvers import ConjugateGradient
+from farhox.meta.learner import Learner
+from farhox.meta.statistics import query_call
+from farhox.supervised import supervised_problem
+
+_LOSS = "sparse_categorical_crossentropy"
+
+
+class MAML(Learner):
+    """Learns initial weights from which a few gradient steps lead to a good model of a new task.
+
+    ```python
+    learner = farhox.meta.MAML(model, inner_learning_rate=0.1, inner_steps=5)
+    learner.compile(keras.optimizers.Adam(1e-3), metrics=["accuracy"])
+    learner.fit(episodes.dataset(meta_batch_size=4), epochs=10, steps_per_epoch=100)
+    learner.evaluate(test_episodes)
+    model = learner.adapt((support_images, support_labels))
+    ```
+
+    Args:
+        model: A built `keras.Model` with one output per class of an episode (or per regression target).
+        inner_learning_rate: Positive float; or a `Hyperparameter`, which is learned too.
+        inner_steps: Positive int.
+        first_order: Bool. FOMAML: second derivatives are left out.
+        learn_learning_rates: Bool. Meta-SGD: one learning rate per weight, learned with the initial weights.
+        loss: As for `supervised_problem`.
+        transductive: Bool. Batch-norm layers normalise the queries of an episode together, as in most published
+            results; or, if false, by the statistics of the support set.
+        evaluation_steps: Positive int, inner steps outside training. Default: `inner_steps`.
+        name: Name of the Keras model.
+
+    Raises:
+        TypeError: If `inner_learning_rate` is neither a float nor a `Hyperparameter`.
+        ValueError: If a number is out of range, or `learn_learning_rates` comes with a `Hyperparameter`.
+
+    Reference:
+        [Finn et al., 2017](https://arxiv.org/abs/1703.03400), Algorithm 1;
+        [Li et al., 2017](https://arxiv.org/abs/1707.09835) for learned rates per weight.
+    """
+
+    def __init__(self, model, inner_learning_rate=0.1, inner_steps=5, first_order=False, learn_learning_rates=False,
+                 loss=_LOSS, transductive=True, evaluation_steps=None, name="maml"):
+        problem = _initialization_problem(
+            model, [], inner_learning_rate, learn_learning_rates, first_order, loss, transductive)
+        super().__init__(model, problem, EpisodesHG(ReverseHG()), inner_steps, evaluation_steps,
+                         transductive=transductive, name=name)
+
+
+class ANIL(Learner):
+    """MAML in which the head alone adapts; the body is learned like any network.
+
+    Args:
+        model: As for `MAML`.
+        head: List of layers of the model that adapt. Default: its last layer with weights.
+        inner_learning_rate, inner_steps, first_order, learn_learning_rates, loss, transductive, evaluation_steps, name:
+            As for `MAML`.
+
+    Raises:
+        TypeError, ValueError: As `MAML`; or if `head` holds a layer that is not the model's, or all of its weights.
+
+    Reference:
+        [Raghu et al., 2020](https://arxiv.org/abs/1909.09157).
+    """
+
+    def __init__(self, model, head=None, inner_learning_rate=0.1, inner_steps=5, first_order=False,
+                 learn_learning_rates=False, loss=_LOSS, transductive=True, evaluation_steps=None, name="anil"):
+        problem = _initialization_problem(
+            model, _body(model, head), inner_learning_rate, learn_learning_rates, first_order, loss, transductive)
+        super().__init__(model, problem, EpisodesHG(ReverseHG()), inner_steps, evaluation_steps,
+                         transductive=transductive, name=name)
+
+
+class HyperRepresentation(Learner):
+    """Learns a representation on which a head that starts at zero is trained anew for every task.
+
+    The body's weights and, if it is a `Hyperparameter`, the inner learning rate are outer variables; the head is inner.
+    The head's weights are set to zero.
+
+    Args:
+        body: A built `keras.Model`, inputs to representation.
+        head: A `keras.Layer` on the representation, for example `Dense(ways, activation="softmax")`.
+        inner_learning_rate: Positive float or `Hyperparameter`. Default: a `Hyperparameter` that starts at 0.1.
+        inner_steps: Positive int.
+        hypergradient: Method for one episode; `ImplicitHG` needs an inner objective with a unique minimum, say by a
+            regulariser of the head, and a fixed rate. Default: `ReverseHG()`.
+        loss, transductive, evaluation_steps, name: As for `MAML`.
+
+    Attributes:
+        body, head: As given.
+
+    Raises:
+        TypeError: If `body` is not a model, `head` not a layer, or `hypergradient` not a method.
+        ValueError: If a number is out of range or the body not built.
+
+    Reference:
+        [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), section 5.
+    """
+
+    def __init__(self, body, head, inner_learning_rate=None, inner_steps=5, hypergradient=None, loss=_LOSS,
+                 transductive=True, evaluation_steps=None, name="hyper_representation"):
+        if not isinstance(body, keras.Model) or not isinstance(head, keras.Layer):
+            raise TypeError("body must be a keras.Model and head a keras.Layer. "
+                            f"Received: {type(body).__name__} and {type(head).__name__}")
+        if not body.built:
+            raise ValueError("body must be built, so that the size of the representation is known: give it an Input. "
+                             f"Received the unbuilt model {body.name!r}")
+        hypergradient = ReverseHG() if hypergradient is None else hypergradient
+        if not isinstance(hypergradient, HyperGradient):
+            raise TypeError("hypergradient must be a method for one episode, for example farhox.ReverseHG(). "
+                            f"Received: {hypergradient!r}")
+        if inner_learning_rate is None:
+            inner_learning_rate = Hyperparameter(0.1, low=0.0, log=True, name="inner_learning_rate")
+        model = keras.Sequential([keras.Input(body.input_shape[1:], dtype=body.inputs[0].dtype), body, head])
+        for variable in head.trainable_variables:
+            variable.assign(keras.ops.zeros_like(variable))
+        problem = supervised_problem(
+            model, loss, dynamics=GradientDescent(_checked_rate(inner_learning_rate)),
+            outer_variables=[r for r in [inner_learning_rate] if isinstance(r, Hyperparameter)],
+            representation=[body], outer_call=query_call(model, transductive))
+        super().__init__(model, problem, EpisodesHG(hypergradient), inner_steps, evaluation_steps,
+                         transductive=transductive, name=name)
+        self.body, self.head = body, head
+
+
+class IMAML(Learner):
+    """MAML by the implicit function theorem: the inner training stays near the initial weights by a proximal term.
+
+    The meta-gradient at the adapted weights φ is (I + H/λ)^-1 ∇E(φ) with λ the proximal strength and H the Hessian of
+    the support loss, so that the inner optimizer is free and memory does not grow with the inner steps. It assumes that
+    the inner training has converged.
+
+    Args:
+        model: As for `MAML`.
+        inner_learning_rate: Positive float, of gradient descent; not used if `dynamics` are given.
+        inner_steps: Positive int.
+        proximal: Positive float λ: λ/2 ||φ - θ||^2 is added to the support loss. A `Hyperparameter` is learned too.
+        linear_solver: A `LinearSolver`. Default: five steps of conjugate gradient.
+        dynamics: An `InnerDynamics`. Default: gradient descent.
+        loss, transductive, evaluation_steps, name: As for `MAML`.
+
+    Raises:
+        TypeError: If `dynamics` or `linear_solver` has the wrong type.
+        ValueError: If a number is out of range.
+
+    Reference:
+        [Rajeswaran et al., 2019](https://arxiv.org/abs/1909.04630), Algorithms 1 and 2. The released code computes
+        something else, see the page on meta-learning.
+    """
+
+    def __init__(self, model, inner_learning_rate=0.1, inner_steps=16, proximal=2.0, linear_solver=None, dynamics=None,
+                 loss=_LOSS, transductive=True, evaluation_steps=None, name="imaml"):
+        if isinstance(proximal, (int, float)) and not isinstance(proximal, bool) and proximal <= 0:
+            raise ValueError(f"proximal must be positive. Received: {proximal}")
+        dynamics = GradientDescent(inner_learning_rate) if dynamics is None else dynamics
+        solver = ConjugateGradient(max_steps=5) if linear_solver is None else linear_solver
+        problem = supervised_problem(
+            model, loss, dynamics=dynamics, learn_initialization=True, proximal=proximal,
+            outer_variables=[proximal] if isinstance(proximal, Hyperparameter) else [],
+            outer_call=query_call(model, transductive))
+        super().__init__(model, problem, EpisodesHG(ImplicitHG(solver)), inner_steps, evaluation_steps,
+                         transductive=transductive, name=name)
+
+
+class Reptile(Learner):
+    """Moves the initial weights towards the weights that the inner training of each task ends at.
+
+    Compile it with gradient descent, whose rate is Reptile's outer step size:
+
+    ```python
+    learner = farhox.meta.Reptile(model, inner_steps=5, batch_size=10, evaluation_steps=50)
+    decay = keras.optimizers.schedules.PolynomialDecay(1.0, meta_steps, 0.0)
+    learner.compile(keras.optimizers.SGD(decay), metrics=["accuracy"])
+    ```
+
+    A meta-batch of one episode is serial Reptile, a larger one batched Reptile. Slots of the inner optimizer go on from
+    task to task and into the evaluation, as in the code of the paper.
+
+    Args:
+        model: As for `MAML`.
+        dynamics: An `InnerDynamics`. Default: Adam with rate 0.001 and without momentum (beta_1 = 0).
+        inner_steps: Positive int, inner steps in training.
+        batch_size: Positive int, support examples in an inner batch. Default: all.
+        step_weights: As for `ReptileHG`.
+        loss, transductive, evaluation_steps, name: As for `MAML`.
+        seed: Int, of the order of inner batches.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Reference:
+        [Nichol et al., 2018](https://arxiv.org/abs/1803.02999), Algorithms 1 and 2.
+    """
+
+    def __init__(self, model, dynamics=None, inner_steps=5, batch_size=None, step_weights=None, loss=_LOSS,
+                 transductive=True, evaluation_steps=None, seed=0, name="reptile"):
+        if dynamics is None:
+            dynamics = KerasDynamics(keras.optimizers.Adam(1e-3, beta_1=0.0))
+        problem = supervised_problem(model, loss, dynamics=dynamics, learn_initialization=True,
+                                     outer_call=query_call(model, transductive))
+        super().__init__(model, problem, ReptileHG(step_weights), inner_steps, evaluation_steps, batch_size,
+                         transductive=transductive, seed=seed, name=name)
+
+    def _initial_state(self):
+        slots, step = self._kept_carry()
+        return super()._initial_state()._replace(slots=slots, step=step)
+
+
+class JointTraining(Learner):
+    """The baseline: one model trained on the examples of all tasks, adapted by gradient steps only when judged.
+
+    Args:
+        model: As for `MAML`.
+        inner_learning_rate: Positive float, in evaluation.
+        evaluation_steps: Positive int, gradient steps in evaluation.
+        loss, transductive, name: As for `MAML`.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(self, model, inner_learning_rate=0.1, evaluation_steps=5, loss=_LOSS, transductive=True,
+                 name="joint_training"):
+        predict = query_call(model, transductive)
+        problem = supervised_problem(
+            model, loss, dynamics=GradientDescent(inner_learning_rate), learn_initialization=True, outer_call=predict)
+        super().__init__(model, problem, EpisodesHG(InitialHG()), 1, evaluation_steps,
+                         transductive=transductive, name=name)
+
+
+def _initialization_problem(model, body, rate, learn_rates, first_order, loss, transductive):
+    """The problem of `MAML` and `ANIL`: inner variables are learned as initial values, the body's are outer alone."""
+    rate = _checked_rate(rate)
+    outer = [rate] if isinstance(rate, Hyperparameter) else []
+    if learn_rates:
+        if outer:
+            raise ValueError("learn_learning_rates=True makes a learned rate for each weight and needs their common "
+                             f"initial value, a float. Received: inner_learning_rate={rate!r}")
+        frozen = {id(variable) for layer in body for variable in layer.trainable_variables}
+        inner = [variable for variable in model.trainable_variables if id(variable) not in frozen]
+        rate = [Hyperparameter(np.full(variable.shape, rate, variable.dtype),
+                               name="learning_rate_" + variable.path.replace("/", "_")) for variable in inner]
+        outer = rate
+    return supervised_problem(
+        model, loss, dynamics=GradientDescent(rate, first_order=first_order), outer_variables=outer,
+        representation=body, learn_initialization=True, outer_call=query_call(model, transductive))
+
+
+def _checked_rate(rate):
+    if not isinstance(rate, (float, int, Hyperparameter)) or isinstance(rate, bool):
+        raise TypeError(f"inner_learning_rate must be a float or a farhox.Hyperparameter. Received: {rate!r}")
+    return rate
+
+
+def _body(model, head):
+    """The layers with weights that are not in the head."""
+    layers = [layer for layer in model.layers if layer.trainable_variables]
+    head = layers[-1:] if head is None else list(head)
+    strangers = [layer for layer in head if not any(layer is own for own in layers)]
+    if strangers:
+        raise ValueError(f"head must hold layers of the model {model.name!r} that have weights. "
+                         f"Received: {strangers}")
+    return [layer for layer in layers if not any(layer is part for part in head)]

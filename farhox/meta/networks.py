@@ -1,0 +1,76 @@
+"""The networks of few-shot image classification."""
+
+import keras
+
+
+def convolutional_body(input_shape=(28, 28, 1), filters=64, blocks=4, downsampling="stride", name="body"):
+    """Blocks of 3x3 convolution, batch normalisation and ReLU, each of which halves the image; then flattened.
+
+    Args:
+        input_shape: Tuple (height, width, channels).
+        filters: Positive int, per block.
+        blocks: Positive int.
+        downsampling: "stride" (convolutions of stride 2, as in most code for Omniglot) or "pool" (2x2 max pooling).
+        name: Name of the model.
+
+    Returns:
+        A `keras.Model`, images to features.
+
+    Raises:
+        ValueError: If `downsampling` is neither.
+
+    Reference:
+        [Vinyals et al., 2016](https://arxiv.org/abs/1606.04080), section 4.1.1.
+    """
+    if downsampling not in ("stride", "pool"):
+        raise ValueError(f"downsampling must be 'stride' or 'pool'. Received: {downsampling!r}")
+    layers = [keras.Input(input_shape)]
+    for _ in range(blocks):
+        layers += [keras.layers.Conv2D(filters, 3, strides=2 if downsampling == "stride" else 1, padding="same"),
+                   keras.layers.BatchNormalization(), keras.layers.ReLU()]
+        layers += [keras.layers.MaxPooling2D(2, padding="same")] if downsampling == "pool" else []
+    return keras.Sequential([*layers, keras.layers.Flatten()], name=name)
+
+
+def residual_body(input_shape=(28, 28, 1), filters=(32, 64, 128), features=256, name="residual_body"):
+    """Residual blocks of three 3x3 convolutions with a 1x1 skip and pooling, then a mean over places and features.
+
+    Args:
+        input_shape: Tuple (height, width, channels).
+        filters: Tuple of positive ints, one per block.
+        features: Positive int, the size of the representation.
+        name: Name of the model.
+
+    Returns:
+        A `keras.Model`, images to features.
+
+    Reference:
+        After [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), appendix; smaller.
+    """
+    inputs = x = keras.Input(input_shape)
+    for count in filters:
+        skip = keras.layers.Conv2D(count, 1, padding="same")(x)
+        for index in range(3):
+            x = keras.layers.Conv2D(count, 3, padding="same", use_bias=False)(x)
+            x = keras.layers.BatchNormalization()(x)
+            x = keras.layers.LeakyReLU(0.1)(x) if index < 2 else x
+        x = keras.layers.LeakyReLU(0.1)(keras.layers.Add()([x, skip]))
+        x = keras.layers.MaxPooling2D(2, padding="same")(x)
+    x = keras.layers.Conv2D(features, 1)(keras.layers.LeakyReLU(0.1)(x))
+    return keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x), name=name)
+
+
+def few_shot_classifier(ways=5, body=None):
+    """A body and a dense softmax layer on its features.
+
+    Args:
+        ways: Positive int, classes.
+        body: A `keras.Model`, images to features. Default: `convolutional_body()`.
+
+    Returns:
+        A `keras.Model`, images to class probabilities.
+    """
+    body = convolutional_body() if body is None else body
+    layers = body.layers if isinstance(body, keras.Sequential) else [body]
+    return keras.Sequential([keras.Input(body.input_shape[1:]), *layers,
+                             keras.layers.Dense(ways, activation="softmax")])

@@ -1,0 +1,67 @@
+"""Omniglot as few-shot learning uses it: 28x28, one channel, ink 1 and paper 0, rotations as classes of their own."""
+
+import os
+import pathlib
+
+import numpy as np
+import tensorflow as tf
+
+from farhox.meta.episodes import split_classes, with_rotations
+
+SIZE = 28
+
+
+def load_omniglot(data_dir=None, train=1200, validation=100, seed=0, rotations=True, cache_dir=None, download=True):
+    """The characters of Omniglot, split by character into meta-training, meta-validation and meta-test.
+
+    All 1,623 characters are pooled, shuffled and split; the rotations of a character stay in its part. Images are read
+    with TensorFlow Datasets once and kept as one small file.
+
+    Args:
+        data_dir: Folder of TensorFlow Datasets; default: its own.
+        train: Positive int, characters for meta-training.
+        validation: Positive int, characters for meta-validation; the rest is for meta-test.
+        seed: Int, of the split.
+        rotations: Bool. Turn characters of all parts by multiples of 90 degrees to make four times as many classes.
+        cache_dir: Folder for the file with the small images. Default: `datasets` in Keras' folder (`~/.keras`, or
+            what the environment variable KERAS_HOME names).
+        download: Bool. Let TensorFlow Datasets download what is not there.
+
+    Returns:
+        Three pairs (images, labels): uint8 [examples, 28, 28, 1] with ink 255 and paper 0, and int [examples].
+
+    Reference:
+        [Vinyals et al., 2016](https://arxiv.org/abs/1606.04080), section 4.1.1.
+    """
+    images, labels = _small_images(data_dir, cache_dir, download)
+    parts = split_classes(images, labels, [train, validation, None], seed)
+    return [with_rotations(*part) for part in parts] if rotations else parts
+
+
+def _small_images(data_dir, cache_dir, download):
+    home = os.environ.get("KERAS_HOME", os.path.join("~", ".keras"))
+    folder = pathlib.Path(cache_dir or os.path.join(home, "datasets")).expanduser()
+    file = folder / f"farhox_omniglot_{SIZE}.npz"
+    if file.exists():
+        with np.load(file) as stored:
+            return stored["images"], stored["labels"]
+    images, labels = _read(data_dir, download)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.stem}.{os.getpid()}.part.npz")
+    np.savez_compressed(part, images=images, labels=labels)
+    os.replace(part, file)  # In one step: another process sees the whole file or none.
+    return images, labels
+
+
+def _read(data_dir, download):
+    import tensorflow_datasets as tfds
+
+    def small(example):
+        paper = tf.cast(example["image"][..., :1], tf.float32)
+        ink = 255.0 - tf.image.resize(paper, [SIZE, SIZE], method="area")
+        return tf.cast(tf.round(ink), tf.uint8), example["label"]
+
+    dataset = tfds.load("omniglot", split="train+test", data_dir=data_dir, download=download)
+    dataset = dataset.map(small, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(512)
+    parts = list(dataset.as_numpy_iterator())
+    return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
