@@ -8,7 +8,7 @@ if keras.backend.backend() != "tensorflow":
         f"backend {keras.backend.backend()!r}: set the environment variable KERAS_BACKEND=tensorflow before the first "
         "import of keras.")
 
-from farhox import meta  # noqa: E402
+from farhox import meta, stn  # noqa: E402
 from farhox.batches import gather, repeat, stack  # noqa: E402
 from farhox.constraints import Box, CappedSimplex, Simplex  # noqa: E402
 from farhox.datasets import bilevel_dataset, k_fold_dataset  # noqa: E402
@@ -38,5 +38,5 @@ __all__ = [
     "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann",
     "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "ReptileHG", "ReverseHG", "ReversibleHG",
     "Simplex", "bilevel_dataset", "check_hypergradient", "compare_hypergradients", "gather", "health", "k_fold_dataset",
-    "meta", "repeat", "stack", "supervised_problem",
+    "meta", "repeat", "stack", "stn", "supervised_problem",
 ]

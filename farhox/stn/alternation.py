@@ -59,6 +59,8 @@ def unpack(batch, name="A batch"):
     Raises:
         ValueError: If it is something else, or its parts have no common number of examples.
     """
+    if isinstance(batch, tuple) and len(batch) == 3 and batch[2] is None:
+        batch = batch[:2]  # So Keras passes arrays without sample weights.
     _check_batch(batch, name)
     batch = tf.nest.map_structure(tf.convert_to_tensor, tuple(batch))
     x, y, weight = batch if len(batch) == 3 else (*batch, None)
@@ -72,5 +74,5 @@ def _check_batch(batch, name):
     shapes = [tf.TensorShape(leaf.shape) for leaf in tf.nest.flatten(batch)]
     sizes = {shape[0] for shape in shapes if shape.rank}
     if any(shape.rank == 0 for shape in shapes) or len(sizes - {None}) > 1:
-        raise ValueError(f"{name} cannot be split into examples, each with a draw of the hyperparameters: all its parts "
+        raise ValueError(f"{name} cannot be split into examples, each with a draw of the hyperparameters: all parts "
                          f"must have one leading axis of examples. Received shapes: {[str(s) for s in shapes]}")

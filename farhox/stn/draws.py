@@ -25,8 +25,7 @@ class Perturbation(keras.layers.Layer):
     """
 
     def __init__(self, hyperparameters, initial_scale, one_draw=()):
-        # Not trainable with the weights: the tuning optimizers have their own lists.
-        super().__init__(name="perturbation", trainable=False)
+        super().__init__(name="perturbation")
         self._hyperparameters = tuple(hyperparameters)
         self.variables_of = [entry.variable for entry in hyperparameters]
         self._sizes = [num_entries(entry) for entry in hyperparameters]

@@ -5,8 +5,8 @@ per kind of weight, linear in the hyperparameters u (Eq. 10):
 
     W(u) = W + diag(gate_weights u) V,    b(u) = b + (gate_biases u) * b_hyper.
 
-An output is linear in the weights, so one draw of u per example needs no weights per example: the outputs of W and V are
-computed once for the whole batch and the second ones are scaled, unit by unit and example by example.
+An output is linear in the weights, so a draw of u per example needs no weights per example: the outputs of W and V
+are computed once for the whole batch, and the second ones are scaled unit by unit and example by example.
 
 Reference:
     [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), section 3.
@@ -87,7 +87,7 @@ class FanInUniform(keras.initializers.Initializer):
     """Uniform between -1/sqrt(fan_in) and 1/sqrt(fan_in), for a kernel and for the bias that belongs to it.
 
     Args:
-        fan_in: Positive int, the number of inputs of an output unit. None: a self-tuning layer sets it when it is built.
+        fan_in: Positive int, the number of inputs of a unit. None: a self-tuning layer sets it when it is built.
         seed: Int, `keras.random.SeedGenerator` or None.
     """
 

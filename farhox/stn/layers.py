@@ -7,9 +7,9 @@ Each layer takes the arguments of the Keras layer of the same name, and besides
         layer starts as the plain one.
     centred: bool. Gates see the difference from the current hyperparameters; `SelfTuningModel(method="delta")` sets it.
 
-Weights and biases start uniformly within 1 / sqrt(fan_in), as in the paper, unless initializers are given; hyper weights
-always do. Regularizers apply to the weights as they respond: to those of the first example of a batch when each example
-has a draw of its own. Outside of a `SelfTuningModel` weights respond to the current values of the hyperparameters.
+Weights and biases start uniformly within 1 / sqrt(fan_in), as in the paper, unless initializers are given; hyper
+weights always do. Regularizers apply to the weights as they respond: to those of the first example of a batch when each
+example has a draw of its own. Outside of a `SelfTuningModel` weights respond to the hyperparameters' current values.
 """
 
 import math
@@ -17,7 +17,9 @@ import math
 import keras
 import tensorflow as tf
 
+from farhox.hyperparameters import Hyperparameter
 from farhox.stn.gates import FanInUniform, Gate, deserialized, serialized
+from farhox.stn.strengths import checked_strength, serialized_strength, strength_value
 
 
 class SelfTuning:
@@ -35,6 +37,10 @@ class SelfTuning:
     def response_variables(self):
         """Hyper weights and gates, without the elementary weights."""
         return [hyper_weight for _, hyper_weight, _ in self._responding.values()] + [self.gate.kernel]
+
+    def elementary_weights(self):
+        """Dictionary of variables by name."""
+        return {name: weight for name, (weight, _, _) in self._responding.items()}
 
     def realized_weights(self):
         """Dictionary of tensors by name: the weights at the current hyperparameters, or those of the first example."""
@@ -71,22 +77,23 @@ class SelfTuning:
             if isinstance(initializer, FanInUniform) and initializer.fan_in is None:
                 setattr(self, name, FanInUniform(fan_in, initializer.seed))
 
-    def _add_response(self, weights, initializer, axes=1):
+    def _add_response(self, weights, initializer, axes=None, initializers=None):
         """Adds a hyper weight and gates for every weight.
 
         Args:
             weights: List of (name, variable or None).
             initializer: Keras initializer of the hyper weights.
-            axes: Int or dictionary by name, how many of the last axes of a weight have a gate per entry.
+            axes: Dictionary by name, how many of the last axes of a weight have a gate per entry. Default: one.
+            initializers: Dictionary by name, other initializers for some of the hyper weights.
         """
         self._responding = {}
         for name, weight in weights:
             if weight is not None:
                 weight.regularizer = None  # Regularizers see the response.
-                hyper_weight = self.add_weight(shape=weight.shape, initializer=initializer, name=f"hyper_{name}")
+                hyper_weight = self.add_weight(
+                    shape=weight.shape, initializer=(initializers or {}).get(name, initializer), name=f"hyper_{name}")
                 setattr(self, f"hyper_{name}", hyper_weight)
-                count = axes.get(name, 1) if isinstance(axes, dict) else axes
-                self._responding[name] = (weight, hyper_weight, tuple(weight.shape)[-count:])
+                self._responding[name] = (weight, hyper_weight, tuple(weight.shape)[-(axes or {}).get(name, 1):])
         self.gate.build([math.prod(shape) for _, _, shape in self._responding.values()])
 
     def _gates(self, dtype):
@@ -105,7 +112,7 @@ class SelfTuning:
 
 
 class _Affine(SelfTuning):
-    """A layer activation(linear(x, kernel(u)) + bias(u)), which leaves `_linear`, `_linear_pair` to its subclasses."""
+    """A layer activation(linear(x, kernel(u)) + bias(u)), which leaves `_linear` to its subclasses."""
 
     def call(self, inputs, training=None):
         gates = self._gates(self.compute_dtype)
@@ -116,26 +123,22 @@ class _Affine(SelfTuning):
             bias = self._realized("bias", gates["bias"])[tf.newaxis] if self.use_bias else None
         else:
             kernel, hyper_kernel, _ = self._responding["kernel"]
-            elementary, response = self._linear_pair(
-                inputs, tf.cast(kernel, inputs.dtype), tf.cast(hyper_kernel, inputs.dtype))
-            outputs = elementary + _per_output(gates["kernel"], response, channel_axis) * response
+            # One product with both kernels side by side is no faster, and needs memory for them.
+            response = self._linear(inputs, tf.cast(hyper_kernel, inputs.dtype))
+            outputs = self._linear(inputs, tf.cast(kernel, inputs.dtype))
+            outputs += per_output(gates["kernel"], response, channel_axis) * response
             if self.use_bias:
                 bias, hyper_bias, _ = self._responding["bias"]
                 bias = tf.cast(bias, outputs.dtype) + gates["bias"] * tf.cast(hyper_bias, outputs.dtype)
         if self.use_bias:
-            outputs += _per_output(bias, outputs, channel_axis)
+            outputs += per_output(bias, outputs, channel_axis)
         return outputs if self.activation is None else self.activation(outputs)
 
     def _kernel_regularizer(self):
         return self.kernel_regularizer
 
-    def _linear_pair(self, inputs, kernel, hyper_kernel):
-        # One wide product is faster than two.
-        both = self._linear(inputs, tf.concat([kernel, hyper_kernel], axis=-1))
-        return tf.split(both, 2, axis=1 if getattr(self, "data_format", None) == "channels_first" else -1)
 
-
-def _per_output(gates, outputs, channel_axis):
+def per_output(gates, outputs, channel_axis):
     """Gates [batch or 1, units] in a shape that broadcasts to the outputs, with units on the channel axis."""
     shape = [1] * outputs.shape.rank
     shape[channel_axis] = gates.shape[-1]
@@ -155,8 +158,8 @@ class Dense(_Affine, keras.layers.Dense):
         **kwargs: As in Keras.
 
     Reference:
-        [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), Eq. 10 and 11. Its code multiplies the elementary output
-        by a learned scalar too, which the paper does not have and this layer neither.
+        [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), Eq. 10 and 11. Its code also multiplies the elementary
+        output by a learned scalar, which is not in the paper and not here.
     """
 
     def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None, bias_initializer=None,
@@ -193,12 +196,6 @@ class _Convolution(_Affine):
             padding = "valid"
         return keras.ops.conv(inputs, kernel, strides=list(self.strides), padding=padding,
                               dilation_rate=self.dilation_rate, data_format=self.data_format)
-
-    def _linear_pair(self, inputs, kernel, hyper_kernel):
-        if self.groups == 1:
-            return super()._linear_pair(inputs, kernel, hyper_kernel)
-        # The outputs of a wide kernel would belong to other groups.
-        return self._linear(inputs, kernel), self._linear(inputs, hyper_kernel)
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -264,10 +261,6 @@ class DepthwiseConv2D(_Affine, keras.layers.DepthwiseConv2D):
         return keras.ops.depthwise_conv(inputs, kernel, strides=self.strides, padding=self.padding,
                                         dilation_rate=self.dilation_rate, data_format=self.data_format)
 
-    def _linear_pair(self, inputs, kernel, hyper_kernel):
-        # The outputs of a wide kernel would be those of both, channel by channel in turns.
-        return self._linear(inputs, kernel), self._linear(inputs, hyper_kernel)
-
 
 @keras.saving.register_keras_serializable(package="farhox")
 class Embedding(SelfTuning, keras.layers.Embedding):
@@ -278,13 +271,23 @@ class Embedding(SelfTuning, keras.layers.Embedding):
     Args:
         input_dim, output_dim: As in Keras.
         hyperparameters, gate_initializer, centred: See the module.
+        dropout: `Hyperparameter` or float in [0, 1), the share of words whose embedding is zero in training. One mask
+            of words for the whole batch and both tables.
         **kwargs: As in Keras.
     """
 
     def __init__(self, input_dim, output_dim, hyperparameters, gate_initializer=None, embeddings_initializer=None,
-                 centred=False, **kwargs):
+                 dropout=0.0, seed=None, centred=False, **kwargs):
         super().__init__(input_dim, output_dim, embeddings_initializer=embeddings_initializer or _uniform(), **kwargs)
         self._set_up(hyperparameters, gate_initializer, centred)
+        self.dropout = checked_strength(dropout, f"dropout of {self.name!r}", 0.0, 1.0)
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    @property
+    def hyperparameters_with_one_draw(self):
+        """Hyperparameters that apply to the batch as a whole."""
+        return [self.dropout] if isinstance(self.dropout, Hyperparameter) else []
 
     def build(self, input_shape=None):
         if self.built:
@@ -300,7 +303,19 @@ class Embedding(SelfTuning, keras.layers.Embedding):
         elementary = tf.cast(tf.gather(table, indices), self.compute_dtype)
         response = tf.cast(tf.gather(hyper_table, indices), self.compute_dtype)
         gates = gates["embeddings"]
-        return elementary + (gates if gates.shape.rank == 1 else _per_output(gates, response, -1)) * response
+        outputs = elementary + (gates if gates.shape.rank == 1 else per_output(gates, response, -1)) * response
+        if training and (self.hyperparameters_with_one_draw or self.dropout):
+            rate = tf.cast(strength_value(self.dropout), outputs.dtype)
+            words = keras.random.uniform([self.input_dim], dtype=self.compute_dtype, seed=self.seed_generator)
+            outputs *= tf.gather(tf.cast(words >= rate, outputs.dtype) / (1.0 - rate), indices)[..., tf.newaxis]
+        return outputs
+
+    def get_config(self):
+        return {**super().get_config(), "seed": self.seed, "dropout": serialized_strength(self.dropout)}
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(deserialized(config, "dropout"))
 
 
 def _uniform():

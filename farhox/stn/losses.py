@@ -3,8 +3,8 @@
 import keras
 import tensorflow as tf
 
-from farhox.hyperparameters import Hyperparameter
-from farhox.stn.gates import deserialized, serialized
+from farhox.stn.gates import deserialized
+from farhox.stn.strengths import checked_strength, serialized_strength, strength_value
 
 
 class FunctionLoss(keras.losses.Loss):
@@ -43,12 +43,7 @@ class LabelSmoothing(keras.losses.Loss):
 
     def __init__(self, smoothing, sparse=True, name="label_smoothing", **kwargs):
         super().__init__(name=name, **kwargs)
-        low, high = ((smoothing.low, smoothing.high) if isinstance(smoothing, Hyperparameter)
-                     else (smoothing, smoothing))
-        if low is None or low < 0 or high is None or high > 1:
-            raise ValueError("The smoothing must stay between 0 and 1: give the hyperparameter low=0.0, high=1.0. "
-                             f"Received: {smoothing!r} between {low} and {high}")
-        self.smoothing = smoothing
+        self.smoothing = checked_strength(smoothing, "smoothing", 0.0, 1.0)
         self.sparse = bool(sparse)
 
     def call(self, y_true, y_pred):
@@ -60,15 +55,13 @@ class LabelSmoothing(keras.losses.Loss):
             of_label = tf.gather(log_probabilities, labels, batch_dims=labels.shape.rank)
         else:
             of_label = tf.reduce_sum(y_true * log_probabilities, axis=-1)
-        smoothing = self.smoothing() if isinstance(self.smoothing, Hyperparameter) else self.smoothing
-        smoothing = tf.cast(tf.stop_gradient(smoothing), y_pred.dtype)
+        smoothing = tf.cast(strength_value(self.smoothing), y_pred.dtype)
         if smoothing.shape.rank:
             smoothing = tf.reshape(smoothing, [-1] + [1] * (of_label.shape.rank - 1))
         return -(1 - smoothing) * of_label - smoothing / classes * tf.reduce_sum(log_probabilities, axis=-1)
 
     def get_config(self):
-        smoothing = serialized([self.smoothing])[0] if isinstance(self.smoothing, Hyperparameter) else self.smoothing
-        return {**super().get_config(), "smoothing": smoothing, "sparse": self.sparse}
+        return {**super().get_config(), "smoothing": serialized_strength(self.smoothing), "sparse": self.sparse}
 
     @classmethod
     def from_config(cls, config):

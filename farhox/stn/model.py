@@ -1,10 +1,13 @@
 """The self-tuning model: weights on perturbed hyperparameters and hyperparameters on validation data, in turn."""
 
+import sys
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from farhox import _logs
+from farhox.stn import conversion
 from farhox.stn.alternation import alternate, as_dataset, unpack
 from farhox.stn.draws import Perturbation
 from farhox.stn.gates import as_hyperparameters, deserialized, serialized
@@ -163,8 +166,8 @@ class SelfTuningModel(keras.Model):
         """Trains and tunes. One step of an epoch is one training step or one validation step.
 
         The logs of an epoch have the training loss as `loss`, the mean over validation steps as `outer_loss`, every
-        hyperparameter in natural units under its name, and, as in Keras, `val_loss` and metrics from an evaluation on the
-        validation data with `val_` in front.
+        hyperparameter in natural units under its name, and, as in Keras, `val_loss` and metrics with `val_` in front
+        from an evaluation on the validation data.
 
         Args:
             x, y, sample_weight: Arrays, or `x` a `tf.data.Dataset` of batches (x, y) or (x, y, sample_weight).
@@ -220,6 +223,12 @@ class SelfTuningModel(keras.Model):
         logs = self.compute_metrics(x, y, predictions, sample_weight)
         logs.pop("outer_loss")
         return logs
+
+    def summary(self, *args, **kwargs):
+        """Keras' summary, with what of the network responds to hyperparameters under it."""
+        super().summary(*args, **kwargs)
+        text = conversion.summary(self)
+        (kwargs.get("print_fn") or (lambda line: sys.stdout.write(line + "\n")))(text)
 
     def call(self, inputs, training=None, mask=None):
         return self.model(inputs, training=training, mask=mask)

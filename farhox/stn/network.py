@@ -2,13 +2,13 @@
 
 from typing import Any, NamedTuple
 
-import keras
 import tensorflow as tf
 
 from farhox import _functional
+from farhox.hyperparameters import Hyperparameter
 from farhox.regularizers import L1L2
-from farhox.stn.gates import GateInput
-from farhox.stn.layers import SelfTuning
+from farhox.stn.layers import Embedding, SelfTuning
+from farhox.stn.recurrent import GRUCell, LSTMCell
 
 
 class Pass(NamedTuple):
@@ -50,13 +50,12 @@ class Network:
         return [layer.gate.input_of_gates for layer in self.gated]
 
     def hyperparameters_with_one_draw(self):
-        """Hyperparameters that layers or regularizers read once per batch."""
-        found = []
+        """Hyperparameters that layers or regularizers apply to a batch as a whole."""
+        found = [entry for layer in self.layers for regularizer in _regularizers(layer)
+                 for entry in _hyperparameters_in(vars(regularizer))]
         for layer in self.layers:
-            for value in vars(layer).values():
-                if isinstance(value, L1L2):
-                    found += [strength for strength in (value.l1, value.l2) if not _is_array(strength)]
-            found += getattr(layer, "hyperparameters_with_one_draw", [])
+            if isinstance(layer, (LSTMCell, GRUCell, Embedding)):
+                found += layer.hyperparameters_with_one_draw
         return found
 
     def run(self, function, x, training, weights=(), draws=(), gates=None):
@@ -67,7 +66,7 @@ class Network:
             training: Bool.
             weights: List of (variable, tensor), in the place of weights.
             draws: List of (variable, tensor), in the place of the variables of hyperparameters.
-            gates: None, or a function `GateInput -> tensor [batch or 1, n]`.
+            gates: None, or a function from a `GateInput` to a tensor [batch or 1, n].
 
         Returns:
             A `Pass`.
@@ -84,5 +83,19 @@ class Network:
         return Pass(result.value, updates, result.read)
 
 
-def _is_array(strength):
-    return not hasattr(strength, "variable")
+def hyperparameters_of(layers):
+    """List of the hyperparameters that layers, or their regularizers, hold as strengths, each once."""
+    found = []
+    for layer in layers:
+        found += _hyperparameters_in(vars(layer))
+        for regularizer in _regularizers(layer):
+            found += _hyperparameters_in(vars(regularizer))
+    return list({id(entry): entry for entry in found}.values())
+
+
+def _regularizers(layer):
+    return [value for value in vars(layer).values() if isinstance(value, L1L2)]
+
+
+def _hyperparameters_in(attributes):
+    return [value for value in attributes.values() if isinstance(value, Hyperparameter)]

@@ -142,8 +142,8 @@ class STN(Method):
 class DeltaSTN(Method):
     """The elementary weights learn at the current hyperparameters, the response on the linearised network.
 
-    The gates' input is zero at the current hyperparameters u, and the predictions at a draw u' are y + J (u' - u), with J
-    the derivative of the predictions in the gates' input.
+    The gates' input is zero at the current hyperparameters u, and the predictions at a draw u' are y + J (u' - u), with
+    J the derivative of the predictions in the gates' input.
 
     Reference:
         [Bae and Grosse, 2020](https://arxiv.org/abs/2010.13514), Algorithm 1.

@@ -1,0 +1,239 @@
+"""Layers that perturb what passes through them in training, each example with a strength of its own.
+
+A strength is a `farhox.Hyperparameter` or a number. While a `SelfTuningModel` takes a training step, every example has
+its own draw of the hyperparameter; otherwise, and in plain Keras training, all have the current value. No derivative
+goes back to a strength: the gates of other layers learn the response to it.
+"""
+
+import abc
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from farhox.hyperparameters import Hyperparameter
+from farhox.stn.gates import deserialized
+from farhox.stn.strengths import checked_strength, serialized_strength, strength_value
+
+
+class PerturbationLayer(keras.layers.Layer, abc.ABC):
+    """A layer that perturbs its inputs in training and leaves them alone otherwise.
+
+    Subclasses name their strengths in `STRENGTHS`, with the least and the greatest value allowed, and define `perturb`.
+
+    Args:
+        seed: Int or None, of the random numbers.
+        **strengths: By name.
+    """
+
+    STRENGTHS = {}
+
+    def __init__(self, seed=None, name=None, dtype=None, trainable=True, **strengths):
+        super().__init__(name=name, dtype=dtype, trainable=trainable)
+        self.supports_masking = True
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+        for key, (least, greatest) in self.STRENGTHS.items():
+            setattr(self, key, checked_strength(strengths[key], f"{key} of {self.name!r}", least, greatest))
+
+    @abc.abstractmethod
+    def perturb(self, inputs):
+        """The inputs, perturbed."""
+
+    def to_keras(self):
+        """A plain Keras layer with the current strength, or None if Keras has none that does the same."""
+        return None
+
+    def call(self, inputs, training=None):
+        return self.perturb(tf.convert_to_tensor(inputs)) if training else inputs
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def strength(self, name, inputs):
+        """A strength without derivative, in a shape that broadcasts to the inputs: one value, or one per example."""
+        value = tf.cast(strength_value(getattr(self, name)), inputs.dtype)
+        return tf.reshape(value, [-1] + [1] * (inputs.shape.rank - 1)) if value.shape.rank else value
+
+    def uniform(self, shape, inputs, low=0.0, high=1.0):
+        return keras.random.uniform(shape, low, high, dtype=inputs.dtype.name, seed=self.seed_generator)
+
+    def current(self, name):
+        """The current strength as a float."""
+        return float(strength_value(getattr(self, name)))
+
+    def get_config(self):
+        strengths = {name: getattr(self, name) for name in self.STRENGTHS}
+        return {**super().get_config(), "seed": self.seed, **{
+            name: serialized_strength(value) for name, value in strengths.items()}}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**deserialized(config, *cls.STRENGTHS))
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class Dropout(PerturbationLayer):
+    """`keras.layers.Dropout` with a rate per example.
+
+    Args:
+        rate: `Hyperparameter` or float in [0, 1).
+        noise_shape: Tuple as in Keras: 1 on the axes that share a mask. (None, 1, 1, None) drops whole channels of
+            images, (None, 1, None) the same features at all steps of a sequence (variational dropout).
+        seed: Int or None.
+    """
+
+    STRENGTHS = {"rate": (0.0, 1.0)}
+
+    def __init__(self, rate, noise_shape=None, seed=None, **kwargs):
+        super().__init__(seed=seed, rate=rate, **kwargs)
+        self.noise_shape = None if noise_shape is None else tuple(noise_shape)
+
+    def perturb(self, inputs):
+        rate = self.strength("rate", inputs)
+        shape = tf.shape(inputs)
+        if self.noise_shape is not None:
+            shape = [shape[axis] if size is None else size for axis, size in enumerate(self.noise_shape)]
+        keep = tf.cast(self.uniform(shape, inputs) >= rate, inputs.dtype)
+        return inputs * tf.math.divide_no_nan(keep, 1.0 - rate)
+
+    def to_keras(self):
+        return keras.layers.Dropout(self.current("rate"), noise_shape=self.noise_shape)
+
+    def get_config(self):
+        return {**super().get_config(), "noise_shape": self.noise_shape}
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class GaussianNoise(PerturbationLayer):
+    """`keras.layers.GaussianNoise` with a standard deviation per example.
+
+    Args:
+        stddev: `Hyperparameter` or float, at least 0.
+        seed: Int or None.
+    """
+
+    STRENGTHS = {"stddev": (0.0, math.inf)}
+
+    def __init__(self, stddev, seed=None, **kwargs):
+        super().__init__(seed=seed, stddev=stddev, **kwargs)
+
+    def perturb(self, inputs):
+        noise = keras.random.normal(tf.shape(inputs), dtype=inputs.dtype.name, seed=self.seed_generator)
+        return inputs + self.strength("stddev", inputs) * noise
+
+    def to_keras(self):
+        return keras.layers.GaussianNoise(self.current("stddev"))
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class RandomScale(PerturbationLayer):
+    """Multiplies each example by a factor, uniform between 1 / (1 + scale) and 1 + scale.
+
+    Args:
+        scale: `Hyperparameter` or float, at least 0.
+        seed: Int or None.
+
+    Reference:
+        [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), section 4.2 (noise on the scale of the input).
+    """
+
+    STRENGTHS = {"scale": (0.0, math.inf)}
+
+    def __init__(self, scale, seed=None, **kwargs):
+        super().__init__(seed=seed, scale=scale, **kwargs)
+
+    def perturb(self, inputs):
+        greatest = 1.0 + self.strength("scale", inputs)
+        uniform = self.uniform([tf.shape(inputs)[0]] + [1] * (inputs.shape.rank - 1), inputs)
+        return inputs * (1.0 / greatest + uniform * (greatest - 1.0 / greatest))
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class ActivityRegularization(PerturbationLayer):
+    """Adds mean(l1 |x|) + mean(l2 x^2) + mean(temporal (x_t+1 - x_t)^2) to the training loss, strengths per example.
+
+    The mean goes over examples and entries. Like the other layers here it acts in training alone.
+
+    Args:
+        l1, l2: `Hyperparameter` or float, at least 0.
+        temporal: The same, for inputs [batch, steps, ...].
+    """
+
+    STRENGTHS = {"l1": (0.0, math.inf), "l2": (0.0, math.inf), "temporal": (0.0, math.inf)}
+
+    def __init__(self, l1=0.0, l2=0.0, temporal=0.0, **kwargs):
+        super().__init__(l1=l1, l2=l2, temporal=temporal, **kwargs)
+
+    def perturb(self, inputs):
+        values = tf.cast(inputs, self.variable_dtype)
+        if self._acts("l1"):
+            self._add("l1", tf.abs(values))
+        if self._acts("l2"):
+            self._add("l2", tf.square(values))
+        if self._acts("temporal"):
+            self._add("temporal", tf.square(values[:, 1:] - values[:, :-1]))
+        return inputs
+
+    def _acts(self, name):
+        strength = getattr(self, name)
+        return isinstance(strength, Hyperparameter) or strength > 0
+
+    def _add(self, name, magnitudes):
+        self.add_loss(tf.reduce_mean(self.strength(name, magnitudes) * magnitudes))
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class Cutout(PerturbationLayer):
+    """Sets squares of an image to zero, at places of their own in every example; they may stick out over the border.
+
+    Args:
+        length: `Hyperparameter` (discrete) or int, the side of a square in pixels.
+        holes: `Hyperparameter` (discrete, with a high bound) or int, the number of squares.
+        seed: Int or None.
+        data_format: As in Keras.
+
+    Raises:
+        ValueError: If a hyperparameter is not discrete, or the number of holes has no bound.
+
+    Reference:
+        [DeVries and Taylor, 2017](https://arxiv.org/abs/1708.04552).
+    """
+
+    STRENGTHS = {"length": (0.0, math.inf), "holes": (0.0, math.inf)}
+
+    def __init__(self, length, holes=1, seed=None, data_format=None, **kwargs):
+        super().__init__(seed=seed, length=length, holes=holes, **kwargs)
+        for name in self.STRENGTHS:
+            value = getattr(self, name)
+            if isinstance(value, Hyperparameter) and not value.discrete:
+                raise ValueError(f"{name} of {self.name!r} counts, and needs a hyperparameter with discrete=True. "
+                                 f"Received: {value!r}")
+        most = holes.high if isinstance(holes, Hyperparameter) else holes
+        if most is None:
+            raise ValueError(f"holes of {self.name!r} needs a hyperparameter with a high bound. Received: {holes!r}")
+        self._most_holes = math.ceil(most)
+        self.data_format = keras.backend.image_data_format() if data_format is None else data_format
+
+    def perturb(self, inputs):
+        rows, columns = (2, 3) if self.data_format == "channels_first" else (1, 2)
+        length, holes = self.strength("length", inputs), self.strength("holes", inputs)
+        keep = tf.ones_like(inputs[:1, :1, :1, :1])
+        for hole in range(self._most_holes):
+            inside = tf.cast(hole < holes, inputs.dtype)
+            for axis in (rows, columns):
+                inside *= self._band(inputs, axis, length)
+            keep = keep * (1.0 - inside)
+        return inputs * keep
+
+    def _band(self, inputs, axis, length):
+        """1 on the pixels of an axis that a square at a random place covers, in a shape that broadcasts to images."""
+        size = tf.shape(inputs)[axis]
+        centre = tf.floor(self.uniform([tf.shape(inputs)[0], 1, 1, 1], inputs) * tf.cast(size, inputs.dtype))
+        place = tf.reshape(tf.range(size), np.where(np.arange(4) == axis, -1, 1))
+        from_start = tf.cast(place, inputs.dtype) - (centre - tf.floor(length / 2))
+        return tf.cast((from_start >= 0) & (from_start < length), inputs.dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "data_format": self.data_format}

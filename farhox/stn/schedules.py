@@ -1,0 +1,117 @@
+"""The schedule of hyperparameters that a self-tuning model found: recorded, saved as JSON, replayed in plain training."""
+
+import json
+
+import keras
+import numpy as np
+
+from farhox.stn.gates import as_hyperparameters
+
+
+class ScheduleRecorder(keras.callbacks.Callback):
+    """Records the hyperparameters of a `SelfTuningModel` while it trains.
+
+    Args:
+        every: Positive int, training steps between two records.
+        path: File to write at the end of every epoch, or None.
+
+    Attributes:
+        schedule: Dictionary: "steps", a list of the numbers of training steps taken, and "values", a dictionary by
+            name of lists of values in natural units, not floored, in force from then on.
+
+    Raises:
+        ValueError: If `every` is not positive, or, when training begins, the model is no `SelfTuningModel` or two
+            hyperparameters have one name.
+    """
+
+    def __init__(self, every=1, path=None):
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"every must be a positive integer. Received: every={every}")
+        self.every, self.path = int(every), path
+        self.schedule = {"steps": [], "values": {}}
+
+    def on_train_begin(self, logs=None):
+        hyperparameters = getattr(self.model, "hyperparameters", None)
+        if hyperparameters is None:
+            raise ValueError("A ScheduleRecorder needs a SelfTuningModel, which has hyperparameters. "
+                             f"Received: {self.model!r}")
+        self._hyperparameters = _by_name(hyperparameters)
+        if not self.schedule["values"]:
+            self.schedule["values"] = {name: [] for name in self._hyperparameters}
+        self._record()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._steps() >= self.schedule["steps"][-1] + self.every:
+            self._record()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.path is not None:
+            self.save(self.path)
+
+    def save(self, path):
+        """Writes the schedule as JSON."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.schedule, file)
+
+    def _steps(self):
+        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+
+    def _record(self):
+        if self.schedule["steps"] and self.schedule["steps"][-1] == self._steps():
+            return
+        self.schedule["steps"].append(self._steps())
+        for name, entry in self._hyperparameters.items():
+            self.schedule["values"][name].append(entry.numpy().tolist())
+
+
+class ScheduleReplay(keras.callbacks.Callback):
+    """Sets hyperparameters to recorded values while a Keras model trains, step by step.
+
+    For plain training of the network that was converted: its layers (`stn.Dropout(rate)`, ...), regularizers and losses
+    read the same hyperparameters, which are then numbers that change. After the last record its values stay.
+
+    Args:
+        schedule: Dictionary from a `ScheduleRecorder`, or the path of its JSON file.
+        hyperparameters: List of `Hyperparameter`, matched by name.
+
+    Raises:
+        ValueError: If a hyperparameter is not in the schedule.
+    """
+
+    def __init__(self, schedule, hyperparameters):
+        super().__init__()
+        if not isinstance(schedule, dict):
+            with open(schedule, encoding="utf-8") as file:
+                schedule = json.load(file)
+        self._hyperparameters = _by_name(as_hyperparameters(hyperparameters, "ScheduleReplay"))
+        missing = [name for name in self._hyperparameters if name not in schedule["values"]]
+        if missing:
+            raise ValueError(f"Every hyperparameter must be in the schedule. Received: {', '.join(missing)}; the schedule "
+                             f"has {', '.join(schedule['values'])}")
+        self._steps = np.asarray(schedule["steps"])
+        self._values = schedule["values"]
+        self._place = None
+
+    def on_train_begin(self, logs=None):
+        self._place = None
+        self._set()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._set()
+
+    def _set(self):
+        steps = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+        place = max(0, int(np.searchsorted(self._steps, steps, side="right")) - 1)
+        if place != self._place:
+            for name, entry in self._hyperparameters.items():
+                entry.assign(self._values[name][place])
+            self._place = place
+
+
+def _by_name(hyperparameters):
+    named = {entry.name: entry for entry in hyperparameters}
+    if len(named) < len(hyperparameters):
+        raise ValueError("Hyperparameters of a schedule must have different names. "
+                         f"Received: {[entry.name for entry in hyperparameters]}")
+    return named
