@@ -1,4 +1,4 @@
-"""The schedule of hyperparameters that a self-tuning model found: recorded, saved as JSON, replayed in plain training."""
+"""The schedule of hyperparameters that a self-tuning model found: recorded, saved, replayed in plain training."""
 
 import json
 
@@ -87,8 +87,8 @@ class ScheduleReplay(keras.callbacks.Callback):
         self._hyperparameters = _by_name(as_hyperparameters(hyperparameters, "ScheduleReplay"))
         missing = [name for name in self._hyperparameters if name not in schedule["values"]]
         if missing:
-            raise ValueError(f"Every hyperparameter must be in the schedule. Received: {', '.join(missing)}; the schedule "
-                             f"has {', '.join(schedule['values'])}")
+            raise ValueError(f"Every hyperparameter must be in the schedule, which has {', '.join(schedule['values'])}. "
+                             f"Received: {', '.join(missing)}")
         self._steps = np.asarray(schedule["steps"])
         self._values = schedule["values"]
         self._place = None
@@ -105,8 +105,16 @@ class ScheduleReplay(keras.callbacks.Callback):
         place = max(0, int(np.searchsorted(self._steps, steps, side="right")) - 1)
         if place != self._place:
             for name, entry in self._hyperparameters.items():
-                entry.assign(self._values[name][place])
+                entry.assign(_inside(entry, self._values[name][place]))
             self._place = place
+
+
+def _inside(hyperparameter, value):
+    """The value, moved off a bound that it was rounded to."""
+    low, high = hyperparameter.low, hyperparameter.high
+    margin = 1e-6 * (high - low if low is not None and high is not None else 1.0)
+    least = None if low is None else 1e-30 if hyperparameter.log else low + margin
+    return np.clip(value, least, None if high is None else high - margin)
 
 
 def _by_name(hyperparameters):
