@@ -1,0 +1,124 @@
+"""Prototypical networks, the reference that needs no inner training."""
+
+import keras
+import tensorflow as tf
+
+from farhox.datasets import pair
+from farhox.meta.episodes import EpisodeSource
+from farhox.meta.evaluation import evaluate_episodes
+
+
+class PrototypicalNetwork(keras.Model):
+    """Classifies a query by its distance to the mean embedding of each class of the support set.
+
+    p(k | x) is the softmax over classes of -||f(x) - c_k||^2, with c_k the mean of f over the support examples of class
+    k. Batch-norm layers behave as everywhere in Keras: statistics of the batch in training, moving ones else, so that
+    predictions do not depend on other queries.
+
+    ```python
+    learner = farhox.meta.PrototypicalNetwork(farhox.meta.convolutional_body(), ways=5)
+    learner.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    learner.fit(episodes.dataset(meta_batch_size=4), epochs=10, steps_per_epoch=100)
+    ```
+
+    Args:
+        embedding: A built `keras.Model`, inputs to features.
+        ways: Positive int, classes in an episode.
+        name: Name of the Keras model.
+
+    Raises:
+        TypeError: If `embedding` is not a Keras model.
+        ValueError: If it is not built, or `ways` is not a positive integer.
+
+    Reference:
+        [Snell et al., 2017](https://arxiv.org/abs/1703.05175), equations 1 and 2.
+    """
+
+    def __init__(self, embedding, ways, name="prototypical_network"):
+        super().__init__(name=name)
+        if not isinstance(embedding, keras.Model):
+            raise TypeError(f"embedding must be a keras.Model. Received: {embedding!r}")
+        if not embedding.built:
+            raise ValueError(f"embedding must be built: give it an Input. Received the unbuilt {embedding.name!r}")
+        if isinstance(ways, bool) or not isinstance(ways, int) or ways < 1:
+            raise ValueError(f"ways must be a positive integer. Received: {ways!r}")
+        self.embedding, self.ways = embedding, ways
+        self.built = True
+        self._judge_function = None
+
+    def compile(self, *args, **kwargs):
+        kwargs.setdefault("jit_compile", False)  # XLA slows convolutions down on CPUs.
+        super().compile(*args, **kwargs)
+
+    def fit(self, *args, **kwargs):
+        kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
+        return super().fit(*args, **kwargs)
+
+    def call(self, inputs, training=False):
+        """Class probabilities [episodes, queries, ways] of (support x, support y, query x)."""
+        support, labels, query = inputs
+        num_support = support.shape[1]
+        images = tf.concat([support, query], axis=1)
+        features = self.embedding(tf.reshape(images, tf.concat([[-1], tf.shape(images)[2:]], 0)), training=training)
+        features = tf.reshape(features, [tf.shape(images)[0], tf.shape(images)[1], features.shape[-1]])
+        prototypes = self._prototypes(features[:, :num_support], labels)
+        query = features[:, num_support:]
+        distances = tf.reduce_sum((query[:, :, None] - prototypes[:, None]) ** 2, axis=-1)
+        return tf.nn.softmax(-distances)
+
+    def train_step(self, data):
+        return super().train_step(_as_keras(data))
+
+    def test_step(self, data):
+        return super().test_step(_as_keras(data))
+
+    def evaluate(self, x=None, episodes=600, meta_batch_size=10, **kwargs):
+        """As `Learner.evaluate`."""
+        if not isinstance(x, EpisodeSource):
+            return super().evaluate(x, **kwargs)
+        if self._judge_function is None:
+            self._judge_function = tf.function(self._judge, autograph=False)
+        return {**evaluate_episodes(self._judge_function, x, episodes, meta_batch_size), "transductive": False}
+
+    def predict(self, support, query):
+        """As `Learner.predict`."""
+        x, y = (tf.convert_to_tensor(part)[None] for part in support)
+        return self((x, y, tf.convert_to_tensor(query)[None]))[0].numpy()
+
+    def adapt(self, support):
+        """A plain Keras model for the classes of a support set: the embedding and a dense softmax layer on it.
+
+        -||f - c||^2 = 2 f'c - ||c||^2 - ||f||^2, and the last term is the same for all classes.
+
+        Args:
+            support: Tuple (x, y) of arrays.
+
+        Returns:
+            A `keras.Model`.
+        """
+        x, y = (tf.convert_to_tensor(part) for part in support)
+        prototypes = self._prototypes(self.embedding(x, training=False)[None], y[None])[0]
+        embedding = keras.models.clone_model(self.embedding)
+        embedding.set_weights(self.embedding.get_weights())
+        head = keras.layers.Dense(self.ways, activation="softmax")
+        model = keras.Sequential([keras.Input(x.shape[1:]), embedding, head])
+        head.set_weights([2 * prototypes.numpy().T, -tf.reduce_sum(prototypes ** 2, axis=-1).numpy()])
+        return model
+
+    def _prototypes(self, features, labels):
+        members = tf.one_hot(labels, self.ways, dtype=features.dtype)
+        sums = tf.einsum("esw,esf->ewf", members, features)
+        return sums / tf.reduce_sum(members, axis=1)[:, :, None]
+
+    def _judge(self, episodes):
+        (inputs, targets) = _as_keras(episodes)
+        predictions = self(inputs)
+        losses = keras.losses.sparse_categorical_crossentropy(targets, predictions)
+        correct = keras.metrics.sparse_categorical_accuracy(targets, predictions)
+        return {"loss": tf.reduce_mean(losses, axis=1), "accuracy": tf.reduce_mean(correct, axis=1)}
+
+
+def _as_keras(episodes):
+    """Episodes as Keras' (inputs, targets)."""
+    support, query = pair(episodes)
+    return (support[0], support[1], query[0]), query[1]
