@@ -78,9 +78,9 @@ def convert(model, hyperparameters=None, gate_initializer="zeros"):
 def bake(model):
     """A plain Keras model with the weights that a self-tuning one has at the current hyperparameters.
 
-    Needs no farhox, neither to run nor to load. Layers that perturb in training become the Keras layers of the current
-    strengths where Keras has them (dropout, Gaussian noise, translation, ...), and the identity otherwise; regularizers
-    become Keras regularizers of the current strengths.
+    Needs no farhox, neither to run nor to load. Dropout and Gaussian noise become the Keras layers of the current
+    strengths, regularizers Keras regularizers of them. Other layers that perturb become the identity: Keras' own
+    augmentation layers act whenever they are not told that this is no training.
 
     Args:
         model: A `SelfTuningModel`, or a functional or Sequential model with self-tuning layers.

@@ -25,11 +25,16 @@ class _Augmentation(PerturbationLayer):
 
     @abc.abstractmethod
     def _full_strength(self):
-        """A Keras preprocessing layer."""
+        """A Keras preprocessing layer, or None if its transformation leaves no place for a strength."""
 
     @abc.abstractmethod
     def _transformation(self, inputs):
         """A transformation of that layer with strengths per example."""
+
+    def build(self, input_shape):
+        if self._full is not None:
+            self._full.build(input_shape)
+        self.built = True
 
     def perturb(self, inputs):
         return tf.cast(self._full.transform_images(inputs, self._transformation(inputs), training=True), inputs.dtype)
@@ -79,9 +84,6 @@ class RandomBrightness(_Color):
         drawn = self._drawn(inputs)["rgb_delta"]
         return {"rgb_delta": tf.cast(drawn, inputs.dtype) * self._factor(inputs, 4)}
 
-    def to_keras(self):
-        return keras.layers.RandomBrightness(self.current("factor"), value_range=self.value_range)
-
 
 @keras.saving.register_keras_serializable(package="farhox")
 class RandomContrast(_Color):
@@ -102,10 +104,6 @@ class RandomContrast(_Color):
     def _transformation(self, inputs):
         drawn = tf.cast(self._drawn(inputs)["contrast_factor"], inputs.dtype)
         return {"contrast_factor": 1.0 + (drawn - 1.0) * self._factor(inputs, 4)}
-
-    def to_keras(self):
-        factor = self.current("factor")
-        return keras.layers.RandomContrast((factor, factor), value_range=self.value_range)
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -149,9 +147,6 @@ class RandomHue(_Color):
         # Keras' full strength is half a turn to either side.
         return {"factor": tf.cast(self._drawn(inputs)["factor"], inputs.dtype) * 2.0 * self._factor(inputs, 1)}
 
-    def to_keras(self):
-        return keras.layers.RandomHue(2.0 * self.current("factor"), value_range=self.value_range)
-
 
 class _Move(_Augmentation):
     """A movement of the pixels."""
@@ -187,10 +182,6 @@ class RandomTranslation(_Move):
         drawn = self._drawn(inputs)
         return {**drawn, "translations": drawn["translations"] * tf.cast(self._factor(inputs, 2), tf.float32)}
 
-    def to_keras(self):
-        factor = self.current("factor")
-        return keras.layers.RandomTranslation(factor, factor, **self._settings)
-
 
 @keras.saving.register_keras_serializable(package="farhox")
 class RandomRotation(_Move):
@@ -221,6 +212,3 @@ class RandomRotation(_Move):
             inputs, self._transformation(inputs), interpolation=self.interpolation, fill_mode=self.fill_mode,
             data_format=self.data_format)
         return tf.cast(moved, inputs.dtype)
-
-    def to_keras(self):
-        return keras.layers.RandomRotation(self.current("factor"), **self._settings)

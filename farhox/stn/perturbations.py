@@ -42,7 +42,7 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
         """The inputs, perturbed."""
 
     def to_keras(self):
-        """A plain Keras layer with the current strength, or None if Keras has none that does the same."""
+        """A Keras layer with the current strength that does the same in training and nothing otherwise, or None."""
         return None
 
     def call(self, inputs, training=None):

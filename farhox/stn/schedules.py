@@ -87,7 +87,7 @@ class ScheduleReplay(keras.callbacks.Callback):
         self._hyperparameters = _by_name(as_hyperparameters(hyperparameters, "ScheduleReplay"))
         missing = [name for name in self._hyperparameters if name not in schedule["values"]]
         if missing:
-            raise ValueError(f"Every hyperparameter must be in the schedule, which has {', '.join(schedule['values'])}. "
+            raise ValueError(f"Every hyperparameter must be in the schedule, which has {list(schedule['values'])}. "
                              f"Received: {', '.join(missing)}")
         self._steps = np.asarray(schedule["steps"])
         self._values = schedule["values"]
