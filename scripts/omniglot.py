@@ -57,6 +57,7 @@ def define_flags():
     flags.DEFINE_bool("transductive", True, "Batch-norm statistics of the queries in meta-training and validation.")
     flags.DEFINE_integer("validation_episodes", 100, "Episodes of a validation.", lower_bound=1)
     flags.DEFINE_integer("test_episodes", 600, "Episodes of the test.", lower_bound=1)
+    flags.DEFINE_float("save_every", 60.0, "Seconds between two saved states.", lower_bound=0.0)
     flags.DEFINE_bool("tensorboard", False, "Write logs for TensorBoard to the folder `tensorboard` of --output.")
 
 
@@ -132,7 +133,7 @@ def run_seed(settings, data_dir, seed, folder, logs, weights):
     callbacks = [keras.callbacks.TensorBoard(logs, write_graph=False)] if logs else []
     history = experiment.fit_resumable(
         learner, train.dataset(settings["meta_batch_size"]), settings["meta_steps"], folder, observe=observe,
-        save_every=30.0, steps_per_epoch=settings["steps_per_epoch"], callbacks=callbacks)
+        save_every=flags.FLAGS.save_every, steps_per_epoch=settings["steps_per_epoch"], callbacks=callbacks)
     learner.save_weights(weights)
     judges = [learner]
     if not isinstance(learner, meta.PrototypicalNetwork):
