@@ -67,4 +67,5 @@ def call(function, *arguments, bindings, draws=()):
         read = set(scope.read)
         value = tf.nest.map_structure(
             lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, keras.Variable) else leaf, value)
-    return FunctionalResult(value, [scope.get_current_value(variable) for variable, _ in bindings], scope.assigned, read)
+    values = [scope.get_current_value(variable) for variable, _ in bindings]
+    return FunctionalResult(value, values, scope.assigned, read)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._serialization import deserialized, serialized
 from farhox.hyperparameters import Hyperparameter
 
 
@@ -19,8 +20,7 @@ class L1L2(keras.regularizers.Regularizer):
     layer = keras.layers.Dense(10, kernel_regularizer=farhox.L1L2(l2=strength))
     ```
 
-    Name the hyperparameters in the problem's `outer_variables` too. A saved model keeps the strengths' current numbers,
-    and no hyperparameter.
+    Name the hyperparameters in the problem's `outer_variables` too. A saved model keeps them with their current values.
 
     Args:
         l1: Number, array or `Hyperparameter`, not negative. |w| has the derivative 0 at w = 0.
@@ -41,7 +41,12 @@ class L1L2(keras.regularizers.Regularizer):
         return _penalty("l1", self.l1, tf.abs(weights)) + _penalty("l2", self.l2, tf.square(weights))
 
     def get_config(self):
-        return {"l1": _number(self.l1), "l2": _number(self.l2)}
+        return {name: serialized(strength) if isinstance(strength, Hyperparameter) else strength.tolist()
+                for name, strength in (("l1", self.l1), ("l2", self.l2))}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**deserialized(config, "l1", "l2"))
 
 
 def _strength(name, strength):
@@ -69,7 +74,3 @@ def _penalty(name, strength, magnitudes):
             size not in (1, entries) for size, entries in zip(reversed(shape), reversed(target))):
         raise ValueError(f"{name} must broadcast to the shape of the weights, {target}. Received shape: {shape}")
     return tf.reduce_sum(tf.cast(strength, magnitudes.dtype) * magnitudes)
-
-
-def _number(strength):
-    return (strength.numpy() if isinstance(strength, Hyperparameter) else strength).tolist()

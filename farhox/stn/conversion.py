@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
+from farhox.hyperparameters import Hyperparameter
 from farhox.regularizers import L1L2
 from farhox.stn import layers, recurrent
 from farhox.stn.gates import as_hyperparameters
@@ -194,7 +195,7 @@ def _copy_weights(layer, copy):
 
 
 def _keep_live_regularizers(layer, copy):
-    # A configuration has the strengths' numbers, without the hyperparameters.
+    # A configuration makes hyperparameters of its own.
     for key, value in vars(layer).items():
         if isinstance(value, L1L2):
             setattr(copy, key, value)
@@ -203,7 +204,8 @@ def _keep_live_regularizers(layer, copy):
 def _make_regularizers_plain(layer):
     for key, value in list(vars(layer).items()):
         if isinstance(value, L1L2):
-            strengths = {name: np.asarray(strength) for name, strength in value.get_config().items()}
+            strengths = {name: strength.numpy() if isinstance(strength, Hyperparameter) else strength
+                         for name, strength in (("l1", value.l1), ("l2", value.l2))}
             # Keras has no strength per weight.
-            scalars = {name: float(strength) for name, strength in strengths.items() if strength.ndim == 0}
+            scalars = {name: float(strength) for name, strength in strengths.items() if np.ndim(strength) == 0}
             setattr(layer, key, keras.regularizers.L1L2(**scalars))

@@ -129,30 +129,3 @@ def num_entries(hyperparameter):
 def unconstrained(hyperparameters):
     """The unconstrained values as one vector [n], differentiable."""
     return tf.concat([tf.reshape(tf.convert_to_tensor(entry.variable), [-1]) for entry in hyperparameters], axis=0)
-
-
-def serialized(hyperparameters):
-    """Configurations for `get_config`, marked so that layers of one saved model share their hyperparameters again."""
-    configs = []
-    for entry in hyperparameters:
-        config = keras.saving.serialize_keras_object(entry)
-        # Keras marks an object from its second appearance on, and loses marks that are set inside nested models.
-        config["shared_object_id"] = id(entry)
-        configs.append(config)
-    return configs
-
-
-def deserialized(config, *keys):
-    """The configuration of a layer, with the objects in the place of the `keys` that hold hyperparameters."""
-    config = dict(config)
-    for key in keys:
-        entry = config.get(key)
-        if isinstance(entry, list):
-            config[key] = [_object(item) for item in entry]
-        elif entry is not None:
-            config[key] = _object(entry)
-    return config
-
-
-def _object(entry):
-    return keras.saving.deserialize_keras_object(entry) if isinstance(entry, dict) else entry

@@ -17,9 +17,10 @@ import math
 import keras
 import tensorflow as tf
 
+from farhox._serialization import deserialized, serialized
 from farhox.hyperparameters import Hyperparameter
-from farhox.stn.gates import FanInUniform, Gate, deserialized, serialized
-from farhox.stn.strengths import checked_strength, serialized_strength, strength_value
+from farhox.stn.gates import FanInUniform, Gate
+from farhox.stn.strengths import checked_strength, strength_value
 
 
 class SelfTuning:
@@ -311,7 +312,7 @@ class Embedding(SelfTuning, keras.layers.Embedding):
         return outputs
 
     def get_config(self):
-        return {**super().get_config(), "seed": self.seed, "dropout": serialized_strength(self.dropout)}
+        return {**super().get_config(), "seed": self.seed, "dropout": serialized(self.dropout)}
 
     @classmethod
     def from_config(cls, config):

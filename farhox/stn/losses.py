@@ -3,8 +3,8 @@
 import keras
 import tensorflow as tf
 
-from farhox.stn.gates import deserialized
-from farhox.stn.strengths import checked_strength, serialized_strength, strength_value
+from farhox._serialization import deserialized, serialized
+from farhox.stn.strengths import checked_strength, strength_value
 
 
 class FunctionLoss(keras.losses.Loss):
@@ -61,7 +61,7 @@ class LabelSmoothing(keras.losses.Loss):
         return -(1 - smoothing) * of_label - smoothing / classes * tf.reduce_sum(log_probabilities, axis=-1)
 
     def get_config(self):
-        return {**super().get_config(), "smoothing": serialized_strength(self.smoothing), "sparse": self.sparse}
+        return {**super().get_config(), "smoothing": serialized(self.smoothing), "sparse": self.sparse}
 
     @classmethod
     def from_config(cls, config):

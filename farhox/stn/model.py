@@ -7,10 +7,11 @@ import numpy as np
 import tensorflow as tf
 
 from farhox import _logs
+from farhox._serialization import deserialized, serialized
 from farhox.stn import conversion
 from farhox.stn.alternation import alternate, as_dataset, unpack
 from farhox.stn.draws import Perturbation
-from farhox.stn.gates import as_hyperparameters, deserialized, serialized
+from farhox.stn.gates import as_hyperparameters
 from farhox.stn.losses import as_loss
 from farhox.stn.network import Network
 from farhox.stn.steps import STN, DeltaSTN
@@ -190,6 +191,9 @@ class SelfTuningModel(keras.Model):
                              "validation_data=None")
         if not self.compiled:
             raise ValueError("A SelfTuningModel must be compiled before fit().")
+        if self.distribute_strategy.num_replicas_in_sync > 1:
+            raise ValueError("A SelfTuningModel trains on one replica. Received a strategy with "
+                             f"{self.distribute_strategy.num_replicas_in_sync}")
         data = x if isinstance(x, tf.data.Dataset) else (x, y) if sample_weight is None else (x, y, sample_weight)
         train = as_dataset(data, batch_size, shuffle, "The training data")
         validation = as_dataset(validation_data, validation_batch_size or batch_size, shuffle, "validation_data")
@@ -203,9 +207,6 @@ class SelfTuningModel(keras.Model):
     def train_step(self, data):
         is_validation, batch = data
         x, y, sample_weight, batch_size = unpack(batch)
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise ValueError("A SelfTuningModel trains on one replica. Received a strategy with "
-                             f"{tf.distribute.get_strategy().num_replicas_in_sync}.")
         noise = self.perturbation.noise(batch_size)
         due = tf.convert_to_tensor(self.optimizer.iterations) >= self.warmup_steps
 
@@ -255,6 +256,11 @@ class SelfTuningModel(keras.Model):
             The validation loss.
         """
         return self._by_hand("validation", self._validation_step, batch, noise)
+
+    @property
+    def metrics(self):
+        # Keras' own tracker of a loss stays empty: losses are weighted by examples, those of evaluation differ.
+        return [metric for metric in super().metrics if metric.name != "loss" or metric is self._train_loss]
 
     def get_config(self):
         return {**super().get_config(), "model": keras.saving.serialize_keras_object(self.model),

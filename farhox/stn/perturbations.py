@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._serialization import deserialized, serialized
 from farhox.hyperparameters import Hyperparameter
-from farhox.stn.gates import deserialized
-from farhox.stn.strengths import checked_strength, serialized_strength, strength_value
+from farhox.stn.strengths import checked_strength, strength_value
 
 
 class PerturbationLayer(keras.layers.Layer, abc.ABC):
@@ -66,7 +66,7 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
     def get_config(self):
         strengths = {name: getattr(self, name) for name in self.STRENGTHS}
         return {**super().get_config(), "seed": self.seed, **{
-            name: serialized_strength(value) for name, value in strengths.items()}}
+            name: serialized(value) for name, value in strengths.items()}}
 
     @classmethod
     def from_config(cls, config):

@@ -13,10 +13,11 @@ The gates of all units are computed once per call of a layer. The paper's LSTM h
 import keras
 import tensorflow as tf
 
+from farhox._serialization import deserialized, serialized
 from farhox.hyperparameters import Hyperparameter
-from farhox.stn.gates import FanInUniform, deserialized
+from farhox.stn.gates import FanInUniform
 from farhox.stn.layers import SelfTuning
-from farhox.stn.strengths import checked_strength, serialized_strength, strength_value
+from farhox.stn.strengths import checked_strength, strength_value
 
 
 class _Cell(SelfTuning):
@@ -46,7 +47,7 @@ class _Cell(SelfTuning):
         self._prepared = None
 
     def get_config(self):
-        return {**super().get_config(), "recurrent_dropconnect": serialized_strength(self.recurrent_dropconnect)}
+        return {**super().get_config(), "recurrent_dropconnect": serialized(self.recurrent_dropconnect)}
 
     @classmethod
     def from_config(cls, config):

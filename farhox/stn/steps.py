@@ -152,8 +152,9 @@ class DeltaSTN(Method):
     def training(self, x, targets, sample_weight, noise):
         network, perturbation = self.network, self.perturbation
         zero = tf.zeros_like(perturbation.centre())[tf.newaxis]
+        current = tf.repeat(tf.stop_gradient(perturbation.centre())[tf.newaxis], tf.shape(noise)[0], axis=0)
         loss, predictions, result, general = self.weight_gradients(
-            x, targets, sample_weight, network.general, (), self.gates(zero))
+            x, targets, sample_weight, network.general, perturbation.values_of(current), self.gates(zero))
         draws = self.draws(noise)
         difference = draws - tf.stop_gradient(perturbation.centre())
         values = perturbation.values_of(draws)

@@ -6,7 +6,6 @@ import numbers
 import tensorflow as tf
 
 from farhox.hyperparameters import Hyperparameter
-from farhox.stn.gates import serialized
 
 
 def strength_value(strength):
@@ -28,8 +27,3 @@ def checked_strength(strength, name, least, greatest):
         raise ValueError(f"{name} must stay between {least} and {greatest}: give a hyperparameter bounds. "
                          f"Received: {strength!r} between {low} and {high}")
     return strength
-
-
-def serialized_strength(strength):
-    """The strength for `get_config`; `deserialized` brings it back."""
-    return serialized([strength])[0] if isinstance(strength, Hyperparameter) else strength

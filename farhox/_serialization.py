@@ -1,0 +1,35 @@
+"""Hyperparameters in the configurations of layers, regularizers and models that hold them."""
+
+import keras
+
+from farhox.hyperparameters import Hyperparameter
+
+
+def serialized(value):
+    """A setting for `get_config`: hyperparameters, also in a list, as configurations; anything else stays.
+
+    Configurations are marked so that all that is saved in one file shares its hyperparameters again when it is loaded.
+    """
+    if isinstance(value, (list, tuple)):
+        return [serialized(entry) for entry in value]
+    if not isinstance(value, Hyperparameter):
+        return value
+    config = keras.saving.serialize_keras_object(value)
+    # Keras marks an object from its second appearance on, and loses marks that are set inside nested models.
+    config["shared_object_id"] = id(value)
+    return config
+
+
+def deserialized(config, *keys):
+    """The configuration of an object, with hyperparameters and other Keras objects in the place of the `keys`."""
+    config = dict(config)
+    for key in keys:
+        if key in config:
+            config[key] = _object(config[key])
+    return config
+
+
+def _object(entry):
+    if isinstance(entry, (list, tuple)):
+        return [_object(item) for item in entry]
+    return keras.saving.deserialize_keras_object(entry) if isinstance(entry, dict) else entry
