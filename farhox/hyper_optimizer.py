@@ -122,6 +122,11 @@ class HyperOptimizer(keras.Model):
     def metrics(self):
         return [self._outer_loss, self._inner_loss] + super().metrics
 
+    @property
+    def hyper_iterations(self):
+        """Int, the hyper-iterations that the compiled optimizer has done, skipped updates included."""
+        return int(self.optimizer.iterations.numpy()) + int(self._skipped.numpy())
+
     def fit(self, x=None, callbacks=None, validation_data=None, **kwargs):
         """Runs hyper-iterations, one per element of the data set; arguments and callbacks are those of Keras.
 
