@@ -7,7 +7,8 @@ Cells and layers take the arguments of the Keras ones, and besides those of the 
         training. One mask for elementary and hyper weights, drawn once per call of the layer for all steps and
         examples.
 
-The gates of all units are computed once per call of a layer. The paper's LSTM has two biases per unit, Keras' has one.
+A layer computes gates and input projections once per call, for all steps. The paper's LSTM has two biases per unit,
+Keras' has one.
 """
 
 import keras
@@ -37,11 +38,13 @@ class _Cell(SelfTuning):
         axes = {} if self.bias is None else {"bias": len(self.bias.shape)}
         self._add_response(weights, FanInUniform(self.units), axes, initializers)
 
-    def prepare(self, training):
-        """Computes the gates, and masks of weights, for the steps that follow. `release` ends it."""
-        self._prepared = self._gated_weights(training)
+    def prepare(self, sequences, training):
+        """Sequences [batch, steps, features] projected, and gates and masks kept, for the steps up to `release`."""
+        gates = self._gates(self.compute_dtype)
         self._add_penalties({"kernel": self.kernel_regularizer, "recurrent_kernel": self.recurrent_regularizer,
-                             "bias": self.bias_regularizer}, self._gates(self.compute_dtype))
+                             "bias": self.bias_regularizer}, gates)
+        projected, self._prepared = self._project(sequences, gates, training)
+        return projected
 
     def release(self):
         self._prepared = None
@@ -59,20 +62,42 @@ class _Cell(SelfTuning):
             recurrent_dropconnect, f"recurrent_dropconnect of {self.name!r}", 0.0, 1.0)
         self._prepared = None
 
-    def _gated_weights(self, training):
-        """By name: (weight, None, None), or (weight, hyper weight, gates) if every example has gates of its own."""
-        gates = self._gates(self.compute_dtype)
+    def _projected(self, inputs, states, training):
+        """The input's projection with its bias, the state, and what projects it: weights, bias."""
+        if self._prepared is None:
+            inputs, (recurrent, bias) = self._project(inputs, self._gates(self.compute_dtype), training)
+        else:
+            recurrent, bias = self._prepared
+        if training and 0.0 < self.recurrent_dropout < 1.0:
+            states = states * _first(self.get_recurrent_dropout_mask(states))
+        return inputs, states, recurrent, bias
+
+    def _project(self, inputs, gates, training):
+        """Projections of inputs [batch, (steps,) features] with their bias; (recurrent weights, recurrent bias)."""
+        if training and 0.0 < self.dropout < 1.0:
+            mask = _first(self.get_dropout_mask(inputs[:, 0] if inputs.shape.rank == 3 else inputs))
+            inputs = inputs * (mask[:, tf.newaxis] if inputs.shape.rank == 3 else mask)
+        projected = _product(inputs, *self._parts("kernel", gates))
+        recurrent_bias = 0.0
+        if "bias" in gates:
+            bias, hyper_bias, gate = self._parts("bias", gates)
+            bias = bias[tf.newaxis] if gate is None else bias + gate * hyper_bias
+            if len(self.bias.shape) == 2:  # Of a GRU with `reset_after`: one for inputs, one for states.
+                bias, recurrent_bias = bias[:, 0], bias[:, 1]
+            projected += bias[:, tf.newaxis] if inputs.shape.rank == 3 else bias
+        recurrent = self._parts("recurrent_kernel", gates)
         mask = self._mask() if training else None
-        prepared = {}
-        for name, (weight, hyper_weight, shape) in self._responding.items():
-            factor = mask if name == "recurrent_kernel" and mask is not None else 1.0
-            if gates[name].shape.rank == 1:
-                prepared[name] = (self._realized(name, gates[name]) * factor, None, None)
-            else:
-                prepared[name] = (tf.cast(weight, self.compute_dtype) * factor,
-                                  tf.cast(hyper_weight, self.compute_dtype) * factor,
-                                  tf.reshape(gates[name], [-1, *shape]))
-        return prepared
+        if mask is not None:
+            recurrent = tuple(part if i == 2 or part is None else part * mask for i, part in enumerate(recurrent))
+        return projected, (recurrent, recurrent_bias)
+
+    def _parts(self, name, gates):
+        """(weight, None, None), or (weight, hyper weight, gates) if every example has gates of its own."""
+        if gates[name].shape.rank == 1:
+            return self._realized(name, gates[name]), None, None
+        weight, hyper_weight, shape = self._responding[name]
+        return (tf.cast(weight, self.compute_dtype), tf.cast(hyper_weight, self.compute_dtype),
+                tf.reshape(gates[name], [-1, *shape]))
 
     def _mask(self):
         if not self.hyperparameters_with_one_draw and not self.recurrent_dropconnect:
@@ -81,23 +106,19 @@ class _Cell(SelfTuning):
         uniform = keras.random.uniform(self.recurrent_kernel.shape, dtype=self.compute_dtype, seed=self.seed_generator)
         return tf.cast(uniform >= rate, self.compute_dtype) / (1.0 - rate)
 
-    def _projections(self, inputs, states, training):
-        """The input's projection x W(u); the state to project, U(u) as `_product` takes it, and the biases."""
-        prepared = self._prepared or self._gated_weights(training)
-        if training and 0.0 < self.dropout < 1.0:
-            inputs = inputs * _first(self.get_dropout_mask(inputs))
-        if training and 0.0 < self.recurrent_dropout < 1.0:
-            states = states * _first(self.get_recurrent_dropout_mask(states))
-        bias = 0.0
-        if "bias" in prepared:
-            bias, hyper_bias, gates = prepared["bias"]
-            bias = bias[tf.newaxis] if gates is None else bias + gates * hyper_bias
-        return _product(inputs, *prepared["kernel"]), states, prepared["recurrent_kernel"], bias
+
+def _product(inputs, weight, hyper_weight, gates):
+    """inputs weight + gates * (inputs hyper_weight), for inputs [batch, (steps,) features] and gates [batch, units]."""
+    if inputs.shape.rank == 3:
+        outputs = tf.tensordot(inputs, weight, axes=1)
+        return outputs if gates is None else outputs + gates[:, tf.newaxis] * tf.tensordot(inputs, hyper_weight, axes=1)
+    outputs = tf.matmul(inputs, weight)
+    return outputs if gates is None else outputs + gates * tf.matmul(inputs, hyper_weight)
 
 
-def _product(inputs, weight, hyper_weight, gates, columns=slice(None)):
-    outputs = tf.matmul(inputs, weight[:, columns])
-    return outputs if gates is None else outputs + gates[:, columns] * tf.matmul(inputs, hyper_weight[:, columns])
+def _columns(parts, columns):
+    """Some columns of the weights and gates that `_product` takes."""
+    return [None if part is None else part[:, columns] for part in parts]
 
 
 def _first(mask):
@@ -126,8 +147,8 @@ class LSTMCell(_Cell, keras.layers.LSTMCell):
         self._set_up_cell(hyperparameters, gate_initializer, centred, recurrent_dropconnect)
 
     def call(self, inputs, states, training=False):
-        projected, hidden, recurrent, bias = self._projections(inputs, states[0], training)
-        entry, forget, candidate, output = tf.split(projected + _product(hidden, *recurrent) + bias, 4, axis=1)
+        projected, hidden, recurrent, _ = self._projected(inputs, states[0], training)
+        entry, forget, candidate, output = tf.split(projected + _product(hidden, *recurrent), 4, axis=1)
         carry = self.recurrent_activation(forget) * states[1]
         carry += self.recurrent_activation(entry) * self.activation(candidate)
         hidden = self.recurrent_activation(output) * self.activation(carry)
@@ -153,19 +174,17 @@ class GRUCell(_Cell, keras.layers.GRUCell):
 
     def call(self, inputs, states, training=False):
         previous = states[0] if isinstance(states, (list, tuple)) else states
-        projected, hidden, recurrent, bias = self._projections(inputs, previous, training)
-        two = self.use_bias and self.reset_after
-        update_x, reset_x, candidate_x = tf.split(projected + (bias[:, 0] if two else bias), 3, axis=1)
+        projected, hidden, recurrent, bias = self._projected(inputs, previous, training)
+        update_x, reset_x, candidate_x = tf.split(projected, 3, axis=1)
         if self.reset_after:
-            update_h, reset_h, candidate_h = tf.split(
-                _product(hidden, *recurrent) + (bias[:, 1] if two else 0.0), 3, axis=1)
+            update_h, reset_h, candidate_h = tf.split(_product(hidden, *recurrent) + bias, 3, axis=1)
         else:
-            update_h, reset_h = tf.split(_product(hidden, *recurrent, slice(None, 2 * self.units)), 2, axis=1)
+            update_h, reset_h = tf.split(_product(hidden, *_columns(recurrent, slice(2 * self.units))), 2, axis=1)
         update, reset = self.recurrent_activation(update_x + update_h), self.recurrent_activation(reset_x + reset_h)
         if self.reset_after:
             candidate_h = reset * candidate_h
         else:
-            candidate_h = _product(reset * hidden, *recurrent, slice(2 * self.units, None))
+            candidate_h = _product(reset * hidden, *_columns(recurrent, slice(2 * self.units, None)))
         candidate = self.activation(candidate_x + candidate_h)
         hidden = update * previous + (1.0 - update) * candidate
         return hidden, [hidden] if isinstance(states, (list, tuple)) else hidden
@@ -191,9 +210,9 @@ class _Recurrent(keras.layers.RNN):
         return self.cell.units
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
-        self.cell.prepare(training)
+        projected = self.cell.prepare(sequences, training)
         try:
-            return super().inner_loop(sequences, initial_state, mask, training=training)
+            return super().inner_loop(projected, initial_state, mask, training=training)
         finally:
             self.cell.release()
 
