@@ -4,6 +4,7 @@ Functions return matplotlib's axes or figures; they show nothing and write nothi
 first of them is called: it is part of the extra `examples`.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -131,7 +132,11 @@ def response_surface(problem, inner_batches, outer_batch, x, y, trajectory=None,
                       linestyle="none")
             axes.plot(way[0][-1:], way[1][-1:], "*", color=_ORANGE, markeredgecolor="black", markersize=15, label="end",
                       linestyle="none")
-            axes.legend(fontsize=8, loc="best")
+        if np.any(losses.mask):
+            axes.fill([], [], color=_GREY, label="not finite")
+        if axes.get_legend_handles_labels()[1]:
+            # Below, where it hides nothing.
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, handletextpad=0.5)
     return axes
 
 
@@ -166,12 +171,10 @@ def schedules(learned, history=None, ylabel="value", axes=None):
         axes = _new_axes(pyplot, (5.6, 3.4)) if axes is None else axes
         for i, values in enumerate([] if history is None else history):
             shade = 0.85 - 0.5 * i / max(1, len(history) - 1)
-            axes.step(np.arange(len(values)), values, where="post", color=str(shade), linewidth=0.8,
-                      label="while it was learned, light to dark" if i + 1 == len(history) else None)
-        for (label, values), (color, line) in zip(series.items(), _cycle(len(series))):
-            # The value of the last step lasts as long as that of any other.
-            axes.step(np.arange(len(values) + 1), np.append(values, values[-1]), where="post", color=color,
-                      linestyle=line, linewidth=2, label=label)
+            _staircase(axes, values, color=str(shade), linewidth=0.8,
+                       label="while it was learned, light to dark" if i + 1 == len(history) else None)
+        for (label, values), (color, line) in zip(series.items(), itertools.cycle(_SERIES)):
+            _staircase(axes, values, color=color, linestyle=line, linewidth=2, label=label)
         axes.set(xlabel="Inner step", ylabel=ylabel, title="Learned schedule" + "s" * (len(series) > 1))
         axes.set_ylim(bottom=0.0)
         axes.margins(x=0.0)
@@ -223,7 +226,8 @@ def suspicious_examples(weights, images, labels, flipped=None, count=10, columns
         weights: An `ExampleWeights`, or an array [examples].
         images: Array [examples, height, width] or [examples, height, width, 1 or 3]; three channels in [0, 1] or bytes.
         labels: Integer array [examples].
-        flipped: Bool array [examples], True where the label is known to be wrong: titles then say so. Default: unknown.
+        flipped: Bool array [examples], True where the label is known to be wrong: titles then say so, in
+            colour where it is right after all. Default: unknown.
         count: Positive int, pictures.
         columns: Positive int, pictures in a row.
         class_names: List of names by label. Default: the numbers.
@@ -247,7 +251,7 @@ def suspicious_examples(weights, images, labels, flipped=None, count=10, columns
     rows = math.ceil(len(chosen) / columns)
     gray = images.ndim == 3 or images.shape[-1] == 1
     with pyplot.rc_context(_STYLE):
-        figure, grid = pyplot.subplots(rows, columns, figsize=(1.5 * columns, 2.0 * rows + 0.4), squeeze=False,
+        figure, grid = pyplot.subplots(rows, columns, figsize=(1.4 * columns, 1.8 * rows + 0.4), squeeze=False,
                                        layout="constrained")
         for cell in grid.flat:
             cell.set_axis_off()
@@ -255,10 +259,10 @@ def suspicious_examples(weights, images, labels, flipped=None, count=10, columns
             image = images[i].reshape(images.shape[1:3]) if gray else images[i]
             cell.imshow(image, cmap="gray" if gray else None)
             name = labels[i] if class_names is None else class_names[int(labels[i])]
-            known = "" if flipped is None else "\nwrong" if flipped[i] else "\nright"
-            cell.set_title(f"label {name}\nweight {weights[i]:.2f}{known}", fontsize=9,
+            known = "" if flipped is None else " (wrong)" if flipped[i] else " (right)"
+            cell.set_title(f"label {name}{known}\nweight {weights[i]:.2g}", fontsize=9,
                            color=_VERMILION if flipped is not None and not flipped[i] else "black")
-        figure.suptitle("Lowest weights", fontsize=11)
+        figure.suptitle("Training examples with the lowest weights", fontsize=11)
     return figure
 
 
@@ -300,7 +304,8 @@ def hypergradients(comparison, figure=None):
         norms.set(title="Norm of the hypergradient", xlabel="norm")
         norms.margins(x=0.2)
         lowest = min([report.cosine for report in reports if report.cosine is not None], default=0.0)
-        cosines.set(title=f"Cosine to {reports[0].name}", xlabel="cosine", xlim=(-1.3 if lowest < 0 else 0.0, 1.3))
+        cosines.set(title=f"Cosine to {reports[0].name}", xlabel="cosine", xlim=(-1.5 if lowest < 0 else 0.0, 1.5))
+        cosines.tick_params(axis="y", left=False)
         cosines.set_xticks([-1, -0.5, 0, 0.5, 1] if lowest < 0 else [0, 0.25, 0.5, 0.75, 1])
     return figure
 
@@ -316,6 +321,11 @@ def _pyplot():
 
 def _new_axes(pyplot, size):
     return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def _staircase(axes, values, **style):
+    # The value of the last step lasts as long as that of any other.
+    axes.step(np.arange(len(values) + 1), np.append(values, values[-1]), where="post", **style)
 
 
 def _checked_axis(name, pair, problem):
@@ -367,7 +377,3 @@ def _levels(losses):
     if low > 0:
         return np.geomspace(low, high, 21), colors.LogNorm(low, high), extend
     return np.linspace(low, high, 21), colors.Normalize(low, high), extend
-
-
-def _cycle(count):
-    return [_SERIES[i % len(_SERIES)] for i in range(count)]
