@@ -2,10 +2,13 @@
 
 import numbers
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from farhox.batches import GatheredBatches, RepeatedBatch, as_inner_batches
+
+KERAS_IS_OLD = keras.__version__.startswith("3.8.")
 
 
 def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch_size=None, index=False, seed=0):
@@ -170,7 +173,8 @@ def as_hyper_iterations(data, strategy):
         A `tf.data.Dataset`, or a distributed one where there are several replicas.
 
     Raises:
-        ValueError: If the data are something else, or empty.
+        ValueError: If the data are something else, or empty; or there are several replicas on Keras 3.8, whose `fit`
+            does not take what `distribute_datasets_from_function` returns.
     """
     if isinstance(data, tf.distribute.DistributedDataset):
         return data
@@ -184,6 +188,9 @@ def as_hyper_iterations(data, strategy):
                          "Received an empty one.")
     if strategy.num_replicas_in_sync == 1:
         return data
+    if KERAS_IS_OLD:
+        raise ValueError("Training on several replicas needs Keras 3.9 or newer. Received: "
+                         f"{strategy.num_replicas_in_sync} replicas on Keras {keras.__version__}")
     return strategy.distribute_datasets_from_function(
         lambda context: data.shard(context.num_input_pipelines, context.input_pipeline_id))
 

@@ -95,7 +95,8 @@ def test_run_is_that_of_the_inner_training(float64):
     assert_close(result.state.variables, evaluation.state.variables, 1e-12)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.skipif(
+    tf.__version__.startswith("2.18."), reason="XLA of TensorFlow 2.18 cannot compile the gradient of tf.map_fn"))])
 def test_compiled_computation_is_the_eager_one(jit_compile, float64):
     case = trained_network("Dense")  # Keras' dropout draws other masks under XLA.
     method = farhox.EvoGradHG(sigma=0.05)
