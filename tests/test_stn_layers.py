@@ -14,7 +14,7 @@ DRAWS = np.random.default_rng(5).normal(size=(4, 3))
 
 def plain_twin(name, layer, weights):
     """The Keras layer with the given weights, from the configuration of the self-tuning one."""
-    own = ("hyperparameters", "gate_initializer", "centred", "recurrent_dropconnect")
+    own = ("hyperparameters", "gate_initializer", "centred", "reference", "recurrent_dropconnect")
     config = {key: "zeros" if key.endswith("_initializer") else value
               for key, value in layer.get_config().items() if key not in own}
     if name == "embedding":
@@ -50,6 +50,14 @@ def test_outside_of_training_weights_are_those_of_the_current_hyperparameters(na
     before = np.asarray(layer(x))
     gated(layer).hyperparameters[0].assign(0.8)
     assert not np.allclose(layer(x), before)
+
+
+def test_gates_measure_from_the_reference(float64):
+    reference = [0.5, -1.0, 2.0]
+    layer, x = layer_and_input("dense", reference=reference)
+    current = np.concatenate([np.ravel(entry.variable.numpy()) for entry in layer.hyperparameters])
+    np.testing.assert_allclose(layer(x), with_draws(layer, x, tf.constant([current - reference])), atol=1e-12)
+    assert layer.get_config()["reference"] == reference
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -235,6 +243,7 @@ def test_forward_product_in_the_draws_is_the_derivative_of_finite_differences(na
     (lambda: stn.Dense(3, 0.1), TypeError, "must be a list of farhox.Hyperparameter"),
     (lambda: stn.Dense(3, [0.1], name="first"), TypeError, "'first'.*must be farhox.Hyperparameter objects"),
     (lambda: stn.Dense(3, hyperparameters()[:1] * 2), ValueError, "must be different objects"),
+    (lambda: stn.Dense(3, hyperparameters(), reference=[1.0]), ValueError, "one number for each of the 3 entries"),
     (lambda: layer_and_input("dense")[0].enable_lora(2), ValueError, "cannot have LoRA weights"),
     (lambda: stn.LSTM(3, hyperparameters(), recurrent_dropconnect=1.5), ValueError, "must stay between 0.0 and 1.0"),
     (lambda: stn.Embedding(3, 2, hyperparameters(), dropout="0.1"), TypeError, "must be a number or a farhox.Hyper"),

@@ -128,16 +128,17 @@ def test_training_loss_is_never_differentiated_with_respect_to_a_hyperparameter(
     assert all(float(tf.abs(gradient)) > 0 for gradient in validation.hyperparameters)
 
 
-def logits_of(model, x, gates):
+def logits_of(model, x, gates, relative=False):
     """The network in inference as its gated layers one after another, for gates in the order of the model's."""
     gated = [layer for layer in model.model.layers if isinstance(layer, stn.Dense)]
     gates = np.take(gates, model.perturbation.columns_of(gated[0].hyperparameters), axis=1)
+    gates = gates - gated[0].gate.input_of_gates.reference if relative else gates
     return np.asarray(with_draws(gated[1], with_draws(gated[0], x, gates), gates))
 
 
 def validation_value(model, x, y, u, scales, noise):
     """The validation loss minus the weighted entropy, written out: gates at u + scales * noise."""
-    logits = logits_of(model, x, u + scales * noise)
+    logits = logits_of(model, x, u + scales * noise, relative=True)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(y, logits)
     return float(loss) - model.entropy_weight * np.sum(np.log(scales * np.sqrt(2 * np.pi * np.e)))
 

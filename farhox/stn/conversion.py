@@ -8,7 +8,7 @@ from keras.src.models.functional import Functional
 from farhox.hyperparameters import Hyperparameter
 from farhox.regularizers import L1L2
 from farhox.stn import layers, recurrent
-from farhox.stn.gates import as_hyperparameters
+from farhox.stn.gates import as_hyperparameters, unconstrained
 from farhox.stn.layers import SelfTuning
 from farhox.stn.network import Network, hyperparameters_of
 from farhox.stn.perturbations import PerturbationLayer
@@ -21,7 +21,7 @@ _TWINS = {
 _PLAIN = {twin: plain for plain, twin in _TWINS.items()}
 # Settings of Keras' layers that a twin does not take: how to compute on a GPU, LoRA and quantisation, initial values.
 _UNUSED = ("use_cudnn", "implementation", "lora_rank", "lora_alpha", "quantization_config", "weights")
-_OWN = ("hyperparameters", "gate_initializer", "centred", "recurrent_dropconnect")
+_OWN = ("hyperparameters", "gate_initializer", "centred", "reference", "recurrent_dropconnect")
 
 
 def convert(model, hyperparameters=None, gate_initializer="zeros"):
@@ -31,7 +31,7 @@ def convert(model, hyperparameters=None, gate_initializer="zeros"):
     their weights as elementary weights. All other layers, subclasses of these among them, stay as they are, copied with
     their weights, and `stn.summary` names those that have weights. Layers that perturb (`stn.Dropout`, ...) are shared
     with the model. Layers of nested models are converted too. With gates that start at zero the copy computes what the
-    model computes.
+    model computes. Gates measure hyperparameters from their current values.
 
     Args:
         model: A built functional or Sequential `keras.Model`.
@@ -54,6 +54,8 @@ def convert(model, hyperparameters=None, gate_initializer="zeros"):
             raise ValueError("stn.convert needs hyperparameters: in layers of the model, such as stn.Dropout(rate), or "
                              f"as an argument. Received: {model.name!r}, in which no layer reads one")
     hyperparameters = as_hyperparameters(hyperparameters, "stn.convert")
+    # A reference keeps what gates see of order one.
+    reference = unconstrained(hyperparameters).numpy().tolist()
     pairs = []
 
     def twin(layer):
@@ -63,7 +65,8 @@ def convert(model, hyperparameters=None, gate_initializer="zeros"):
         if type(layer) in _TWINS:
             settings = {key: value for key, value in layer.get_config().items() if key not in _UNUSED}
             copy = _TWINS[type(layer)].from_config({
-                **settings, "hyperparameters": list(hyperparameters), "gate_initializer": gate_initializer})
+                **settings, "hyperparameters": list(hyperparameters), "gate_initializer": gate_initializer,
+                "reference": reference})
             _keep_live_regularizers(getattr(layer, "cell", layer), getattr(copy, "cell", copy))
         else:
             copy = _copy(layer)

@@ -20,25 +20,34 @@ from farhox.hyperparameters import Hyperparameter
 
 
 class GateInput:
-    """What gates see of their hyperparameters: the unconstrained values u, as one vector.
+    """What gates see of their hyperparameters: the unconstrained values u less a reference, as one vector.
+
+    The response is the same affine function with any reference, but gradient descent learns it badly where gates see
+    large numbers, of the logarithm of a weight decay for example.
 
     While a `SelfTuningModel` takes a step, it puts a matrix in the place of `variable`: a row per example, or a
     single row for all. Otherwise gates see the current values, or zero if they are centred at them (`centred`, as in
     Delta-STN: the elementary weights then are the response at the current values).
 
     Args:
-        hyperparameters: List of `Hyperparameter`.
+        hyperparameters: List of `Hyperparameter`, n entries in all.
         owner: Name of the layer, for errors.
+        centred: Bool.
+        reference: List of n floats, or None: zero, as in the paper.
 
     Raises:
         TypeError: If an entry is not a `Hyperparameter`.
-        ValueError: If there is none, or one comes twice.
+        ValueError: If there is none, one comes twice, or the reference has another length.
     """
 
-    def __init__(self, hyperparameters, owner, centred=False):
+    def __init__(self, hyperparameters, owner, centred=False, reference=None):
         self.hyperparameters = as_hyperparameters(hyperparameters, owner)
         self.size = sum(num_entries(entry) for entry in self.hyperparameters)
         self.centred = bool(centred)
+        self.reference = [0.0] * self.size if reference is None else [float(number) for number in reference]
+        if len(self.reference) != self.size:
+            raise ValueError(f"The reference of {owner!r} must have one number for each of the {self.size} entries of "
+                             f"its hyperparameters. Received: reference={reference}")
         self.variable = keras.Variable(np.zeros([self.size]), dtype=keras.config.floatx(), trainable=False,
                                        name="gate_input")
 
@@ -49,7 +58,11 @@ class GateInput:
             return value[0] if value.shape[0] == 1 else value
         if self.centred:
             return tf.zeros_like(value)
-        return tf.cast(unconstrained(self.hyperparameters), value.dtype)
+        return tf.cast(self.relative(unconstrained(self.hyperparameters)), value.dtype)
+
+    def relative(self, u):
+        """Unconstrained values [..., n] less the reference."""
+        return u - tf.constant(self.reference, u.dtype)
 
 
 class Gate(keras.layers.Layer):
@@ -59,12 +72,12 @@ class Gate(keras.layers.Layer):
         hyperparameters: List of `Hyperparameter`, n entries in all.
         initializer: Keras initializer of the map [n, units]. None: normal with standard deviation 0.01.
         owner: Name of the layer, for errors.
-        centred: Bool, see `GateInput`.
+        centred, reference: See `GateInput`.
     """
 
-    def __init__(self, hyperparameters, initializer, owner, centred=False, **kwargs):
+    def __init__(self, hyperparameters, initializer, owner, centred=False, reference=None, **kwargs):
         super().__init__(name="gate", **kwargs)
-        self.input_of_gates = GateInput(hyperparameters, owner, centred)
+        self.input_of_gates = GateInput(hyperparameters, owner, centred, reference)
         # An initializer object gives the same numbers again, so that a default must not be shared between layers.
         self.initializer = keras.initializers.get(initializer) or keras.initializers.RandomNormal(stddev=0.01)
 

@@ -5,6 +5,8 @@ Each layer takes the arguments of the Keras layer of the same name, and besides
     hyperparameters: list of `farhox.Hyperparameter` that the weights respond to, n entries in all.
     gate_initializer: Keras initializer of the gates. Default: normal with standard deviation 0.01. With "zeros" the
         layer starts as the plain one.
+    reference: list of n floats, unconstrained values that gates measure from. Default: zero, as in the paper;
+        `stn.convert` takes the current values.
     centred: bool. Gates see the difference from the current hyperparameters; `SelfTuningModel(method="delta")` sets it.
 
 Weights and biases start uniformly within 1 / sqrt(fan_in), as in the paper, unless initializers are given; hyper
@@ -56,7 +58,7 @@ class SelfTuning:
             config.pop(unused, None)
         return {**config, "hyperparameters": serialized(self.hyperparameters),
                 "gate_initializer": keras.initializers.serialize(self.gate.initializer),
-                "centred": self.gate.input_of_gates.centred}
+                "centred": self.gate.input_of_gates.centred, "reference": self.gate.input_of_gates.reference}
 
     @classmethod
     def from_config(cls, config):
@@ -69,8 +71,8 @@ class SelfTuning:
     def load_own_variables(self, store):
         keras.layers.Layer.load_own_variables(self, store)
 
-    def _set_up(self, hyperparameters, gate_initializer, centred):
-        self.gate = Gate(hyperparameters, gate_initializer, self.name, centred, dtype=self.dtype_policy)
+    def _set_up(self, hyperparameters, gate_initializer, centred, reference):
+        self.gate = Gate(hyperparameters, gate_initializer, self.name, centred, reference, dtype=self.dtype_policy)
 
     def _set_fan_in(self, fan_in, *names):
         for name in names:
@@ -155,7 +157,7 @@ class Dense(_Affine, keras.layers.Dense):
 
     Args:
         units: Positive int.
-        hyperparameters, gate_initializer, centred: See the module.
+        hyperparameters, gate_initializer, centred, reference: See the module.
         **kwargs: As in Keras.
 
     Reference:
@@ -164,10 +166,10 @@ class Dense(_Affine, keras.layers.Dense):
     """
 
     def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None, bias_initializer=None,
-                 centred=False, **kwargs):
+                 centred=False, reference=None, **kwargs):
         super().__init__(units, kernel_initializer=kernel_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred)
+        self._set_up(hyperparameters, gate_initializer, centred, reference)
 
     def build(self, input_shape):
         self._set_fan_in(input_shape[-1], "kernel_initializer", "bias_initializer")
@@ -205,15 +207,15 @@ class Conv1D(_Convolution, keras.layers.Conv1D):
 
     Args:
         filters, kernel_size: As in Keras.
-        hyperparameters, gate_initializer, centred: See the module.
+        hyperparameters, gate_initializer, centred, reference: See the module.
         **kwargs: As in Keras.
     """
 
     def __init__(self, filters, kernel_size, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 bias_initializer=None, centred=False, **kwargs):
+                 bias_initializer=None, centred=False, reference=None, **kwargs):
         super().__init__(filters, kernel_size, kernel_initializer=kernel_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred)
+        self._set_up(hyperparameters, gate_initializer, centred, reference)
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -222,15 +224,15 @@ class Conv2D(_Convolution, keras.layers.Conv2D):
 
     Args:
         filters, kernel_size: As in Keras.
-        hyperparameters, gate_initializer, centred: See the module.
+        hyperparameters, gate_initializer, centred, reference: See the module.
         **kwargs: As in Keras.
     """
 
     def __init__(self, filters, kernel_size, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 bias_initializer=None, centred=False, **kwargs):
+                 bias_initializer=None, centred=False, reference=None, **kwargs):
         super().__init__(filters, kernel_size, kernel_initializer=kernel_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred)
+        self._set_up(hyperparameters, gate_initializer, centred, reference)
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -239,15 +241,15 @@ class DepthwiseConv2D(_Affine, keras.layers.DepthwiseConv2D):
 
     Args:
         kernel_size: As in Keras.
-        hyperparameters, gate_initializer, centred: See the module.
+        hyperparameters, gate_initializer, centred, reference: See the module.
         **kwargs: As in Keras.
     """
 
     def __init__(self, kernel_size, hyperparameters, gate_initializer=None, depthwise_initializer=None,
-                 bias_initializer=None, centred=False, **kwargs):
+                 bias_initializer=None, centred=False, reference=None, **kwargs):
         super().__init__(kernel_size, depthwise_initializer=depthwise_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred)
+        self._set_up(hyperparameters, gate_initializer, centred, reference)
 
     def build(self, input_shape):
         fan_in = math.prod(self.kernel_size)
@@ -271,16 +273,16 @@ class Embedding(SelfTuning, keras.layers.Embedding):
 
     Args:
         input_dim, output_dim: As in Keras.
-        hyperparameters, gate_initializer, centred: See the module.
+        hyperparameters, gate_initializer, centred, reference: See the module.
         dropout: `Hyperparameter` or float in [0, 1), the share of words whose embedding is zero in training. One mask
             of words for the whole batch and both tables.
         **kwargs: As in Keras.
     """
 
     def __init__(self, input_dim, output_dim, hyperparameters, gate_initializer=None, embeddings_initializer=None,
-                 dropout=0.0, seed=None, centred=False, **kwargs):
+                 dropout=0.0, seed=None, centred=False, reference=None, **kwargs):
         super().__init__(input_dim, output_dim, embeddings_initializer=embeddings_initializer or _uniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred)
+        self._set_up(hyperparameters, gate_initializer, centred, reference)
         self.dropout = checked_strength(dropout, f"dropout of {self.name!r}", 0.0, 1.0)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)

@@ -56,8 +56,8 @@ class _Cell(SelfTuning):
     def from_config(cls, config):
         return super().from_config(deserialized(config, "recurrent_dropconnect"))
 
-    def _set_up_cell(self, hyperparameters, gate_initializer, centred, recurrent_dropconnect):
-        self._set_up(hyperparameters, gate_initializer, centred)
+    def _set_up_cell(self, hyperparameters, gate_initializer, centred, reference, recurrent_dropconnect):
+        self._set_up(hyperparameters, gate_initializer, centred, reference)
         self.recurrent_dropconnect = checked_strength(
             recurrent_dropconnect, f"recurrent_dropconnect of {self.name!r}", 0.0, 1.0)
         self._prepared = None
@@ -132,7 +132,7 @@ class LSTMCell(_Cell, keras.layers.LSTMCell):
 
     Args:
         units: Positive int.
-        hyperparameters, gate_initializer, centred, recurrent_dropconnect: See the module.
+        hyperparameters, gate_initializer, centred, reference, recurrent_dropconnect: See the module.
         **kwargs: As in Keras.
 
     Reference:
@@ -140,11 +140,12 @@ class LSTMCell(_Cell, keras.layers.LSTMCell):
     """
 
     def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 recurrent_initializer=None, bias_initializer=None, recurrent_dropconnect=0.0, centred=False, **kwargs):
+                 recurrent_initializer=None, bias_initializer=None, recurrent_dropconnect=0.0, centred=False,
+                 reference=None, **kwargs):
         super().__init__(units, kernel_initializer=kernel_initializer or FanInUniform(),
                          recurrent_initializer=recurrent_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up_cell(hyperparameters, gate_initializer, centred, recurrent_dropconnect)
+        self._set_up_cell(hyperparameters, gate_initializer, centred, reference, recurrent_dropconnect)
 
     def call(self, inputs, states, training=False):
         projected, hidden, recurrent, _ = self._projected(inputs, states[0], training)
@@ -161,16 +162,17 @@ class GRUCell(_Cell, keras.layers.GRUCell):
 
     Args:
         units: Positive int.
-        hyperparameters, gate_initializer, centred, recurrent_dropconnect: See the module.
+        hyperparameters, gate_initializer, centred, reference, recurrent_dropconnect: See the module.
         **kwargs: As in Keras.
     """
 
     def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 recurrent_initializer=None, bias_initializer=None, recurrent_dropconnect=0.0, centred=False, **kwargs):
+                 recurrent_initializer=None, bias_initializer=None, recurrent_dropconnect=0.0, centred=False,
+                 reference=None, **kwargs):
         super().__init__(units, kernel_initializer=kernel_initializer or FanInUniform(),
                          recurrent_initializer=recurrent_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up_cell(hyperparameters, gate_initializer, centred, recurrent_dropconnect)
+        self._set_up_cell(hyperparameters, gate_initializer, centred, reference, recurrent_dropconnect)
 
     def call(self, inputs, states, training=False):
         previous = states[0] if isinstance(states, (list, tuple)) else states

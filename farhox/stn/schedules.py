@@ -42,7 +42,7 @@ class ScheduleRecorder(keras.callbacks.Callback):
         self._record()
 
     def on_train_batch_end(self, batch, logs=None):
-        if self._steps() >= self.schedule["steps"][-1] + self.every:
+        if self._steps() == self.schedule["steps"][-1] or self._steps() >= self.schedule["steps"][-1] + self.every:
             self._record()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -58,8 +58,10 @@ class ScheduleRecorder(keras.callbacks.Callback):
         return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
 
     def _record(self):
+        # A validation step leaves the number of training steps, and its values are those of the next one.
         if self.schedule["steps"] and self.schedule["steps"][-1] == self._steps():
-            return
+            for values in (self.schedule["steps"], *self.schedule["values"].values()):
+                values.pop()
         self.schedule["steps"].append(self._steps())
         for name, entry in self._hyperparameters.items():
             self.schedule["values"][name].append(entry.numpy().tolist())

@@ -98,11 +98,16 @@ class Method(abc.ABC):
         return tf.stop_gradient(self.perturbation.centre() + self.perturbation.scales() * noise)
 
     def gates(self, matrix):
-        """What each gate input sees of a matrix [batch or 1, n] over all hyperparameters."""
+        """What each gate input sees of a matrix [batch or 1, n] over all hyperparameters, as it is."""
         def columns(gate_input):
             indices = self.perturbation.columns_of(gate_input.hyperparameters)
             return matrix if indices == list(range(matrix.shape[-1])) else tf.gather(matrix, indices, axis=-1)
         return columns
+
+    def gates_at(self, draws):
+        """What each gate input sees of draws of the hyperparameters."""
+        columns = self.gates(draws)
+        return lambda gate_input: gate_input.relative(columns(gate_input))
 
     def weight_gradients(self, x, targets, sample_weight, weights, draws, gates):
         """Loss, predictions, the pass, and gradients of the training loss with respect to a list of weights."""
@@ -128,13 +133,13 @@ class STN(Method):
         draws, general = self.draws(noise), self.network.general
         loss, predictions, result, gradients = self.weight_gradients(
             x, targets, sample_weight, general + self.network.response, self.perturbation.values_of(draws),
-            self.gates(draws))
+            self.gates_at(draws))
         return TrainingStep(loss, predictions, gradients[:len(general)], gradients[len(general):], result.updates,
                             result.read)
 
     def predictions(self, x, u, draws):
         values = () if draws is None else self.perturbation.values_of(draws)
-        gates = self.gates(u[tf.newaxis] if draws is None else draws)
+        gates = self.gates_at(u[tf.newaxis] if draws is None else draws)
         return self.network.run(lambda predictions: predictions, x, False, (), values, gates).value
 
 
