@@ -125,7 +125,8 @@ class HyperOptimizer(keras.Model):
     @property
     def hyper_iterations(self):
         """Int, the hyper-iterations that the compiled optimizer has done, skipped updates included."""
-        return int(self.optimizer.iterations.numpy()) + int(self._skipped.numpy())
+        done = int(self.optimizer.iterations.numpy()) if self.compiled else 0
+        return done + int(self._skipped.numpy())
 
     def fit(self, x=None, callbacks=None, validation_data=None, **kwargs):
         """Runs hyper-iterations, one per element of the data set; arguments and callbacks are those of Keras.

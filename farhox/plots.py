@@ -170,7 +170,7 @@ def schedules(learned, history=None, ylabel="value", axes=None):
     with pyplot.rc_context(_STYLE):
         axes = _new_axes(pyplot, (5.6, 3.4)) if axes is None else axes
         for i, values in enumerate([] if history is None else history):
-            shade = 0.85 - 0.5 * i / max(1, len(history) - 1)
+            shade = 0.75 - 0.45 * i / max(1, len(history) - 1)
             _staircase(axes, values, color=str(shade), linewidth=0.8,
                        label="while it was learned, light to dark" if i + 1 == len(history) else None)
         for (label, values), (color, line) in zip(series.items(), itertools.cycle(_SERIES)):
@@ -304,7 +304,8 @@ def hypergradients(comparison, figure=None):
         norms.set(title="Norm of the hypergradient", xlabel="norm")
         norms.margins(x=0.2)
         lowest = min([report.cosine for report in reports if report.cosine is not None], default=0.0)
-        cosines.set(title=f"Cosine to {reports[0].name}", xlabel="cosine", xlim=(-1.5 if lowest < 0 else 0.0, 1.5))
+        limits = (-1.5, 1.5) if lowest < 0 else (0.0, 1.25)
+        cosines.set(title=f"Cosine to {reports[0].name}", xlabel="cosine", xlim=limits)
         cosines.tick_params(axis="y", left=False)
         cosines.set_xticks([-1, -0.5, 0, 0.5, 1] if lowest < 0 else [0, 0.25, 0.5, 0.75, 1])
     return figure

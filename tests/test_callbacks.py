@@ -145,6 +145,7 @@ def test_second_fit_goes_on_and_a_new_run_starts_anew(tmp_path):
 
 def test_skipped_updates_count_as_hyper_iterations():
     optimizer, _, _ = make(goal=float("nan"))
+    assert optimizer.hyper_iterations == farhox.HyperOptimizer(optimizer.problem).hyper_iterations == 0
     trace = HyperparameterTrace()
     fit(optimizer, [trace], epochs=1)
     np.testing.assert_array_equal(trace.history["hyper_iteration"], np.arange(5))
