@@ -422,6 +422,11 @@ def test_a_batch_by_hand_must_have_one_leading_axis():
         self_tuning().training_step((np.ones((4, 8)), np.ones(3)))
 
 
+def test_a_single_batch_of_keras_is_refused():
+    with pytest.raises(ValueError, match="step by step with training_step"):
+        self_tuning().train_on_batch(*digits_like())
+
+
 def test_several_replicas_are_refused():
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         model = self_tuning()

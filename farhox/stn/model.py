@@ -205,6 +205,9 @@ class SelfTuningModel(keras.Model):
             validation_data=validation, **kwargs)
 
     def train_step(self, data):
+        if len(data) != 2 or getattr(data[0], "dtype", None) != tf.bool:
+            raise ValueError("A SelfTuningModel takes training and validation batches in turn, with fit(), or step by "
+                             "step with training_step() and validation_step(). Received: train_on_batch()")
         is_validation, batch = data
         x, y, sample_weight, batch_size = unpack(batch)
         noise = self.perturbation.noise(batch_size)
