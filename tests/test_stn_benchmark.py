@@ -1,13 +1,16 @@
-"""The benchmark of self-tuning steps runs in its --quick setting and keeps within the time of the plain step."""
+"""The benchmark of self-tuning steps runs in its --quick setting."""
 
 import json
 import pathlib
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "benchmark_stn.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_each_method_beside_the_plain_step(tmp_path):
     command = [sys.executable, str(SCRIPT), "--quick", "--networks=cnn", f"--json={tmp_path / 'measured.json'}"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -251,3 +251,17 @@ def test_forward_product_in_the_draws_is_the_derivative_of_finite_differences(na
 def test_layers_refuse_what_they_cannot_respond_to(make, error, rule):
     with pytest.raises(error, match=rule):
         make()
+
+
+@pytest.mark.parametrize("arguments, value", [
+    ({"low": 0.0, "high": 0.9}, 0.9), ({"low": -1.0}, 3.0), ({"high": 2.0, "discrete": True}, [0.5, 1.5]), ({}, -4.0),
+    ({"low": 0.0, "log": True}, 1e-30),
+])
+def test_hyperparameters_come_back_from_their_configuration_bit_for_bit(arguments, value):
+    entry = farhox.Hyperparameter(np.asarray(value) - 0.1 if value == 0.9 else value, name="it", **arguments)
+    if value == 0.9:
+        entry.variable.assign(40.0)  # The natural value is rounded to the bound.
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(entry))
+    np.testing.assert_array_equal(again.variable, entry.variable)
+    assert again.get_config() == entry.get_config() and again.name == "it"
+    np.testing.assert_array_equal(again(), entry())

@@ -320,8 +320,8 @@ def test_a_discrete_hyperparameter_moves_and_is_used_floored():
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_a_saved_model_goes_on_where_it_stopped(method, tmp_path):
     model, (x, y) = self_tuning(method, metrics=["accuracy"], warmup_steps=1), digits_like()
-    data = {"batch_size": 8, "validation_data": (x, y), "verbose": 0, "shuffle": False}
-    model.fit(x, y, **data)
+    for step in (model.training_step, model.validation_step) * 2:
+        step((x, y))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert loaded.get_config()["method"] == method
@@ -339,6 +339,7 @@ def test_a_saved_model_goes_on_where_it_stopped(method, tmp_path):
         np.testing.assert_allclose(getattr(loaded, step)(batch, noise), getattr(model, step)(batch, noise), rtol=1e-5)
     for one, other in zip(model.hyperparameters, loaded.hyperparameters):
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-6)
+    assert set(loaded.evaluate(x, y, verbose=0, return_dict=True)) == {"loss", "accuracy"}
 
 
 def test_a_model_trains_in_half_precision_with_a_scaled_loss():
