@@ -67,9 +67,19 @@ class Linearization:
         """(d outputs / d parameters)' cotangents as a list, None where no output depends on a parameter."""
         return self._products(self.parameters, cotangents)
 
+    def product(self, cotangents):
+        """Both at once, over inputs + parameters: a list, None where no output with a cotangent depends on one.
+
+        Args:
+            cotangents: List aligned with `outputs`; an output whose cotangent is None does not count.
+        """
+        return self._products(self.inputs + self.parameters, cotangents)
+
     def _products(self, sources, cotangents):
+        pairs = [(output, c) for output, c in zip(self.outputs, cotangents) if c is not None]
+        outputs, cotangents = [output for output, _ in pairs], [c for _, c in pairs]
         return [dense(product) for product in
-                self._tape.gradient(self.outputs, sources, output_gradients=cotangents)]
+                self._tape.gradient(outputs, sources, output_gradients=cotangents)]
 
 
 def transposed_product(function, inputs, cotangents):

@@ -34,11 +34,13 @@ class StepResult(NamedTuple):
         state: The state after the step.
         loss: Scalar, the inner objective before the step.
         gradient_norm: Scalar, the Euclidean norm of the inner gradient before the step.
+        gradients: List of tensors, the inner gradient before the step.
     """
 
     state: InnerState
     loss: Any
     gradient_norm: Any
+    gradients: list
 
 
 class OuterGradients(NamedTuple):
@@ -246,7 +248,8 @@ class BilevelProblem:
         return StepResult(
             state=InnerState(variables, state_variables, slots, state.step + 1),
             loss=tf.cast(loss, self.loss_dtype),
-            gradient_norm=tf.cast(_tree.norm(gradients), self.loss_dtype))
+            gradient_norm=tf.cast(_tree.norm(gradients), self.loss_dtype),
+            gradients=gradients)
 
     def step_gradients(self, state, outer, batch):
         """The first half of `step`: `inner_gradients` at a state, as the dynamics are given them.

@@ -125,6 +125,26 @@ def test_checkpoints_change_no_bit(truncation, lengths, float64):
         assert_identical(tf.function(lambda: method.compute(*case[:3]), autograph=False)(), whole)
 
 
+@pytest.mark.parametrize("checkpoint_every", [None, 3])
+def test_inner_gradients_that_take_too_much_memory_to_keep_are_computed_again(checkpoint_every, float64, monkeypatch):
+    case = network_problem("BatchNormalization", "momentum", steps=7, extra=[keras.layers.Dropout(0.5)])
+
+    def computed():
+        # A function of its own: what is kept is decided when it is traced.
+        method = farhox.ReverseHG(checkpoint_every=checkpoint_every)
+        compute = tf.function(lambda: method.compute(*case[:3]), autograph=False).get_concrete_function()
+        gradients = compute().gradients
+        stores = [op for op in compute.graph.get_operations() if op.type == "TensorListReserve"]
+        return gradients, len(stores)
+
+    kept, stores_with_gradients = computed()
+    monkeypatch.setattr(farhox.hypergradients.reverse, "_KEPT_BYTES", 0)
+    recomputed, stores = computed()
+    assert_close(recomputed, kept, 1e-12)
+    expected = 0 if checkpoint_every else len(case.problem.inner_variables)
+    assert stores_with_gradients - stores == expected
+
+
 def test_replay_is_exact_with_dropout_batch_norm_and_minibatches(float64):
     model, (x, y), outer_batch = model_and_data("BatchNormalization", steps=5, extra=[keras.layers.Dropout(0.5)])
     rate = variable(0.3)

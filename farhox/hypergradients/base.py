@@ -41,7 +41,7 @@ class InnerRun(NamedTuple):
         losses: `tf.TensorArray` with the inner objective before each step; see `stacked_losses`.
         gradient_norm: Scalar, the norm of the last inner gradient.
         steps: Scalar int32, the index of the step after the last one.
-        store: A `StateStore` with the states before each step, or None.
+        store: A `StateStore` with the `InnerRecord` of each step, or None.
     """
 
     state: Any
@@ -49,6 +49,18 @@ class InnerRun(NamedTuple):
     gradient_norm: Any
     steps: Any
     store: Any
+
+
+class InnerRecord(NamedTuple):
+    """What is kept of one inner step for the way back.
+
+    Attributes:
+        state: The state before the step.
+        gradients: The inner gradient there, or an empty list where it is not kept.
+    """
+
+    state: Any
+    gradients: list
 
 
 class Evaluation(NamedTuple):
@@ -124,26 +136,29 @@ class StateStore:
         like: A nest of tensors with the structure, types and shapes to store.
         size: Number of entries, int or scalar tensor.
         arrays: For internal use: the tensor arrays of a store that a loop carries.
+
+    Attributes:
+        like: As given.
     """
 
     def __init__(self, like, size=None, arrays=None):
-        self._like = like
+        self.like = like
         self.arrays = arrays if arrays is not None else [
             tf.TensorArray(leaf.dtype, size=size, element_shape=leaf.shape, clear_after_read=False)
             for leaf in tf.nest.flatten(like)]
 
     def write(self, index, state):
         """The store with `state` at `index`."""
-        return StateStore(self._like, arrays=[
+        return StateStore(self.like, arrays=[
             array.write(index, leaf) for array, leaf in zip(self.arrays, tf.nest.flatten(state))])
 
     def read(self, index):
         """The state at `index`."""
-        return tf.nest.pack_sequence_as(self._like, [array.read(index) for array in self.arrays])
+        return tf.nest.pack_sequence_as(self.like, [array.read(index) for array in self.arrays])
 
     def with_arrays(self, arrays):
         """The same store with the arrays that came out of a loop."""
-        return StateStore(self._like, arrays=arrays)
+        return StateStore(self.like, arrays=arrays)
 
 
 def run_inner(problem, state, outer, inner_batches, start, stop, losses, store=None, norm=None, replay=False):
@@ -156,7 +171,7 @@ def run_inner(problem, state, outer, inner_batches, start, stop, losses, store=N
         inner_batches: The batches; step t uses batch t.
         start, stop: Ints or scalar int32 tensors.
         losses: `tf.TensorArray`; the inner objective before step t is written at t.
-        store: A `StateStore` or None; the state before step t is written at t - start.
+        store: A `StateStore` of `InnerRecord`s or None; that of step t is written at t - start.
         norm: The norm of the inner gradient at step start - 1, or None.
         replay: Bool. These steps were taken before: all of them are taken again, whatever the tolerance.
 
@@ -167,9 +182,10 @@ def run_inner(problem, state, outer, inner_batches, start, stop, losses, store=N
         norm = norm_before_first_step(problem)
 
     def body(t, state, losses, norm, arrays):
-        if store is not None:
-            arrays = store.with_arrays(arrays).write(t - start, state).arrays
         result = problem.step(state, outer, batch_at(inner_batches, t))
+        if store is not None:
+            record = InnerRecord(state, result.gradients if store.like.gradients else [])
+            arrays = store.with_arrays(arrays).write(t - start, record).arrays
         return t + 1, result.state, losses.write(t, result.loss), result.gradient_norm, arrays
 
     steps, state, losses, norm, arrays = tf.while_loop(

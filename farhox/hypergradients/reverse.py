@@ -10,9 +10,12 @@ import tensorflow as tf
 from farhox import _autodiff
 from farhox.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, InnerRun, StateStore, add_initial_dynamics, common_diagnostics, goes_on,
-    gradients_or_error, new_losses, run_inner, stacked_losses, zeros_for_none)
+    HyperGradient, HyperGradientResult, InnerRecord, InnerRun, StateStore, add_initial_dynamics, common_diagnostics,
+    goes_on, gradients_or_error, new_losses, run_inner, stacked_losses, zeros_for_none)
 from farhox.problem import float_leaves, with_float_leaves
+
+# Inner gradients are kept for the way back as long as those of all steps fit in this many bytes.
+_KEPT_BYTES = 128 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,8 @@ class ReverseHG(HyperGradient):
 
     Walks back from s_T: gradients += B_t' adjoint, adjoint = A_t' adjoint with A_t = ∂Φ_t/∂s and B_t = ∂Φ_t/∂λ, each
     step recomputed from a stored state with the batch, seeds and statistics it had. Costs about three times the inner
-    training whatever the number of outer variables; memory grows by one stored state per step.
+    training whatever the number of outer variables; memory grows by one stored state per step. The inner gradients are
+    stored too as long as those of all steps take no more than 128 MB, which saves computing them again.
 
     Args:
         truncation: Non-negative int or None. Differentiate only the last `truncation` steps; 0 keeps dE/dλ alone.
@@ -56,6 +60,7 @@ class ReverseHG(HyperGradient):
         losses = new_losses(problem, steps)
         # Differentiated steps at most: what is stored has this size, which XLA must know.
         most = steps - self._first_differentiated_step(steps)
+        keep_gradients = _gradients_are_kept(state.variables, most)
         segment = self._segment_length(most)
         if problem.stop_tolerance is not None and self.truncation is not None:
             # Which steps are the last ones shows only at the end: the inner training runs once more.
@@ -63,7 +68,8 @@ class ReverseHG(HyperGradient):
         first = self._first_differentiated_step(steps)
 
         run = run_inner(problem, state, outer, inner_batches, 0, first, losses)
-        run, segments = _run_in_segments(problem, run, outer, inner_batches, first, steps, segment, most)
+        run, segments = _run_in_segments(
+            problem, run, outer, inner_batches, first, steps, segment, most, keep_gradients)
         if problem.stop_tolerance is not None:
             steps = run.steps
         at_end = problem.outer_gradients(run.state, outer, outer_batch)
@@ -73,7 +79,8 @@ class ReverseHG(HyperGradient):
 
         if self.truncation != 0:
             adjoint, gradients = _walk_back(
-                problem, segments, outer, inner_batches, first, steps, segment, adjoint, gradients, reached)
+                problem, segments, outer, inner_batches, first, steps, segment, adjoint, gradients, reached,
+                keep_gradients)
             if from_initial_state and not (isinstance(first, int) and first > 0):
                 if not isinstance(first, int):
                     adjoint = [tf.where(first > 0, tf.zeros_like(part), part) for part in adjoint]
@@ -103,10 +110,22 @@ class ReverseHG(HyperGradient):
         return self.checkpoint_every
 
 
-def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment, most):
-    """The differentiated part of the inner training, and the store of its states or of each segment's first state."""
+def _gradients_are_kept(variables, steps):
+    """Whether the inner gradients of `steps` steps take little memory. The same with checkpoints and without."""
+    sizes = [variable.shape.num_elements() for variable in variables]
+    if not isinstance(steps, int) or None in sizes:
+        return False
+    return steps * sum(size * variable.dtype.size for size, variable in zip(sizes, variables)) <= _KEPT_BYTES
+
+
+def _record_store(state, size, keep_gradients):
+    return StateStore(InnerRecord(state, state.variables if keep_gradients else []), size)
+
+
+def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment, most, keep_gradients):
+    """The differentiated part of the inner training, and the store of its steps or of each segment's first state."""
     if segment is None:
-        store = StateStore(run.state, most)
+        store = _record_store(run.state, most, keep_gradients)
         run = run_inner(
             problem, run.state, outer, inner_batches, first, steps, run.losses, store, norm=run.gradient_norm)
         return run, run.store
@@ -126,7 +145,8 @@ def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment, 
     return InnerRun(*ended, None), store.with_arrays(arrays)
 
 
-def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjoint, gradients, reached):
+def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjoint, gradients, reached,
+               keep_gradients):
     """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
     # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds up
     # the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
@@ -139,12 +159,12 @@ def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjo
         start = first + index * segment
         stop = tf.minimum(start + segment, steps)
         state = store.read(index)
-        states = StateStore(state, segment)
+        records = _record_store(state, segment, keep_gradients)
         losses = new_losses(problem, num_steps(inner_batches))
-        states = run_inner(
-            problem, state, outer, inner_batches, start, stop, losses, states, replay=True).store
+        records = run_inner(
+            problem, state, outer, inner_batches, start, stop, losses, records, replay=True).store
         adjoint, gradients = _reverse_steps(
-            problem, states, outer, inner_batches, start, stop, adjoint, gradients, reached)
+            problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached)
         return index - 1, adjoint, gradients
 
     _, adjoint, gradients = tf.while_loop(
@@ -153,21 +173,15 @@ def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjo
     return adjoint, gradients
 
 
-def _reverse_steps(problem, states, outer, inner_batches, start, stop, adjoint, gradients, reached):
-    """Steps stop - 1 down to `start`; `states` holds the state before each of them.
+def _reverse_steps(problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached):
+    """Steps stop - 1 down to `start`; `records` holds the `InnerRecord` of each of them.
 
     `reached` is updated in place with the outer variables that a step depends on.
     """
     def body(t, adjoint, gradients):
-        state = states.read(t - start)
-        leaves = float_leaves(state)
-
-        def step(inputs):
-            at_state = with_float_leaves(state, inputs[:len(leaves)])
-            result = problem.step(at_state, inputs[len(leaves):], batch_at(inner_batches, t))
-            return float_leaves(result.state)
-
-        products = _autodiff.transposed_product(step, leaves + list(outer), adjoint)
+        record = records.read(t - start)
+        leaves = float_leaves(record.state)
+        products = _step_product(problem, record, outer, batch_at(inner_batches, t), adjoint)
         for i, product in enumerate(products[len(leaves):]):
             reached[i] = reached[i] or product is not None
         adjoint = zeros_for_none(products[:len(leaves)], leaves)
@@ -179,6 +193,34 @@ def _reverse_steps(problem, states, outer, inner_batches, start, stop, adjoint, 
         lambda t, *_: t >= start, body, [tf.convert_to_tensor(stop - 1, tf.int32), adjoint, gradients],
         parallel_iterations=1)
     return adjoint, gradients
+
+
+def _step_product(problem, record, outer, batch, adjoint):
+    """adjoint' (∂Φ_t/∂s, ∂Φ_t/∂λ) as a list over the state's leaves and the outer variables, None where independent.
+
+    First through the update (∇L, s, λ) -> (w, slots), then through the inner gradient ∇L(s, λ): with the gradient at
+    hand the second part takes its product alone and need not finish computing it.
+    """
+    state, count = record.state, len(record.state.variables)
+    leaves = float_leaves(state)
+    after_statistics = count + len(float_leaves(state.state_variables))
+
+    def gradient(inputs):
+        at_state = with_float_leaves(state, inputs[:len(leaves)])
+        _, state_variables, gradients = problem.step_gradients(at_state, inputs[len(leaves):], batch)
+        return gradients + float_leaves(state_variables)
+
+    def update(inputs):
+        gradients, inputs = inputs[:count], inputs[count:]
+        at_state = with_float_leaves(state, inputs[:len(leaves)])
+        return float_leaves(problem.updated(gradients, at_state, inputs[len(leaves):], batch))
+
+    inner_gradient = _autodiff.Linearization(gradient, leaves, list(outer))
+    products = _autodiff.transposed_product(
+        update, (record.gradients or inner_gradient.outputs[:count]) + leaves + list(outer),
+        adjoint[:count] + adjoint[after_statistics:])
+    through_gradient = inner_gradient.product(products[:count] + adjoint[count:after_statistics])
+    return [a if b is None else b if a is None else a + b for a, b in zip(products[count:], through_gradient)]
 
 
 def _is_integer(value):
