@@ -192,6 +192,13 @@ def test_a_cell_in_an_rnn_of_keras_computes_what_the_layer_does(cell, layer, flo
     np.testing.assert_allclose(rnn(x), own(x), atol=1e-14)
 
 
+@pytest.mark.parametrize("arguments", [{"kernel_regularizer": farhox.L1L2(0.1)}, {"recurrent_dropconnect": 0.5}])
+def test_a_cell_alone_refuses_what_is_done_once_for_all_steps(arguments):
+    rnn = keras.layers.RNN(stn.GRUCell(4, hyperparameters(), **arguments))
+    with pytest.raises(ValueError, match="must be in a layer of its kind"):
+        rnn(inputs((7, 3)), training=True)
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru", "gru_before"])
 def test_dropconnect_draws_one_mask_of_recurrent_weights_per_call(name, float64):
     # A rate near 1 leaves next to nothing of the recurrent weights, so that steps do not know of each other.
@@ -207,6 +214,8 @@ def test_dropconnect_draws_one_mask_of_recurrent_weights_per_call(name, float64)
                                with_draws(alone, x, tf.constant(DRAWS)), atol=1e-14)
     np.testing.assert_array_equal(layer(x), layer(x))
 
+    everything = type(layer).from_config({**layer.get_config(), "recurrent_dropconnect": 1.0})
+    assert np.all(np.isfinite(everything(x, training=True)))
     same = np.tile(DRAWS[:1], [4, 1])
     layer.cell.recurrent_dropconnect = 0.5
     repeated = np.tile(x[:1], [4, 1, 1])

@@ -310,7 +310,8 @@ class Embedding(SelfTuning, keras.layers.Embedding):
         if training and (self.hyperparameters_with_one_draw or self.dropout):
             rate = tf.cast(strength_value(self.dropout), outputs.dtype)
             words = keras.random.uniform([self.input_dim], dtype=self.compute_dtype, seed=self.seed_generator)
-            outputs *= tf.gather(tf.cast(words >= rate, outputs.dtype) / (1.0 - rate), indices)[..., tf.newaxis]
+            kept = tf.math.divide_no_nan(tf.cast(words >= rate, outputs.dtype), 1.0 - rate)
+            outputs *= tf.gather(kept, indices)[..., tf.newaxis]
         return outputs
 
     def get_config(self):

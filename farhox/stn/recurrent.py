@@ -65,12 +65,23 @@ class _Cell(SelfTuning):
     def _projected(self, inputs, states, training):
         """The input's projection with its bias, the state, and what projects it: weights, bias."""
         if self._prepared is None:
+            self._check_alone(training)
             inputs, (recurrent, bias) = self._project(inputs, self._gates(self.compute_dtype), training)
         else:
             recurrent, bias = self._prepared
         if training and 0.0 < self.recurrent_dropout < 1.0:
             states = states * _first(self.get_recurrent_dropout_mask(states))
         return inputs, states, recurrent, bias
+
+    def _check_alone(self, training):
+        """In an RNN of Keras a cell is called step by step, and cannot do what is done once for all steps."""
+        penalties = (self.kernel_regularizer, self.recurrent_regularizer, self.bias_regularizer)
+        if any(penalty is not None for penalty in penalties) or (training and self._drops_connections()):
+            raise ValueError("A self-tuning cell with regularizers or DropConnect must be in a layer of its kind, "
+                             f"stn.LSTM or stn.GRU. Received: cell {self.name!r} by itself or in another layer")
+
+    def _drops_connections(self):
+        return bool(self.hyperparameters_with_one_draw) or self.recurrent_dropconnect > 0
 
     def _project(self, inputs, gates, training):
         """Projections of inputs [batch, (steps,) features] with their bias; (recurrent weights, recurrent bias)."""
@@ -100,11 +111,11 @@ class _Cell(SelfTuning):
                 tf.reshape(gates[name], [-1, *shape]))
 
     def _mask(self):
-        if not self.hyperparameters_with_one_draw and not self.recurrent_dropconnect:
+        if not self._drops_connections():
             return None
         rate = tf.cast(strength_value(self.recurrent_dropconnect), self.compute_dtype)
         uniform = keras.random.uniform(self.recurrent_kernel.shape, dtype=self.compute_dtype, seed=self.seed_generator)
-        return tf.cast(uniform >= rate, self.compute_dtype) / (1.0 - rate)
+        return tf.math.divide_no_nan(tf.cast(uniform >= rate, self.compute_dtype), 1.0 - rate)
 
 
 def _product(inputs, weight, hyper_weight, gates):
