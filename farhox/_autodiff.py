@@ -82,6 +82,50 @@ class Linearization:
                 self._tape.gradient(outputs, sources, output_gradients=cotangents)]
 
 
+class ForwardLinearization:
+    """A function recorded once at a point, whose products with tangents can be taken any number of times.
+
+    The product J t is the derivative in u, along t, of the transposed product J'u, which is linear in u. Taken inside a
+    loop over tangents, what does not depend on them is computed once, outside of the loop. TensorFlow's forward
+    accumulator would compute the function again for each tangent.
+
+    Args:
+        function: `list -> (list of tensors, auxiliary nest)`.
+        inputs: List of floating-point tensors.
+
+    Attributes:
+        outputs, auxiliary: function(inputs).
+        depends: List of bools: whether an output depends on each input.
+    """
+
+    def __init__(self, function, inputs):
+        inputs = _distinct(inputs)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(inputs)
+            self.outputs, self.auxiliary = function(inputs)
+        # The derivative of a linear function is the same everywhere.
+        self._cotangents = [tf.zeros_like(output) for output in self.outputs]
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as self._tape:
+            self._tape.watch(self._cotangents)
+            self._transposed = [dense(product) for product in
+                                tape.gradient(self.outputs, inputs, output_gradients=self._cotangents)]
+        self.depends = [product is not None for product in self._transposed]
+
+    def product(self, tangents):
+        """(d outputs / d inputs) tangents as a list, zero where an output is independent.
+
+        Args:
+            tangents: List aligned with `inputs`; None is a tangent of zero, and saves its work.
+        """
+        pairs = [(product, tangent) for product, tangent in zip(self._transposed, tangents)
+                 if product is not None and tangent is not None]
+        if not pairs:
+            return [tf.zeros_like(output) for output in self.outputs]
+        products, tangents = zip(*pairs)
+        return self._tape.gradient(list(products), self._cotangents, output_gradients=list(tangents),
+                                   unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+
 def transposed_product(function, inputs, cotangents):
     """cotangents' (d function / d inputs) at `inputs`: one step of reverse mode. List, None where independent."""
     inputs = _distinct(inputs)
@@ -108,22 +152,5 @@ def forward_product(function, inputs, tangents):
         return outputs, [
             accumulator.jvp(output, unconnected_gradients=tf.UnconnectedGradients.ZERO) for output in outputs]
     except Exception:  # The accumulator fails with errors of many kinds.
-        return _doubly_transposed_product(function, inputs, tangents)
-
-
-def _doubly_transposed_product(function, inputs, tangents):
-    with tf.GradientTape(watch_accessed_variables=False) as outer_tape:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(inputs)
-            outputs = function(inputs)
-        # The transposed product is linear in the cotangents: its derivative is the same at every value of them.
-        cotangents = [tf.zeros_like(output) for output in outputs]
-        outer_tape.watch(cotangents)
-        products = [dense(product) for product in tape.gradient(outputs, inputs, output_gradients=cotangents)]
-    pairs = [(product, tangent) for product, tangent in zip(products, tangents) if product is not None]
-    if not pairs:
-        return outputs, [tf.zeros_like(output) for output in outputs]
-    products, tangents = zip(*pairs)
-    return outputs, outer_tape.gradient(
-        list(products), cotangents, output_gradients=list(tangents),
-        unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        linearization = ForwardLinearization(lambda inputs: (function(inputs), ()), inputs)
+        return linearization.outputs, linearization.product(tangents)

@@ -47,6 +47,25 @@ def test_result_is_that_of_reverse_mode():
         forward.diagnostics["inner_gradient_norm"], reverse.diagnostics["inner_gradient_norm"])
 
 
+@pytest.mark.parametrize("most_loops", [0, 8])
+def test_directions_of_scalars_and_arrays_agree_with_reverse_mode_in_loops_of_their_own_and_in_one(
+        most_loops, float64, monkeypatch):
+    monkeypatch.setattr(farhox.hypergradients.forward, "_MOST_LOOPS", most_loops)
+    w, target, rates = variable([1.0, -2.0]), variable([[0.5], [0.3]]), [variable(0.1), variable([0.2, 0.3])]
+
+    def objective(batch):
+        return tf.reduce_sum(tf.exp(w * tf.convert_to_tensor(target)[:, 0]) * batch)
+
+    problem = farhox.BilevelProblem(
+        objective, objective, [w], [rates[0], target, rates[1]],
+        farhox.GradientDescent(lambda step: rates[0] * tf.reduce_sum(tf.convert_to_tensor(rates[1]))))
+    data = tf.constant([[1.0, 2.0], [0.5, -1.0], [2.0, 1.0]], tf.float64), tf.constant([1.0, 0.5], tf.float64)
+    expected = farhox.ReverseHG().compute(problem, *data).gradients
+    for compute in (farhox.ForwardHG().compute, tf.function(farhox.ForwardHG().compute, autograph=False),
+                    tf.function(farhox.ForwardHG().compute, autograph=False, jit_compile=True)):
+        assert_close(compute(problem, *data).gradients, expected, 1e-12)
+
+
 def test_carry_holds_the_derivative_of_the_state_in_each_direction():
     case = scalar_quadratic(outer=("target", "rate", "initial"))
     (tangents,) = farhox.ForwardHG().compute(*case[:3]).carry
@@ -116,19 +135,22 @@ def test_accumulator_still_fails_in_the_loop_of_a_recurrent_layer(layer, float64
         product()
 
 
-def test_forward_product_without_the_accumulator_gives_the_same_numbers():
+def test_forward_linearization_gives_the_numbers_of_the_accumulator():
     def function(inputs):
         a, b, unused = inputs
         return [a * b, tf.reduce_sum(tf.sin(a))[tf.newaxis], tf.ones([2], tf.float64)]
 
     inputs = [tf.constant([1.0, 2.0], tf.float64), tf.constant([3.0, 4.0], tf.float64), tf.ones([3], tf.float64)]
     tangents = [tf.constant([0.5, -1.0], tf.float64), tf.constant([2.0, 1.0], tf.float64), tf.ones([3], tf.float64)]
-    accumulated = _autodiff.forward_product(function, inputs, tangents)
-    assert_close(_autodiff._doubly_transposed_product(function, inputs, tangents)[1][:2], accumulated[1][:2], 1e-15)
-    np.testing.assert_array_equal(
-        _autodiff._doubly_transposed_product(function, inputs, tangents)[1][2], [0.0, 0.0])
-    constant = _autodiff._doubly_transposed_product(lambda inputs: [tf.ones([2])], inputs, tangents)
-    np.testing.assert_array_equal(constant[1][0], [0.0, 0.0])
+    outputs, accumulated = _autodiff.forward_product(function, inputs, tangents)
+    linearization = _autodiff.ForwardLinearization(lambda inputs: (function(inputs), "auxiliary"), inputs)
+    assert_close(linearization.product(tangents), accumulated, 1e-15)
+    assert_close(linearization.product([tangents[0], None, None])[0], tangents[0] * inputs[1], 1e-15)
+    assert_close(linearization.outputs, outputs, 0.0)
+    assert (linearization.auxiliary, linearization.depends) == ("auxiliary", [True, True, False])
+    for none_depends in (linearization.product([None] * 3), _autodiff.ForwardLinearization(
+            lambda inputs: ([tf.ones([2])], ()), inputs).product(tangents)):
+        np.testing.assert_array_equal(none_depends[0], [0.0, 0.0])
 
 
 def test_error_of_the_objective_is_raised_as_it_is():

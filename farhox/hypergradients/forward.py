@@ -11,6 +11,9 @@ from farhox.hypergradients.base import (
     norm_before_first_step, reached_by_step, stacked_losses)
 from farhox.problem import float_leaves, with_float_leaves
 
+# Outer variables that have a loop each over their directions, at most: each is traced on its own.
+_MOST_LOOPS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class ForwardHG(HyperGradient):
@@ -36,40 +39,41 @@ class ForwardHG(HyperGradient):
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
         outer = problem.outer_values()
         steps = num_steps(inner_batches)
-        directions = _unit_directions(outer)
         reached = [False] * len(outer)
         if state is None:
             state = problem.initial_state(outer)
-            tangents = _initial_tangents(problem, outer, directions, reached)
+            tangents = _initial_tangents(problem, outer, reached)
         elif carry:
             # Tangents that were carried along hold what every variable did before, initial values too.
             tangents, reached = carry, [True] * len(outer)
         else:
-            tangents = _zero_tangents(state, directions)
+            tangents = _zero_tangents(state, outer)
         reached = [a or b for a, b in zip(
             reached, reached_by_step(problem, state, outer, batch_at(inner_batches, 0)))]
 
-        def body(t, state, tangents, losses, norm):
+        def body(t, state, arrays, losses, norm):
             batch = batch_at(inner_batches, t)
             leaves = float_leaves(state)
 
             def step(inputs):
                 at_state = with_float_leaves(state, inputs[:len(leaves)])
-                return float_leaves(problem.step(at_state, inputs[len(leaves):], batch).state)
+                result = problem.step(at_state, inputs[len(leaves):], batch)
+                return float_leaves(result.state), result
 
-            def tangent(direction):
-                return _forward_product(step, leaves + list(outer), direction)
+            linearization = _autodiff.ForwardLinearization(step, leaves + list(outer))
+            result = linearization.auxiliary
+            arrays = _step_of_tangents(linearization, arrays, outer)
+            return t + 1, result.state, arrays, losses.write(t, result.loss), result.gradient_norm
 
-            new_tangents = _map_directions(tangent, tangents + directions, leaves)
-            for new, old in zip(new_tangents, tangents):
-                new.set_shape(old.shape)
-            result = problem.step(state, outer, batch)
-            return t + 1, result.state, new_tangents, losses.write(t, result.loss), result.gradient_norm
-
-        taken, state, tangents, losses, norm = tf.while_loop(
-            lambda t, state, tangents, losses, norm: goes_on(problem, t, steps, norm), body,
-            [tf.constant(0), state, tangents, new_losses(problem, steps), norm_before_first_step(problem)],
+        # An entry per direction: a tensor [P, ...] would be copied as a whole in each step.
+        count = _num_directions(outer)
+        arrays = [tf.TensorArray(z.dtype, size=count, element_shape=z.shape[1:], clear_after_read=False).unstack(z)
+                  for z in tangents]
+        taken, state, arrays, losses, norm = tf.while_loop(
+            lambda t, state, arrays, losses, norm: goes_on(problem, t, steps, norm), body,
+            [tf.constant(0), state, arrays, new_losses(problem, steps), norm_before_first_step(problem)],
             parallel_iterations=1)
+        tangents = [tf.ensure_shape(array.stack(), z.shape) for array, z in zip(arrays, tangents)]
 
         at_end = problem.outer_gradients(state, outer, outer_batch)
         reached = [a or b is not None for a, b in zip(reached, at_end.outer)]
@@ -86,43 +90,74 @@ class ForwardHG(HyperGradient):
         if self.warm_restart:
             return []
         outer = problem.outer_values()
-        return _initial_tangents(problem, outer, _unit_directions(outer), [False] * len(outer))
+        return _initial_tangents(problem, outer, [False] * len(outer))
 
 
-def _unit_directions(outer):
-    """The P unit vectors of λ: for each outer variable a tensor [P, *shape]."""
-    sizes = [value.shape.num_elements() for value in outer]
-    identity = {dtype: tf.eye(sum(sizes), dtype=dtype) for dtype in {value.dtype for value in outer}}
-    directions, start = [], 0
-    for value, size in zip(outer, sizes):
-        columns = identity[value.dtype][:, start:start + size]
-        directions.append(tf.reshape(columns, [sum(sizes)] + list(value.shape)))
+def _num_directions(outer):
+    return sum(value.shape.num_elements() for value in outer)
+
+
+def _unit_direction(outer, index, among):
+    """Unit vector `index` of λ in the shapes of the outer variables; None for the variables that are not `among`."""
+    direction, start = [], 0
+    for i, value in enumerate(outer):
+        size = value.shape.num_elements()
+        # Zero where the index lies in another variable.
+        direction.append(tf.reshape(tf.one_hot(index - start, size, dtype=value.dtype), value.shape)
+                         if i in among else None)
         start += size
-    return directions
+    return direction
 
 
-def _initial_tangents(problem, outer, directions, reached):
+def _step_of_tangents(linearization, arrays, outer):
+    """Z <- A_t Z + B_t, direction by direction, in place of the old ones.
+
+    Outer variables have a loop each over their directions: there the other variables' part of B_t is known to be zero.
+    Many of them share one loop, whose graph is a single one.
+    """
+    everything = range(len(outer))
+    groups = [[i] for i in everything] if len(outer) <= _MOST_LOOPS else [everything]
+    stop = 0
+    for group in groups:
+        start, stop = stop, stop + _num_directions([outer[i] for i in group])
+
+        def product(index, arrays, group=group):
+            tangents = [array.read(index) for array in arrays] + _unit_direction(outer, index, group)
+            products = linearization.product(tangents)
+            return index + 1, [array.write(index, z) for array, z in zip(arrays, products)]
+
+        if stop - start == 1:
+            _, arrays = product(start, arrays)
+        else:
+            _, arrays = tf.while_loop(lambda index, _, stop=stop: index < stop, product,
+                                      [tf.constant(start), arrays], parallel_iterations=1)
+    return arrays
+
+
+def _initial_tangents(problem, outer, reached):
     """∂Φ_0/∂λ for all directions; `reached` is updated with the variables that Φ_0 depends on."""
     def initial(inputs):
-        return float_leaves(problem.initial_state(inputs))
+        return float_leaves(problem.initial_state(inputs)), ()
 
-    leaves = initial(outer)
-    for i, product in enumerate(_autodiff.transposed_product(initial, list(outer), leaves)):
-        reached[i] = reached[i] or product is not None
-    tangents = _map_directions(
-        lambda direction: _forward_product(initial, list(outer), direction), directions, leaves)
-    count = directions[0].shape[0]
+    linearization = _autodiff.ForwardLinearization(initial, list(outer))
+    leaves, count = linearization.outputs, _num_directions(outer)
+    reached[:] = [a or b for a, b in zip(reached, linearization.depends)]
+    everything = range(len(outer))
+    # AutoGraph would rewrite the user's dynamics, and turn their errors into others.
+    tangents = tf.map_fn(
+        tf.autograph.experimental.do_not_convert(
+            lambda index: linearization.product(_unit_direction(outer, index, everything))),
+        tf.range(count), parallel_iterations=1, fn_output_signature=[leaf.dtype for leaf in leaves])
     return [tf.ensure_shape(z, [count] + list(leaf.shape)) for z, leaf in zip(tangents, leaves)]
 
 
-def _zero_tangents(state, directions):
-    count = directions[0].shape[0]
-    return [tf.zeros([count] + list(leaf.shape), leaf.dtype) for leaf in float_leaves(state)]
+def _zero_tangents(state, outer):
+    return [tf.zeros([_num_directions(outer)] + list(leaf.shape), leaf.dtype) for leaf in float_leaves(state)]
 
 
 def _contract(at_end, tangents, outer):
     """Z' dE/ds + dE/dλ, in the shapes of the outer variables."""
-    count = sum(value.shape.num_elements() for value in outer)
+    count = _num_directions(outer)
     dtype = max((value.dtype for value in outer), key=lambda dtype: dtype.size)
     total = tf.zeros([count], dtype)
     for gradient, z in zip(at_end.state, tangents):
@@ -132,13 +167,3 @@ def _contract(at_end, tangents, outer):
     pieces = tf.split(total, [value.shape.num_elements() for value in outer])
     return [tf.cast(tf.reshape(piece, value.shape), value.dtype) + (0 if explicit is None else explicit)
             for piece, value, explicit in zip(pieces, outer, at_end.outer)]
-
-
-def _map_directions(function, directions, like):
-    # AutoGraph would rewrite the user's objective, and turn its errors into others.
-    return tf.map_fn(tf.autograph.experimental.do_not_convert(function), directions, parallel_iterations=1,
-                     fn_output_signature=[leaf.dtype for leaf in like])
-
-
-def _forward_product(function, inputs, tangents):
-    return _autodiff.forward_product(function, inputs, tangents)[1]
