@@ -161,7 +161,7 @@ def plot(by_seed, path):
     names = [name for name in first if name.startswith("budget")]
     budgets = [int(float(name.split()[1])) for name in names]
     best = best_budget(by_seed)
-    with experiment.figure(path, columns=4, size=(15.5, 3.6)) as (accuracy, f1, progress, histogram):
+    with experiment.figure(path, rows=2, columns=2, size=(10, 6.8)) as (accuracy, f1, progress, histogram):
         for name, color in (("oracle", experiment.GREEN), ("baseline", experiment.GREY)):
             mean = np.mean([100 * by_seed[seed][name]["test_accuracy"] for seed in seeds])
             accuracy.axhline(mean, color=color, linestyle="--", label=name)

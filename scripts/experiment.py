@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -120,7 +121,8 @@ class Folder:
         return json.loads(file.read_text())
 
 
-def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, save_every=10.0):
+def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, prepare=None, save_every=10.0,
+                  steps_per_epoch=1, callbacks=()):
     """`HyperOptimizer.fit` for a number of hyper-iterations; after an interruption it goes on where it was.
 
     The data go on too: an interrupted run ends with the same numbers as one that was not interrupted.
@@ -131,17 +133,22 @@ def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, sa
         hyper_iterations: Positive int.
         folder: Folder for the state of the run.
         observe: Callable without arguments that returns a dictionary of floats, added to each hyper-iteration's logs.
+        prepare: Callable of the index of a hyper-iteration, called before it.
         save_every: Float, seconds between two saved states.
+        steps_per_epoch: Positive int that divides `hyper_iterations`. History, `observe` and `prepare` then count
+            epochs of so many hyper-iterations.
+        callbacks: Further Keras callbacks.
 
     Returns:
-        History: a dictionary of lists with one entry per hyper-iteration, and "seconds_before", the seconds that
+        History: a dictionary of lists with one entry per epoch, and "seconds_before", the seconds that
         earlier processes needed for their part of it.
     """
-    backup = _Backup(optimizer, folder, hyper_iterations, observe, save_every)
-    if backup.done < hyper_iterations:
-        # One epoch is one hyper-iteration, so that logs are not means over several.
-        optimizer.fit(dataset.repeat().skip(backup.done), epochs=hyper_iterations, steps_per_epoch=1, verbose=0,
-                      initial_epoch=backup.done, callbacks=[backup])
+    epochs = hyper_iterations // steps_per_epoch
+    backup = _Backup(optimizer, folder, epochs, observe, prepare, save_every)
+    if backup.done < epochs:
+        # By default one epoch is one hyper-iteration, so that logs are not means over several.
+        optimizer.fit(dataset.repeat().skip(backup.done * steps_per_epoch), epochs=epochs, verbose=0,
+                      steps_per_epoch=steps_per_epoch, initial_epoch=backup.done, callbacks=[backup, *callbacks])
     return {**backup.history, "seconds_before": backup.seconds_before}
 
 
@@ -152,10 +159,11 @@ class _Backup(keras.callbacks.Callback):
     have come: a process killed in between would go on from a state that never was.
     """
 
-    def __init__(self, optimizer, folder, hyper_iterations, observe, save_every):
+    def __init__(self, optimizer, folder, hyper_iterations, observe, prepare, save_every):
         super().__init__()
         self.folder, self.hyper_iterations, self.save_every = pathlib.Path(folder), hyper_iterations, save_every
-        self.observe = observe
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.observe, self.prepare = observe, prepare
         self.history, self.done, self.seconds_before = {}, 0, 0.0
         self._file = self.folder / "state.json"
         if self._file.exists():
@@ -164,6 +172,10 @@ class _Backup(keras.callbacks.Callback):
             optimizer.load_weights(self.folder / state["weights"])
         self._start = self._saved = time.perf_counter()
         self._bar = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.prepare is not None:
+            self.prepare(epoch)
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {name: float(value) for name, value in (logs or {}).items()}
@@ -196,10 +208,20 @@ def progress_bar(steps, names, unit="hyper-iteration"):
 
 
 def write_json(path, value):
-    """Writes a file of JSON in one step: it is there whole or not at all."""
+    """Writes a file of JSON in one step: it is there whole or not at all. Lists of numbers take one line."""
+    text = re.sub(r"\[[^][{}\"]*\]", lambda match: " ".join(match[0].split()), json.dumps(value, indent=1))
     part = pathlib.Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=1))
+    part.write_text(text + "\n")
     os.replace(part, path)
+
+
+def rounded(value, digits=6):
+    """A JSON value with six significant digits, for results that people read."""
+    if isinstance(value, dict):
+        return {name: rounded(entry, digits) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(entry, digits) for entry in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def mean_and_range(values, form="{:.2f}"):
@@ -218,15 +240,15 @@ def markdown_table(header, rows):
 
 
 @contextlib.contextmanager
-def figure(path, columns=1, size=(5.2, 3.4)):
-    """Axes of a figure that is saved as a PNG file at the end."""
+def figure(path, rows=1, columns=1, size=(5.2, 3.4)):
+    """Axes of a figure that is saved as a PNG file at the end: a flat array of them if there are several."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
              "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 1.0, "legend.edgecolor": "none"}
     with plt.rc_context(style):
-        made, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
-        yield axes
+        made, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+        yield np.ravel(axes) if rows * columns > 1 else axes
         made.savefig(path, dpi=110)
         plt.close(made)
