@@ -15,12 +15,14 @@ Methods: `reverse`, `reverse_sqrt` (checkpoint_every="sqrt"), `forward` (W2 has 
 `naive`: the steps written out in Python under one tape, up to T=100.
 
 Each case runs in a process of its own. Times are medians of CPU seconds, which other programs disturb little; plain
-training is a hand-written TensorFlow loop over the same steps without derivatives. Growth is the peak of resident
-memory above that of the process with its data and its model.
+training is a hand-written TensorFlow loop over the same steps without derivatives. Tracing is what the first
+call takes beyond a later one. Growth is the peak of resident memory, tracing included, above that of the process with
+its data and its model.
 """
 
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -36,17 +38,6 @@ from absl import app, flags
 import farhox
 from farhox.batches import batch_at, num_steps
 
-FLAGS = flags.FLAGS
-flags.DEFINE_list("workloads", ["W1", "W2", "W4"], "Workloads to run.")
-flags.DEFINE_list("steps", None, "Numbers of inner steps T. Default: 10,100,1000, with --quick 2,5.")
-flags.DEFINE_list("methods", None, "Methods to run. Default: all that a workload has.")
-flags.DEFINE_integer("threads", 1, "Threads TensorFlow may use; 0 leaves it to TensorFlow.", lower_bound=0)
-flags.DEFINE_integer("repeats", None, "Timed computations per case. Default: 3 to 15, fewer for more steps.",
-                     lower_bound=1)
-flags.DEFINE_bool("quick", False, "Tiny sizes: shows in seconds that everything runs; the numbers mean nothing.")
-flags.DEFINE_string("json", None, "File to write the measurements to.")
-flags.DEFINE_string("case", None, "For internal use: the one case to measure in this process, as JSON.")
-
 METHODS = {"W1": ["reverse", "reverse_sqrt", "naive"], "W2": ["reverse", "reverse_sqrt", "forward", "naive"],
            "W4": ["implicit", "naive"]}
 HYPERGRADIENTS = {
@@ -60,6 +51,18 @@ HYPERGRADIENTS = {
 NAIVE_MAX_STEPS = 100
 COLUMNS = [("workload", "{}"), ("method", "{}"), ("steps", "{}"), ("hypergradient_s", "{:.4f}"),
            ("plain_s", "{:.4f}"), ("over_plain", "{:.2f}"), ("tracing_s", "{:.2f}"), ("growth_mb", "{:.0f}")]
+
+
+def define_flags():
+    flags.DEFINE_list("workloads", ["W1", "W2", "W4"], "Workloads to run.")
+    flags.DEFINE_list("steps", None, "Numbers of inner steps T. Default: 10,100,1000, with --quick 2,5.")
+    flags.DEFINE_list("methods", None, "Methods to run. Default: all that a workload has.")
+    flags.DEFINE_integer("threads", 1, "Threads TensorFlow may use; 0 leaves it to TensorFlow.", lower_bound=0)
+    flags.DEFINE_integer("repeats", None, "Timed computations per case. Default: 3 to 15, fewer for more steps.",
+                         lower_bound=1)
+    flags.DEFINE_bool("quick", False, "Tiny sizes: shows in seconds that everything runs; the numbers mean nothing.")
+    flags.DEFINE_string("json", None, "File to write the measurements to.")
+    flags.DEFINE_string("case", None, "For internal use: the one case to measure in this process, as JSON.")
 
 
 class Workload(NamedTuple):
@@ -80,25 +83,36 @@ class Workload(NamedTuple):
     warm_up_steps: int = 0
 
 
-def main(argv):
-    del argv
-    if FLAGS.case is not None:
-        print(json.dumps(measure(**json.loads(FLAGS.case))))
+def main(_):
+    options = flags.FLAGS
+    if options.case is not None:
+        print(json.dumps(measure(**json.loads(options.case))))
         return
-    steps = [int(t) for t in FLAGS.steps or (["2", "5"] if FLAGS.quick else ["10", "100", "1000"])]
-    cases = [dict(workload=workload, method=method, steps=t, quick=FLAGS.quick, threads=FLAGS.threads,
-                  repeats=FLAGS.repeats)
-             for workload in FLAGS.workloads for t in steps for method in METHODS[workload]
-             if (FLAGS.methods is None or method in FLAGS.methods) and (method != "naive" or t <= NAIVE_MAX_STEPS)]
+    cases = chosen_cases(options.workloads, options.methods, options.steps, options.quick)
     rows = []
     for i, case in enumerate(cases):
         print(f"[{i + 1}/{len(cases)}] {case['workload']} {case['method']} T={case['steps']}", file=sys.stderr,
               flush=True)
-        rows.append(run_in_own_process(case))
+        rows.append(run_in_own_process(dict(case, threads=options.threads, repeats=options.repeats)))
     print(table(rows))
-    if FLAGS.json:
-        with open(FLAGS.json, "w") as file:
-            json.dump({"tensorflow": tf.__version__, "keras": keras.__version__, "results": rows}, file, indent=1)
+    if options.json:
+        results = {"tensorflow": tf.__version__, "keras": keras.__version__, "python": platform.python_version(),
+                   "processor": processor(), "results": rows}
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+            file.write("\n")
+
+
+def chosen_cases(workloads, methods, steps, quick):
+    """The cases of the flags' values as dictionaries."""
+    every_method = {method for of_workload in METHODS.values() for method in of_workload}
+    unknown = set(workloads) - set(METHODS) | set(methods or []) - every_method
+    if unknown:
+        raise SystemExit(f"There are these workloads and methods: {METHODS}. Received: {sorted(unknown)}")
+    steps = [int(t) for t in steps or (["2", "5"] if quick else ["10", "100", "1000"])]
+    return [dict(workload=workload, method=method, steps=t, quick=quick)
+            for workload in workloads for t in steps for method in METHODS[workload]
+            if (methods is None or method in methods) and (method != "naive" or t <= NAIVE_MAX_STEPS)]
 
 
 def run_in_own_process(case):
@@ -119,6 +133,7 @@ def measure(workload, method, steps, quick, threads, repeats):
 
     arguments = (inner_batches, task.outer_batch) + (() if state is None else (state,))
 
+    forget_peak_memory()
     idle = peak_memory()
     start = time.process_time()
     compute = unrolled if method == "naive" else HYPERGRADIENTS[method].compute
@@ -151,8 +166,30 @@ def timed(function, arguments):
 
 
 def peak_memory():
-    """The most resident memory that this process has had, in KB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most resident memory that this process has had, in KB; on Linux, since `forget_peak_memory`."""
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak_memory():
+    """Lowers the peak to the memory in use, where Linux allows it: making the data may have taken more."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def processor():
+    """Name of the processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def state_megabytes(problem):
@@ -240,16 +277,18 @@ def tanh_network(quick):
 def near_optimum(quick):
     """W4."""
     examples, features, classes = (60, 8, 3) if quick else (2000, 784, 10)
+    # Just within stability. The small features of --quick are longer in each direction.
+    learning_rate = 1.0 if quick else 10.0
     x, y = synthetic_data(2 * examples, features, classes)
     strength = farhox.Hyperparameter(0.01, low=0.0, log=True, name="l2")
     weights = farhox.ExampleWeights(examples)
     problem = farhox.supervised_problem(
-        network([features, classes], [strength]), cross_entropy(), farhox.GradientDescent(10.0),
+        network([features, classes], [strength]), cross_entropy(), farhox.GradientDescent(learning_rate),
         outer_variables=[strength], example_weights=weights)
 
     def plain_step(variables, slots, batch):
         gradients = plain_gradients(variables, batch, weights=weights.natural_value(), strength=0.01)
-        return [w - 10.0 * g for w, g in zip(variables, gradients)], slots
+        return [w - learning_rate * g for w, g in zip(variables, gradients)], slots
 
     batch = (x[:examples], y[:examples], np.arange(examples))
     return Workload(problem, lambda steps: farhox.repeat(batch, steps), (x[examples:], y[examples:]), plain_step,
@@ -299,4 +338,5 @@ def plain_gradients(variables, batch, weights=None, strength=None):
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

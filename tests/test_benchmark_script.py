@@ -1,0 +1,80 @@
+"""The benchmark: its competitors compute what farhox computes, and what it writes is complete."""
+
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tensorflow as tf
+from problems import assert_close
+
+SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
+WORKLOADS = {"W1": "softmax_regression", "W2": "tanh_network", "W4": "near_optimum"}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("benchmark_hypergradients")
+
+
+def test_quick_run_writes_a_row_with_all_measurements(tmp_path, benchmark):
+    path = tmp_path / "benchmark.json"
+    finished = subprocess.run(
+        [sys.executable, str(SCRIPTS / "benchmark_hypergradients.py"), "--quick", "--workloads=W2",
+         "--methods=reverse", "--steps=3", "--repeats=2", f"--json={path}"],
+        capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads(path.read_text())
+    assert results["tensorflow"] == tf.__version__ and results["processor"]
+    (row,) = results["results"]
+    assert (row["workload"], row["method"], row["steps"], row["repeats"], row["threads"]) == ("W2", "reverse", 3, 2, 1)
+    assert row["hypergradient_s"] > 0 and row["plain_s"] > 0 and row["growth_mb"] > 0 and row["tracing_s"] > 0
+    assert row["over_plain"] == pytest.approx(row["hypergradient_s"] / row["plain_s"])
+    # 8-6-6-3 with biases: 117 weights, as many of momentum, and the step.
+    assert row["state_mb"] * 2**20 == 4 * 2 * 117 + 8
+    assert finished.stdout.splitlines() == benchmark.table([row]).splitlines()
+
+
+@pytest.mark.parametrize("workload, method", [("W1", "reverse"), ("W1", "reverse_sqrt"), ("W2", "reverse"),
+                                              ("W2", "reverse_sqrt"), ("W2", "forward")])
+def test_naive_tape_of_the_benchmark_gives_the_hypergradient_of_the_methods(workload, method, benchmark):
+    task = getattr(benchmark, WORKLOADS[workload])(quick=True)
+    data = task.inner_batches(5), task.outer_batch
+    expected, loss = benchmark.unrolled(task.problem, *data)
+    result = benchmark.HYPERGRADIENTS[method].compute(task.problem, *data)
+    assert_close([result.outer_loss], [loss], 1e-5)
+    assert_close(result.gradients, expected, 1e-4)
+
+
+def test_implicit_hypergradient_of_the_benchmark_is_that_of_a_long_training(benchmark):
+    task = benchmark.near_optimum(quick=True)
+    batches = task.inner_batches(200)
+    expected, _ = benchmark.unrolled(task.problem, batches, task.outer_batch, benchmark.warmed_up(task))
+    result = benchmark.HYPERGRADIENTS["implicit"].compute(
+        task.problem, batches, task.outer_batch, benchmark.warmed_up(task))
+    assert_close(result.gradients, expected, 1e-2)
+
+
+@pytest.mark.parametrize("workload", list(WORKLOADS))
+def test_plain_training_of_the_benchmark_takes_the_steps_of_the_problem(workload, benchmark):
+    task = getattr(benchmark, WORKLOADS[workload])(quick=True)
+    batches = task.inner_batches(5)
+    method = next(iter(benchmark.HYPERGRADIENTS.values()))
+    state = method.evaluate(task.problem, batches, task.outer_batch).state
+    assert_close(benchmark.plain_training(task, batches), state.variables, 1e-5)
+
+
+def test_naive_tape_is_left_out_beyond_the_steps_that_it_can_trace(benchmark):
+    cases = benchmark.chosen_cases(["W1"], ["naive", "reverse"], ["100", "1000"], quick=False)
+    assert [(case["method"], case["steps"]) for case in cases] == [
+        ("reverse", 100), ("naive", 100), ("reverse", 1000)]
+
+
+@pytest.mark.parametrize("workloads, methods", [(["W1", "W3"], None), (["W1"], ["reverse", "W3"])])
+def test_unknown_workload_or_method_ends_the_run_with_those_that_there_are(workloads, methods, benchmark):
+    with pytest.raises(SystemExit, match=r"'W4': \['implicit', 'naive'\].*Received: \['W3'\]"):
+        benchmark.chosen_cases(workloads, methods, None, quick=True)
