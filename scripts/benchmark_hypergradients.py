@@ -15,8 +15,8 @@ Methods: `reverse`, `reverse_sqrt` (checkpoint_every="sqrt"), `forward` (W2 has 
 `naive`: the steps written out in Python under one tape, up to T=100.
 
 Each case runs in a process of its own. Times are medians of CPU seconds, which other programs disturb little; plain
-training is a hand-written TensorFlow loop over the same steps without derivatives. The first call
-is what it takes beyond a later one: TensorFlow optimizes the graph and asks for memory. Growth is the peak of resident
+training is a hand-written TensorFlow loop over the same steps without derivatives. `first_call_s` is what the first
+call takes beyond a later one: TensorFlow optimizes the graph and asks for memory. `growth_mb` is the peak of resident
 memory, tracing included, above that of the process with its data and its model.
 """
 
@@ -50,7 +50,8 @@ HYPERGRADIENTS = {
 # Tracing steps that are written out takes minutes beyond this.
 NAIVE_MAX_STEPS = 100
 COLUMNS = [("workload", "{}"), ("method", "{}"), ("steps", "{}"), ("hypergradient_s", "{:.4f}"),
-           ("plain_s", "{:.4f}"), ("over_plain", "{:.2f}"), ("tracing_s", "{:.2f}"), ("first_call_s", "{:.2f}"), ("growth_mb", "{:.0f}")]
+           ("plain_s", "{:.4f}"), ("over_plain", "{:.2f}"), ("tracing_s", "{:.2f}"), ("first_call_s", "{:.2f}"),
+           ("growth_mb", "{:.0f}")]
 
 
 def define_flags():
@@ -153,8 +154,8 @@ def measure(workload, method, steps, quick, threads, repeats):
     seconds, plain_seconds = (statistics.median(column) for column in zip(*times))
     return dict(
         workload=workload, method=method, steps=steps, hypergradient_s=seconds, plain_s=plain_seconds,
-        over_plain=seconds / plain_seconds, tracing_s=tracing,
-        first_call_s=max(first_call - seconds, 0.0), growth_mb=(grown - idle) / 1024, state_mb=state_megabytes(problem), repeats=repeats, threads=threads)
+        over_plain=seconds / plain_seconds, tracing_s=tracing, first_call_s=max(first_call - seconds, 0.0),
+        growth_mb=(grown - idle) / 1024, state_mb=state_megabytes(problem), repeats=repeats, threads=threads)
 
 
 def timed(function, arguments):
