@@ -118,7 +118,7 @@ def run_budget(data, flipped, budget, settings, seed, folder):
     return {
         "test_accuracy": test_accuracy(data, weights, settings, seed), **find_flipped(weights, flipped),
         "sum": float(np.sum(weights)), "weights": np.round(weights, 4).tolist(), "flipped": flipped.tolist(),
-        "seconds_before": history.pop("seconds_before"),
+        "time_before": history.pop("time_before"),
         "history": {name: history[name] for name in ("outer_loss", "inner_loss", "accuracy", "f1")}}
 
 

@@ -105,17 +105,20 @@ class Folder:
     def once(self, name, function):
         """The result of a run: that on disk, or else what `function(folder of the run)` returns, a JSON value.
 
-        A result has the wall-clock seconds it took under "seconds", interruptions left out.
+        A result has the time it took under "seconds" (of the clock) and "cpu_seconds" (of all cores together), without
+        interruptions. A function that goes on after one says under "time_before" what `fit_resumable` gives it.
         """
         file = self.runs / f"{name}.json"
         if file.exists():
             return json.loads(file.read_text())
         print(f"\n{name}", flush=True)
-        start = time.perf_counter()
+        start = _clocks()
         folder = self.runs / name
         folder.mkdir(exist_ok=True)
         result = function(folder)
-        result["seconds"] = round(result.pop("seconds_before", 0.0) + time.perf_counter() - start, 2)
+        before = result.pop("time_before", {})
+        for clock, now in _clocks().items():
+            result[clock] = round(before.get(clock, 0.0) + now - start[clock], 2)
         write_json(file, result)
         shutil.rmtree(folder)  # The state of a run is of no use when it is finished.
         return json.loads(file.read_text())
@@ -140,7 +143,7 @@ def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, pr
         callbacks: Further Keras callbacks.
 
     Returns:
-        History: a dictionary of lists with one entry per epoch, and "seconds_before", the seconds that
+        History: a dictionary of lists with one entry per epoch, and "time_before", the seconds and CPU seconds that
         earlier processes needed for their part of it.
     """
     epochs = hyper_iterations // steps_per_epoch
@@ -149,7 +152,7 @@ def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, pr
         # By default one epoch is one hyper-iteration, so that logs are not means over several.
         optimizer.fit(dataset.repeat().skip(backup.done * steps_per_epoch), epochs=epochs, verbose=0,
                       steps_per_epoch=steps_per_epoch, initial_epoch=backup.done, callbacks=[backup, *callbacks])
-    return {**backup.history, "seconds_before": backup.seconds_before}
+    return {**backup.history, "time_before": backup.time_before}
 
 
 class _Backup(keras.callbacks.Callback):
@@ -164,13 +167,13 @@ class _Backup(keras.callbacks.Callback):
         self.folder, self.hyper_iterations, self.save_every = pathlib.Path(folder), hyper_iterations, save_every
         self.folder.mkdir(parents=True, exist_ok=True)
         self.observe, self.prepare = observe, prepare
-        self.history, self.done, self.seconds_before = {}, 0, 0.0
+        self.history, self.done, self.time_before = {}, 0, {}
         self._file = self.folder / "state.json"
         if self._file.exists():
             state = json.loads(self._file.read_text())
-            self.history, self.done, self.seconds_before = state["history"], state["done"], state["seconds"]
+            self.history, self.done, self.time_before = state["history"], state["done"], state["time"]
             optimizer.load_weights(self.folder / state["weights"])
-        self._start = self._saved = time.perf_counter()
+        self._start, self._saved = _clocks(), time.perf_counter()
         self._bar = None
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -194,11 +197,15 @@ class _Backup(keras.callbacks.Callback):
         weights = f"{self.done}.weights.h5"
         self.model.save_weights(self.folder / weights)
         self._saved = time.perf_counter()
-        write_json(self._file, {"done": self.done, "weights": weights, "history": self.history,
-                                "seconds": self.seconds_before + self._saved - self._start})
+        spent = {clock: self.time_before.get(clock, 0.0) + now - self._start[clock] for clock, now in _clocks().items()}
+        write_json(self._file, {"done": self.done, "weights": weights, "history": self.history, "time": spent})
         for old in self.folder.glob("*.weights.h5"):
             if old.name != weights:
                 old.unlink()
+
+
+def _clocks():
+    return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
 
 
 def progress_bar(steps, names, unit="hyper-iteration"):

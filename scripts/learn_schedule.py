@@ -82,7 +82,7 @@ def learn(parts, settings, seed, folder):
     history = experiment.fit_resumable(
         optimizer, dataset, settings["hyper_iterations"], folder, prepare=draw_initial_weights)
     return {"schedule": keras.optimizers.schedules.serialize(schedule.to_keras()), "rates": schedule.numpy().tolist(),
-            "seconds_before": history.pop("seconds_before"),
+            "time_before": history.pop("time_before"),
             "history": {name: history[name] for name in ("outer_loss", "inner_loss", "accuracy")}}
 
 

@@ -145,7 +145,7 @@ def run_seed(settings, data_dir, seed, folder, logs, weights):
     for judge in judges:
         result = judge.evaluate(test, settings["test_episodes"])
         results["transductive" if result["transductive"] else "support statistics"] = result
-    return {"test": results, "history": history, "seconds_before": history.pop("seconds_before")}
+    return {"test": results, "history": history, "time_before": history.pop("time_before")}
 
 
 def table(settings, by_seed):
@@ -155,9 +155,10 @@ def table(settings, by_seed):
         rows.append([settings["algorithm"], f"{settings['ways']} ways, {settings['shots']} shots", form,
                      experiment.mean_and_range([100 * result["accuracy"] for result in results]),
                      experiment.mean_and_range([100 * result["accuracy_interval"] for result in results]),
-                     experiment.mean_and_range([run["seconds"] / 60 for run in by_seed.values()], "{:.0f}")])
+                     *(experiment.mean_and_range([run[clock] / 60 for run in by_seed.values()], "{:.0f}")
+                       for clock in ("seconds", "cpu_seconds"))])
     return experiment.markdown_table(
-        ["", "episodes", "batch norm", "test accuracy, %", "95 % interval, ±", "minutes"], rows)
+        ["", "episodes", "batch norm", "test accuracy, %", "95 % interval, ±", "minutes", "CPU minutes"], rows)
 
 
 def plot_curves(settings, by_seed, path):

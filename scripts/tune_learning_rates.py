@@ -147,7 +147,7 @@ def search_batch(task, folder):
     history = experiment.fit_resumable(
         optimizer, tf.data.Dataset.from_tensors(task.fixed_batches()), settings["trials"], folder)
     values = task.values_before(history)
-    return finished(history["outer_loss"], settings["inner_steps"], values, history["seconds_before"],
+    return finished(history["outer_loss"], settings["inner_steps"], values, history["time_before"],
                     task.accuracy_of_best(history["outer_loss"], values))
 
 
@@ -166,7 +166,7 @@ def search_online(task, method, folder):
         optimizer, task.batches(steps), settings["trials"] * settings["inner_steps"] // steps, folder,
         observe=lambda: {"test_accuracy": float(test_accuracy())})
     best = int(np.nanargmin(history["outer_loss"]))
-    return finished(history["outer_loss"], steps, task.values_before(history), history["seconds_before"],
+    return finished(history["outer_loss"], steps, task.values_before(history), history["time_before"],
                     history["test_accuracy"][best])
 
 
@@ -192,12 +192,12 @@ def search_black_box(task, sampler):
     return finished(losses, task.settings["inner_steps"], values, 0.0, task.accuracy_of_best(losses, values))
 
 
-def finished(losses, steps, values, seconds_before, accuracy):
+def finished(losses, steps, values, time_before, accuracy):
     """What the JSON file of a search holds: the validation loss after each `steps` gradient steps, and where."""
     best = int(np.nanargmin(losses))
     return {"losses": [loss if math.isfinite(loss) else None for loss in losses], "steps": steps, "values": values,
             "best_loss": losses[best], "best_values": {name: series[best] for name, series in values.items()},
-            "test_accuracy": accuracy, "seconds_before": seconds_before}
+            "test_accuracy": accuracy, "time_before": time_before}
 
 
 def run_seed(folder, settings, data_dir, seed):

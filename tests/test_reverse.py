@@ -165,6 +165,19 @@ def test_replay_is_exact_with_dropout_batch_norm_and_minibatches(float64):
     assert seeds, "The network draws no random numbers."
 
 
+@pytest.mark.parametrize("checkpoint_every", [None, 2])
+@pytest.mark.parametrize("reads_statistics", [False, True])
+def test_first_order_dynamics_are_exact_whether_or_not_statistics_count(reads_statistics, checkpoint_every, float64):
+    model, inner_batches, outer_batch = model_and_data("BatchNormalization", steps=4)
+    rate, decay = variable(0.3), variable(0.5)
+    problem = farhox.supervised_problem(
+        model, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        farhox.Momentum(rate, decay, first_order=True), [rate, decay], learn_initialization=True,
+        training_at_outer=not reads_statistics)
+    result = farhox.ReverseHG(checkpoint_every=checkpoint_every).compute(problem, inner_batches, outer_batch)
+    assert_close(result.gradients, unrolled.unrolled_hypergradient(problem, inner_batches, outer_batch), 1e-11)
+
+
 def test_online_computation_goes_on_from_the_state():
     case = scalar_quadratic(outer=("target", "rate"))
     first = farhox.ReverseHG().compute(case.problem, case.inner_batches[:4], case.outer_batch)

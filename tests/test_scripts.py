@@ -119,9 +119,9 @@ def test_an_interrupted_run_ends_with_the_numbers_of_one_that_was_not(load, tmp_
     parts = experiment.fit_resumable(
         *small_optimizer(), 9, tmp_path / "parts", prepare=prepared.append, save_every=0.0)
     assert prepared == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8]
-    assert len(parts["outer_loss"]) == 9 and parts["seconds_before"] > 0
-    assert {name: parts[name] for name in parts if name != "seconds_before"} == {
-        name: whole[name] for name in whole if name != "seconds_before"}
+    assert len(parts["outer_loss"]) == 9 and parts["time_before"]["seconds"] > 0
+    assert {name: parts[name] for name in parts if name != "time_before"} == {
+        name: whole[name] for name in whole if name != "time_before"}
     assert len(list((tmp_path / "parts").glob("*.weights.h5"))) == 1
     assert experiment.fit_resumable(*small_optimizer(), 9, tmp_path / "parts")["outer_loss"] == whole["outer_loss"]
 
@@ -129,8 +129,8 @@ def test_an_interrupted_run_ends_with_the_numbers_of_one_that_was_not(load, tmp_
 def test_a_finished_run_is_not_done_again(load, tmp_path):
     experiment = load("experiment")
     folder = experiment.Folder(tmp_path, {"inner_steps": 3})
-    first = folder.once("run", lambda path: {"loss": 0.5, "seconds_before": 60.0})
-    assert first["loss"] == 0.5 and first["seconds"] >= 60.0
+    first = folder.once("run", lambda path: {"loss": 0.5, "time_before": {"seconds": 60.0, "cpu_seconds": 90.0}})
+    assert first["loss"] == 0.5 and first["seconds"] >= 60.0 and first["cpu_seconds"] >= 90.0
     again = experiment.Folder(tmp_path, {"inner_steps": 3}).once("run", lambda path: pytest.fail("it ran again"))
     assert again == first
 

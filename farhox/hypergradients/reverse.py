@@ -76,11 +76,12 @@ class ReverseHG(HyperGradient):
         reached = [gradient is not None for gradient in at_end.outer]
         adjoint = zeros_for_none(at_end.state, float_leaves(run.state))
         gradients = zeros_for_none(at_end.outer, outer)
+        through_gradient = not problem.dynamics.first_order or _statistics_matter(run.state, at_end.state)
 
         if self.truncation != 0:
             adjoint, gradients = _walk_back(
                 problem, segments, outer, inner_batches, first, steps, segment, adjoint, gradients, reached,
-                keep_gradients)
+                keep_gradients, through_gradient)
             if from_initial_state and not (isinstance(first, int) and first > 0):
                 if not isinstance(first, int):
                     adjoint = [tf.where(first > 0, tf.zeros_like(part), part) for part in adjoint]
@@ -118,6 +119,12 @@ def _gradients_are_kept(variables, steps):
     return steps * sum(size * variable.dtype.size for size, variable in zip(sizes, variables)) <= _KEPT_BYTES
 
 
+def _statistics_matter(state, adjoint):
+    """Whether the outer objective reads a state variable, given its derivatives over `float_leaves` of the state."""
+    start = len(state.variables)
+    return any(part is not None for part in adjoint[start:start + len(float_leaves(state.state_variables))])
+
+
 def _record_store(state, size, keep_gradients):
     return StateStore(InnerRecord(state, state.variables if keep_gradients else []), size)
 
@@ -146,7 +153,7 @@ def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment, 
 
 
 def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjoint, gradients, reached,
-               keep_gradients):
+               keep_gradients, through_gradient):
     """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
     # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds up
     # the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
@@ -155,7 +162,7 @@ def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjo
     def body(index, adjoint, gradients):
         if segment is None:
             return index - 1, *_reverse_steps(
-                problem, store, outer, inner_batches, first, steps, adjoint, gradients, reached)
+                problem, store, outer, inner_batches, first, steps, adjoint, gradients, reached, through_gradient)
         start = first + index * segment
         stop = tf.minimum(start + segment, steps)
         state = store.read(index)
@@ -164,7 +171,7 @@ def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjo
         records = run_inner(
             problem, state, outer, inner_batches, start, stop, losses, records, replay=True).store
         adjoint, gradients = _reverse_steps(
-            problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached)
+            problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached, through_gradient)
         return index - 1, adjoint, gradients
 
     _, adjoint, gradients = tf.while_loop(
@@ -173,7 +180,8 @@ def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjo
     return adjoint, gradients
 
 
-def _reverse_steps(problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached):
+def _reverse_steps(problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached,
+                   through_gradient):
     """Steps stop - 1 down to `start`; `records` holds the `InnerRecord` of each of them.
 
     `reached` is updated in place with the outer variables that a step depends on.
@@ -181,7 +189,7 @@ def _reverse_steps(problem, records, outer, inner_batches, start, stop, adjoint,
     def body(t, adjoint, gradients):
         record = records.read(t - start)
         leaves = float_leaves(record.state)
-        products = _step_product(problem, record, outer, batch_at(inner_batches, t), adjoint)
+        products = _step_product(problem, record, outer, batch_at(inner_batches, t), adjoint, through_gradient)
         for i, product in enumerate(products[len(leaves):]):
             reached[i] = reached[i] or product is not None
         adjoint = zeros_for_none(products[:len(leaves)], leaves)
@@ -195,11 +203,12 @@ def _reverse_steps(problem, records, outer, inner_batches, start, stop, adjoint,
     return adjoint, gradients
 
 
-def _step_product(problem, record, outer, batch, adjoint):
+def _step_product(problem, record, outer, batch, adjoint, through_gradient):
     """adjoint' (∂Φ_t/∂s, ∂Φ_t/∂λ) as a list over the state's leaves and the outer variables, None where independent.
 
     First through the update (∇L, s, λ) -> (w, slots), then through the inner gradient ∇L(s, λ): with the gradient at
-    hand the second part takes its product alone and need not finish computing it.
+    hand the second part takes its product alone and need not finish computing it. Without `through_gradient` the
+    second part is known to be zero: first-order dynamics, and statistics that nothing depends on.
     """
     state, count = record.state, len(record.state.variables)
     leaves = float_leaves(state)
@@ -215,6 +224,10 @@ def _step_product(problem, record, outer, batch, adjoint):
         at_state = with_float_leaves(state, inputs[:len(leaves)])
         return float_leaves(problem.updated(gradients, at_state, inputs[len(leaves):], batch))
 
+    if not through_gradient:
+        gradients = record.gradients or problem.step_gradients(state, outer, batch)[2]
+        return _autodiff.transposed_product(
+            update, gradients + leaves + list(outer), adjoint[:count] + adjoint[after_statistics:])[count:]
     inner_gradient = _autodiff.Linearization(gradient, leaves, list(outer))
     products = _autodiff.transposed_product(
         update, (record.gradients or inner_gradient.outputs[:count]) + leaves + list(outer),
