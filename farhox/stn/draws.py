@@ -29,6 +29,7 @@ class Perturbation(keras.layers.Layer):
         self._hyperparameters = tuple(hyperparameters)
         self.variables_of = [entry.variable for entry in hyperparameters]
         self._sizes = [num_entries(entry) for entry in hyperparameters]
+        self.seed_generator = keras.random.SeedGenerator()
         self._one_draw = [any(entry is other for other in one_draw) for entry in hyperparameters]
         self.raw_scales = self.add_weight(
             shape=(sum(self._sizes),), name="raw_scales", dtype=keras.config.floatx(),
@@ -49,7 +50,9 @@ class Perturbation(keras.layers.Layer):
 
     def noise(self, batch_size):
         """Standard normal numbers [batch, n], the same in all rows for hyperparameters with one draw."""
-        return self.same_rows(tf.random.normal([batch_size, sum(self._sizes)], dtype=self.raw_scales.dtype))
+        # A generator of Keras' is saved with the model, so that a training that goes on sees the draws it would have.
+        return self.same_rows(keras.random.normal(
+            [batch_size, sum(self._sizes)], dtype=self.raw_scales.dtype, seed=self.seed_generator))
 
     def same_rows(self, noise):
         """The noise with its first row in the place of all others, for hyperparameters with one draw."""

@@ -1,0 +1,79 @@
+"""Self-tuned dropout and augmentation on Fashion-MNIST, against black-box searches and fixed values.
+
+    python scripts/stn_fashion_mnist.py --quick
+    python scripts/stn_fashion_mnist.py --num_seeds=3
+    python scripts/stn_fashion_mnist.py --model=alexnet --baseline=tpe
+
+Models: `cnn`, two convolutions and two dense layers; `alexnet`, five convolutions and three dense layers, after the
+paper. Hyperparameters: a dropout rate after each convolution and before the dense layers, noise on the input, random
+translation and brightness, and the side of a square that is cut out, which is discrete. `stn_experiment` says what is
+compared.
+
+Reference: MacKay et al., Self-tuning networks: bilevel optimization of hyperparameters using structured best-response
+functions, 2019, section 4.
+"""
+
+import experiment  # First: it sets TensorFlow's log level.
+from absl import app, flags
+import keras
+
+from farhox import stn
+import stn_experiment
+from stn_experiment import Range
+import stn_networks
+
+SETTINGS = ("model", "width", *stn_experiment.SETTINGS)
+QUICK = {"width": 0.25, "train_examples": 500, "validation_examples": 250, "steps": 40, "evaluate_every": 20,
+         "batch_size": 32, "warmup_steps": 10, "trials": 2, "hyper_learning_rate": 0.05}
+AUGMENTATION = {
+    "translation": Range(0.02, 0.0, 0.3), "brightness": Range(0.05, 0.0, 0.9), "input_noise": Range(0.02, 0.0, 0.5),
+    "cutout_length": Range(1.5, 0.0, 15.0, discrete=True)}
+RATE = Range(0.05, 0.0, 0.9)
+CONVOLUTIONS = {"cnn": 2, "alexnet": 5}
+
+
+def define_flags():
+    stn_experiment.define_flags(
+        "results/stn_fashion_mnist", baseline=["random", "fixed"], train_examples=2000, validation_examples=1000,
+        steps=2000, evaluate_every=50, batch_size=64, learning_rate=0.03, warmup_steps=150)
+    flags.DEFINE_enum("model", "cnn", list(CONVOLUTIONS), "Network.")
+    flags.DEFINE_float("width", 1.0, "Factor of the numbers of filters and units.", lower_bound=0.0)
+
+
+def ranges(model):
+    """Dictionary by name of the hyperparameters' `Range`."""
+    names = [f"conv_dropout_{i}" for i in range(1, CONVOLUTIONS[model] + 1)] + ["dense_dropout_1", "dense_dropout_2"]
+    return {**AUGMENTATION, **{name: RATE for name in names}}
+
+
+def augment(images, hyperparameters):
+    """Images in [0, 1], perturbed in training."""
+    images = stn.RandomTranslation(hyperparameters["translation"], fill_mode="constant")(images)
+    images = stn.RandomBrightness(hyperparameters["brightness"], value_range=(0, 1))(images)
+    images = stn.GaussianNoise(hyperparameters["input_noise"])(images)
+    return stn.Cutout(hyperparameters["cutout_length"])(images)
+
+
+def build(model, width, hyperparameters):
+    """A Keras model with logits."""
+    inputs = keras.Input([28, 28, 1])
+    outputs = augment(inputs, hyperparameters)
+    network = stn_networks.small if model == "cnn" else stn_networks.alexnet
+    return keras.Model(inputs, network(outputs, hyperparameters, width))
+
+
+def make_task(settings, seed):
+    sizes = settings["train_examples"], settings["validation_examples"]
+    parts = experiment.images("fashion_mnist", flags.FLAGS.data_dir, sizes, seed)
+    return stn_experiment.Task(
+        ranges(settings["model"]), lambda h: build(settings["model"], settings["width"], h), tuple(parts),
+        lambda: keras.optimizers.SGD(settings["learning_rate"], momentum=0.9))
+
+
+def main(_):
+    stn_experiment.main("stn_fashion_mnist", experiment.settings(SETTINGS, QUICK), make_task)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
