@@ -8,7 +8,7 @@ if keras.backend.backend() != "tensorflow":
         f"backend {keras.backend.backend()!r}: set the environment variable KERAS_BACKEND=tensorflow before the first "
         "import of keras.")
 
-from farhox import callbacks, meta, plots, stn  # noqa: E402
+from farhox import callbacks, export, meta, plots, stn  # noqa: E402
 from farhox.batches import gather, repeat, stack  # noqa: E402
 from farhox.constraints import Box, CappedSimplex, Simplex  # noqa: E402
 from farhox.datasets import bilevel_dataset, k_fold_dataset  # noqa: E402
@@ -37,6 +37,6 @@ __all__ = [
     "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG", "InitialHG",
     "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann",
     "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "ReptileHG", "ReverseHG", "ReversibleHG",
-    "Simplex", "bilevel_dataset", "callbacks", "check_hypergradient", "compare_hypergradients", "gather", "health",
-    "k_fold_dataset", "meta", "plots", "repeat", "stack", "stn", "supervised_problem",
+    "Simplex", "bilevel_dataset", "callbacks", "check_hypergradient", "compare_hypergradients", "export", "gather",
+    "health", "k_fold_dataset", "meta", "plots", "repeat", "stack", "stn", "supervised_problem",
 ]

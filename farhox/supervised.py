@@ -79,8 +79,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         if weights is not None and not any(entry is weights for entry in outer):
             outer.append(weights)
     loss_function = _loss(loss, inner)
-    sparse = isinstance(loss_function, keras.losses.SparseCategoricalCrossentropy) or (
-        getattr(loss_function, "fn", None) is keras.losses.sparse_categorical_crossentropy)
+    sparse = takes_class_numbers(loss_function)
     ignored = loss_function.get_config().get("ignore_class") if sparse else None
 
     def loss_value(targets, predictions, weights, by_class=None):
@@ -116,6 +115,14 @@ def _state_variables(model):
     """Statistics and seeds: variables that are not trainable by nature, rather than frozen weights."""
     frozen = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
     return [v for v in model.non_trainable_variables if id(v) not in frozen]
+
+
+def takes_class_numbers(loss):
+    """Whether the targets of a loss are class numbers: sparse categorical cross-entropy in any of its forms."""
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    sparse = keras.losses.sparse_categorical_crossentropy
+    return isinstance(loss, keras.losses.SparseCategoricalCrossentropy) or sparse in (loss, getattr(loss, "fn", None))
 
 
 def _representation_variables(model, layers):

@@ -12,6 +12,7 @@ from farhox.hypergradients.episodes import map_episodes
 from farhox.meta.episodes import EpisodeSource
 from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.statistics import support_statistics
+from farhox.supervised import takes_class_numbers
 
 
 class Learner(HyperOptimizer):
@@ -29,14 +30,19 @@ class Learner(HyperOptimizer):
             without replacement. Default: all of them in each step.
         transductive: Bool, see `query_call`. Kept for the results of `evaluate`.
         seed: Int, of the random order.
+        loss: The loss of an episode, as for `supervised_problem`; for what labels are.
         name: Name of the Keras model.
+
+    Attributes:
+        model, problem, inner_steps, evaluation_steps, transductive: As given.
+        labels_are_class_numbers: Bool; labels are targets like the model's outputs otherwise.
 
     Raises:
         ValueError: If a number is not a positive integer.
     """
 
     def __init__(self, model, problem, hypergradient, inner_steps, evaluation_steps=None, batch_size=None,
-                 transductive=True, seed=0, name=None):
+                 transductive=True, seed=0, loss="sparse_categorical_crossentropy", name=None):
         super().__init__(problem, hypergradient, name=name)
         evaluation_steps = inner_steps if evaluation_steps is None else evaluation_steps
         for label, value in (("inner_steps", inner_steps), ("evaluation_steps", evaluation_steps),
@@ -48,6 +54,7 @@ class Learner(HyperOptimizer):
         self.batch_size = batch_size
         self.transductive = bool(transductive)
         self.seed = int(seed)
+        self.labels_are_class_numbers = takes_class_numbers(loss)
         self._adapt_function = self._predict_function = self._judge_function = None
 
     def compile(self, *args, **kwargs):
@@ -89,8 +96,23 @@ class Learner(HyperOptimizer):
         support = tf.nest.map_structure(lambda leaf: tf.convert_to_tensor(leaf)[None], tuple(support))
         query = tf.convert_to_tensor(query)[None]
         if self._predict_function is None:
-            self._predict_function = self._compiled(self._predicted)
+            self._predict_function = self._compiled(self.predict_episodes)
         return self._predict_function(support, query).numpy()[0]
+
+    def predict_episodes(self, support, query):
+        """`predict` for several episodes, in pure TensorFlow.
+
+        Args:
+            support: Tuple (x, y) of tensors [episodes, support examples, ...].
+            query: Tensor of inputs [episodes, queries, ...].
+
+        Returns:
+            Tensor of predictions [episodes, queries, ...].
+        """
+        def one(_, inputs, state):
+            return self.problem.predict_outer(state, self.problem.outer_values(), (inputs, None))[1]
+
+        return map_episodes(one, (), (support[0], query), self._adapted(support)[0])
 
     def adapt(self, support):
         """A plain Keras model adapted to a support set.
@@ -137,6 +159,7 @@ class Learner(HyperOptimizer):
         if self.batch_size is None:
             return RepeatedBatch(tuple(support), tf.range(steps))
         count = support[0].shape[1]
+        count = tf.shape(support[0])[1] if count is None else count
         passes = -(-steps * self.batch_size // count)
         seed = [self.seed, self.optimizer.iterations + 1 if training else 0]
         keys = tf.random.stateless_uniform([passes, count], tf.stack([tf.cast(part, tf.int64) for part in seed]))
@@ -159,13 +182,6 @@ class Learner(HyperOptimizer):
             return run.state, stacked_losses(problem, run)
 
         return map_episodes(one, inner_batches, ())
-
-    def _predicted(self, support, query):
-        """Predictions for query inputs after adaptation: [episodes, queries, ...]."""
-        def one(_, inputs, state):
-            return self.problem.predict_outer(state, self.problem.outer_values(), (inputs, None))[1]
-
-        return map_episodes(one, (), (support[0], query), self._adapted(support)[0])
 
     def _judge(self, episodes):
         """Loss and, where labels are integers, accuracy of each episode: a dictionary of tensors [episodes]."""

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from farhox.dynamics import GradientDescent
 from farhox.hypergradients import EpisodesHG, HyperGradient, ImplicitHG, InitialHG, ReptileHG, ReverseHG
@@ -52,7 +53,7 @@ class MAML(Learner):
         problem = _initialization_problem(
             model, [], inner_learning_rate, learn_learning_rates, first_order, loss, transductive)
         super().__init__(model, problem, EpisodesHG(ReverseHG()), inner_steps, evaluation_steps,
-                         transductive=transductive, name=name)
+                         transductive=transductive, loss=loss, name=name)
 
 
 class ANIL(Learner):
@@ -76,7 +77,7 @@ class ANIL(Learner):
         problem = _initialization_problem(
             model, _body(model, head), inner_learning_rate, learn_learning_rates, first_order, loss, transductive)
         super().__init__(model, problem, EpisodesHG(ReverseHG()), inner_steps, evaluation_steps,
-                         transductive=transductive, name=name)
+                         transductive=transductive, loss=loss, name=name)
 
 
 class HyperRepresentation(Learner):
@@ -127,8 +128,16 @@ class HyperRepresentation(Learner):
             outer_variables=[r for r in [inner_learning_rate] if isinstance(r, Hyperparameter)],
             representation=[body], outer_call=query_call(model, transductive))
         super().__init__(model, problem, EpisodesHG(hypergradient), inner_steps, evaluation_steps,
-                         transductive=transductive, name=name)
+                         transductive=transductive, loss=loss, name=name)
         self.body, self.head = body, head
+
+    def embed(self, inputs):
+        """The representation of inputs: a tensor [inputs, features].
+
+        Batch-norm layers of the body normalise by the statistics of these inputs, whose moving averages farhox does not
+        learn.
+        """
+        return query_call(self.body, transductive=True)((None, tf.convert_to_tensor(inputs)))
 
 
 class IMAML(Learner):
@@ -167,7 +176,7 @@ class IMAML(Learner):
             outer_variables=[proximal] if isinstance(proximal, Hyperparameter) else [],
             outer_call=query_call(model, transductive))
         super().__init__(model, problem, EpisodesHG(ImplicitHG(solver)), inner_steps, evaluation_steps,
-                         transductive=transductive, name=name)
+                         transductive=transductive, loss=loss, name=name)
 
 
 class Reptile(Learner):
@@ -207,7 +216,7 @@ class Reptile(Learner):
         problem = supervised_problem(model, loss, dynamics=dynamics, learn_initialization=True,
                                      outer_call=query_call(model, transductive))
         super().__init__(model, problem, ReptileHG(step_weights), inner_steps, evaluation_steps, batch_size,
-                         transductive=transductive, seed=seed, name=name)
+                         transductive=transductive, seed=seed, loss=loss, name=name)
 
     def _initial_state(self):
         slots, step = self._kept_carry()
@@ -233,7 +242,7 @@ class JointTraining(Learner):
         problem = supervised_problem(
             model, loss, dynamics=GradientDescent(inner_learning_rate), learn_initialization=True, outer_call=predict)
         super().__init__(model, problem, EpisodesHG(InitialHG()), 1, evaluation_steps,
-                         transductive=transductive, name=name)
+                         transductive=transductive, loss=loss, name=name)
 
 
 def _initialization_problem(model, body, rate, learn_rates, first_order, loss, transductive):

@@ -7,6 +7,9 @@ from farhox.datasets import pair
 from farhox.meta.episodes import EpisodeSource
 from farhox.meta.evaluation import evaluate_episodes
 
+# The logarithm of a probability that is zero in float32; an infinite one would make derivatives that are not numbers.
+_NEVER = -1e30
+
 
 class PrototypicalNetwork(keras.Model):
     """Classifies a query by its distance to the mean embedding of each class of the support set.
@@ -57,14 +60,14 @@ class PrototypicalNetwork(keras.Model):
     def call(self, inputs, training=False):
         """Class probabilities [episodes, queries, ways] of (support x, support y, query x)."""
         support, labels, query = inputs
-        num_support = support.shape[1]
+        num_support = tf.shape(support)[1]
         images = tf.concat([support, query], axis=1)
         features = self.embedding(tf.reshape(images, tf.concat([[-1], tf.shape(images)[2:]], 0)), training=training)
         features = tf.reshape(features, [tf.shape(images)[0], tf.shape(images)[1], features.shape[-1]])
-        prototypes = self._prototypes(features[:, :num_support], labels)
+        prototypes, present = self._prototypes(features[:, :num_support], labels)
         query = features[:, num_support:]
         distances = tf.reduce_sum((query[:, :, None] - prototypes[:, None]) ** 2, axis=-1)
-        return tf.nn.softmax(-distances)
+        return tf.nn.softmax(tf.where(present[:, None], -distances, _NEVER))
 
     def train_step(self, data):
         return super().train_step(_as_keras(data))
@@ -81,9 +84,17 @@ class PrototypicalNetwork(keras.Model):
         return {**evaluate_episodes(self._judge_function, x, episodes, meta_batch_size), "transductive": False}
 
     def predict(self, support, query):
-        """As `Learner.predict`."""
+        """As `Learner.predict`. A class without support examples has probability zero."""
         x, y = (tf.convert_to_tensor(part)[None] for part in support)
         return self((x, y, tf.convert_to_tensor(query)[None]))[0].numpy()
+
+    def predict_episodes(self, support, query):
+        """As `Learner.predict_episodes`."""
+        return self((*support, query))
+
+    def embed(self, inputs):
+        """The features of inputs, by moving batch-norm statistics: a tensor [inputs, features]."""
+        return self.embedding(tf.convert_to_tensor(inputs), training=False)
 
     def adapt(self, support):
         """A plain Keras model for the classes of a support set: the embedding and a dense softmax layer on it.
@@ -97,18 +108,21 @@ class PrototypicalNetwork(keras.Model):
             A `keras.Model`.
         """
         x, y = (tf.convert_to_tensor(part) for part in support)
-        prototypes = self._prototypes(self.embedding(x, training=False)[None], y[None])[0]
+        prototypes, present = (part[0] for part in self._prototypes(self.embed(x)[None], y[None]))
+        biases = tf.where(present, -tf.reduce_sum(prototypes ** 2, axis=-1), _NEVER)
         embedding = keras.models.clone_model(self.embedding)
         embedding.set_weights(self.embedding.get_weights())
         head = keras.layers.Dense(self.ways, activation="softmax")
         model = keras.Sequential([keras.Input(x.shape[1:]), embedding, head])
-        head.set_weights([2 * prototypes.numpy().T, -tf.reduce_sum(prototypes ** 2, axis=-1).numpy()])
+        head.set_weights([2 * prototypes.numpy().T, biases.numpy()])
         return model
 
     def _prototypes(self, features, labels):
+        """The mean of each class [episodes, ways, features], and whether it has support examples [episodes, ways]."""
         members = tf.one_hot(labels, self.ways, dtype=features.dtype)
         sums = tf.einsum("esw,esf->ewf", members, features)
-        return sums / tf.reduce_sum(members, axis=1)[:, :, None]
+        counts = tf.reduce_sum(members, axis=1)
+        return tf.math.divide_no_nan(sums, counts[:, :, None]), counts > 0
 
     def _judge(self, episodes):
         (inputs, targets) = _as_keras(episodes)

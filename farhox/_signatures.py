@@ -1,0 +1,207 @@
+"""The signatures of an export: functions from named tensors to named tensors that check what they are given.
+
+The checks are operations of the graph. They run before everything else, so that bad input never gets as far as an
+operation that would name itself instead of the input.
+"""
+
+import dataclasses
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from farhox import meta
+from farhox.hyper_optimizer import HyperOptimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """A named input of a signature.
+
+    Attributes:
+        name: Its name.
+        shape: Tuple with a name for each axis of any size, at least one, and an int for each axis of that size. Axes of
+            one name have one size in all inputs of a signature.
+        dtype: A `tf.DType`.
+        classes: Int, if the entries are class numbers: they must be less.
+        feature: Its name within a `tf.train.Example`.
+    """
+
+    name: str
+    shape: tuple
+    dtype: Any
+    classes: Any = None
+    feature: Any = None
+
+    @property
+    def axes(self):
+        """The shape as people read it."""
+        return f"[{', '.join(str(size) for size in self.shape)}]"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Signature:
+    """A function of an export.
+
+    Attributes:
+        inputs: List of `Input`.
+        function: Callable `*tensors -> dictionary of tensors`, the tensors in the order of the inputs.
+        output_shapes: Dictionary from the names of the outputs to shapes as in `Input`.
+    """
+
+    inputs: list
+    function: Any
+    output_shapes: dict
+
+
+def signatures_of(model):
+    """The signatures of a learner, a prototypical network or a Keras model: a dictionary by name.
+
+    Raises:
+        TypeError: If the model is none of these.
+        ValueError: If a Keras model does not say what its inputs are.
+    """
+    if isinstance(model, meta.PrototypicalNetwork):
+        signatures = _adapting(model, model.embedding, (model.ways,), "probabilities", integers=True)
+    elif isinstance(model, meta.Learner):
+        signatures = _adapting(model, model.model, model.model.output_shape[1:], _output_name(model.model),
+                               integers=model.labels_are_class_numbers)
+    elif isinstance(model, keras.Model) and not isinstance(model, HyperOptimizer):
+        return {"serving_default": _predicting(model)}
+    else:
+        raise TypeError("saved_model exports a learner of farhox.meta, a farhox.stn.SelfTuningModel or a keras.Model, "
+                        f"such as the one that a HyperOptimizer tunes. Received: {model!r}")
+    if isinstance(model, (meta.HyperRepresentation, meta.PrototypicalNetwork)):
+        body = model.body if isinstance(model, meta.HyperRepresentation) else model.embedding
+        signatures["embed"] = Signature(
+            _model_inputs(body), lambda inputs: {"representation": model.embed(inputs)},
+            {"representation": ("examples", *body.output_shape[1:])})
+    return signatures
+
+
+def network_of(model):
+    """The Keras model whose weights an export holds."""
+    if isinstance(model, meta.PrototypicalNetwork):
+        return model.embedding
+    return model.model if isinstance(model, meta.Learner) else model
+
+
+def checked(inputs, tensors):
+    """The tensors with their shapes set, behind the checks of all of them."""
+    sizes = {}
+    passed = []
+    for entry, tensor in zip(inputs, tensors):
+        what = f"{entry.name} must have shape {entry.axes}"
+        rank = _check(tf.rank(tensor) == len(entry.shape), f"{what}. Received shape:", tf.shape(tensor))
+        with tf.control_dependencies([rank]):
+            shape = tf.shape(tensor)
+        checks = []
+        for axis, size in enumerate(entry.shape):
+            if not isinstance(size, str):
+                checks.append(_check(shape[axis] == size, f"{what}. Received shape:", shape))
+            elif size not in sizes:
+                sizes[size] = shape[axis], entry.name
+                checks.append(_check(shape[axis] > 0, f"{what}, none of them empty. Received shape:", shape))
+            else:
+                expected, other = sizes[size]
+                checks.append(_check(
+                    shape[axis] == expected, f"{what}, with as many of {size} as in {other}. Received:",
+                    shape[axis], "and", expected))
+        with tf.control_dependencies(checks):
+            # What is asked of the values assumes the shape.
+            tensor = tf.identity(tensor)
+        tensor.set_shape([None if isinstance(size, str) else size for size in entry.shape])
+        checks = []
+        if entry.dtype.is_floating:
+            checks.append(_check(tf.reduce_all(tf.math.is_finite(tensor)),
+                                 f"{entry.name} must be finite: it holds a NaN or an infinity."))
+        if entry.classes is not None:
+            low, high = tf.reduce_min(tensor), tf.reduce_max(tensor)
+            checks.append(_check(
+                tf.logical_and(low >= 0, high < entry.classes),
+                f"{entry.name} must be integers from 0 to {entry.classes - 1}, as the model has {entry.classes} "
+                "outputs. Received numbers from", low, "to", high))
+        passed.append((tensor, checks))
+    with tf.control_dependencies([check for _, checks in passed for check in checks]):
+        return [tf.identity(tensor) for tensor, _ in passed]
+
+
+def from_examples(signature):
+    """The signature that takes each group of inputs as serialized `tf.train.Example`s.
+
+    Inputs with the same first axis are features of one example.
+    """
+    groups = {}
+    for entry in signature.inputs:
+        groups.setdefault(entry.shape[0], []).append(entry)
+    inputs = [Input(axis if axis == "examples" else f"{axis}_examples", (axis,), tf.string) for axis in groups]
+
+    def function(*serialized):
+        tensors = {}
+        for entries, examples in zip(groups.values(), serialized):
+            features = {entry.feature: tf.io.FixedLenFeature(entry.shape[1:], entry.dtype) for entry in entries}
+            parsed = tf.io.parse_example(examples, features)
+            tensors.update((entry.name, parsed[entry.feature]) for entry in entries)
+        return signature.function(*checked(signature.inputs, [tensors[entry.name] for entry in signature.inputs]))
+
+    return Signature(inputs, function, signature.output_shapes)
+
+
+def _check(condition, *message):
+    return tf.debugging.Assert(condition, list(message), summarize=10)
+
+
+def _adapting(learner, network, output_shape, output, integers):
+    """`adapt` and `adapt_batch`: from a support set and queries to predictions, the inner training included."""
+    (own,) = _model_inputs(network)
+    shape = own.shape[1:]
+    labels, classes = (("support",), output_shape[-1]) if integers else (("support", *output_shape), None)
+    inputs = [Input("support_inputs", ("support", *shape), own.dtype, feature="inputs"),
+              Input("support_labels", labels, tf.int64 if integers else tf.float32, classes, feature="label"),
+              Input("query_inputs", ("query", *shape), own.dtype, feature="inputs")]
+
+    def adapt(*tensors):
+        return {output: learner_predictions(*(tensor[None] for tensor in tensors))[0]}
+
+    def adapt_batch(*tensors):
+        return {output: learner_predictions(*tensors)}
+
+    def learner_predictions(support_inputs, support_labels, query_inputs):
+        return learner.predict_episodes((support_inputs, support_labels), query_inputs)
+
+    batch = [dataclasses.replace(entry, shape=("tasks", *entry.shape)) for entry in inputs]
+    return {"adapt": Signature(inputs, adapt, {output: ("query", *output_shape)}),
+            "adapt_batch": Signature(batch, adapt_batch, {output: ("tasks", "query", *output_shape)})}
+
+
+def _predicting(model):
+    """`serving_default`: the model in inference."""
+    inputs = _model_inputs(model)
+    names = list(model.output_names) if len(model.outputs) > 1 else [_output_name(model)]
+
+    def predict(*tensors):
+        packed = keras.tree.pack_sequence_as(model.input, tensors) if len(tensors) > 1 else tensors[0]
+        return dict(zip(names, keras.tree.flatten(model(packed, training=False))))
+
+    return Signature(inputs, predict, {
+        name: ("examples", *output.shape[1:]) for name, output in zip(names, model.outputs)})
+
+
+def _model_inputs(model):
+    """The inputs of a Keras model: "inputs" if there is one, or else by their names in the model."""
+    if not getattr(model, "inputs", None):
+        raise ValueError("The model must say what its inputs are: a functional model, or a Sequential with an Input. "
+                         f"Received: {model.name!r} of type {type(model).__name__}")
+    names = ["inputs"] if len(model.inputs) == 1 else [tensor.name for tensor in model.inputs]
+    axes = [tuple(f"{name}_{axis}" if size is None else size for axis, size in enumerate(tensor.shape) if axis)
+            for name, tensor in zip(names, model.inputs)]
+    return [Input(name, ("examples", *shape), tf.as_dtype(tensor.dtype), feature=name)
+            for name, shape, tensor in zip(names, axes, model.inputs)]
+
+
+def _output_name(model):
+    """What the outputs of a model are."""
+    activation = getattr(model.layers[-1], "activation", None)
+    classifies = activation in (keras.activations.softmax, keras.activations.sigmoid) or isinstance(
+        model.layers[-1], keras.layers.Softmax)
+    return "probabilities" if classifies else "predictions"
