@@ -77,12 +77,14 @@ class Task:
         build: Function of a dictionary by name of `Hyperparameter`, that returns a built Keras model with logits.
         parts: Training, validation and test examples: three pairs of arrays (x, y).
         optimizer: Function without arguments that returns the Keras optimizer of the weights.
+        convert: Function of such a model and the list of hyperparameters that returns the self-tuning one.
     """
 
     ranges: dict
     build: Callable
     parts: tuple
     optimizer: Callable
+    convert: Callable = stn.convert
 
     def hyperparameters(self):
         return {name: entry.hyperparameter(name) for name, entry in self.ranges.items()}
@@ -194,6 +196,8 @@ class _State:
             if recorder is not None:
                 recorder.schedule = state["schedule"]
             model.load_weights(self._weights)
+            for variable, value in zip(self._seeds(), state["seeds"]):
+                variable.assign(value)
 
     @property
     def done(self):
@@ -221,10 +225,15 @@ class _State:
         self.model.save_weights(self._weights)
         experiment.write_json(self._file, {
             "history": self.history, "time": self._spent(),
+            "seeds": [variable.numpy().tolist() for variable in self._seeds()],
             "schedule": None if self.recorder is None else self.recorder.schedule})
         for old in self.folder.glob("*.weights.h5"):
             if old not in (self._weights, self.best_weights):
                 old.unlink()
+
+    def _seeds(self):
+        # Keras saves no state of random numbers.
+        return [variable for variable in self.model.variables if "int" in variable.dtype]
 
     def _spent(self):
         return {clock: self.before[clock] + now - self._start[clock] for clock, now in _clocks().items()}
@@ -274,7 +283,7 @@ def self_tune(task, settings, seed, folder, save_every=10.0):
     """The self-tuned training: what `fit` returns, and the schedule."""
     keras.utils.set_random_seed(seed)
     hyperparameters = task.hyperparameters()
-    network = stn.convert(task.build(hyperparameters), list(hyperparameters.values()))
+    network = task.convert(task.build(hyperparameters), list(hyperparameters.values()))
     model = stn.SelfTuningModel(
         network, list(hyperparameters.values()), method=settings["method"], training_steps=settings["training_steps"],
         validation_steps=settings["validation_steps"], warmup_steps=settings["warmup_steps"],

@@ -23,7 +23,7 @@ from stn_experiment import Range
 import stn_networks
 
 SETTINGS = ("model", "width", *stn_experiment.SETTINGS)
-QUICK = {"width": 0.25, "train_examples": 500, "validation_examples": 250, "steps": 40, "evaluate_every": 20,
+QUICK = {"width": 0.5, "train_examples": 500, "validation_examples": 250, "steps": 40, "evaluate_every": 20,
          "batch_size": 32, "warmup_steps": 10, "trials": 2, "hyper_learning_rate": 0.05}
 AUGMENTATION = {
     "translation": Range(0.02, 0.0, 0.3), "brightness": Range(0.05, 0.0, 0.9), "input_noise": Range(0.02, 0.0, 0.5),
@@ -35,7 +35,8 @@ CONVOLUTIONS = {"cnn": 2, "alexnet": 5}
 def define_flags():
     stn_experiment.define_flags(
         "results/stn_fashion_mnist", baseline=["random", "fixed"], train_examples=2000, validation_examples=1000,
-        steps=2000, evaluate_every=50, batch_size=64, learning_rate=0.03, warmup_steps=150)
+        steps=1200, evaluate_every=60, batch_size=64, learning_rate=0.03, warmup_steps=60,
+        hyper_learning_rate=0.03, scale_learning_rate=0.03)
     flags.DEFINE_enum("model", "cnn", list(CONVOLUTIONS), "Network.")
     flags.DEFINE_float("width", 1.0, "Factor of the numbers of filters and units.", lower_bound=0.0)
 

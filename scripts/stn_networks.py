@@ -16,10 +16,10 @@ def small(outputs, hyperparameters, width=1.0):
             "dense_dropout_1" and "dense_dropout_2", rates after the convolutions and before the dense layers.
         width: Positive float, the factor of filters and units.
     """
-    for i, filters in enumerate((16, 32), start=1):
+    for i, filters in enumerate((8, 16), start=1):
         outputs = keras.layers.Conv2D(_scaled(filters, width), 3, strides=2, padding="same", activation="relu")(outputs)
         outputs = _drop_channels(hyperparameters[f"conv_dropout_{i}"])(outputs)
-    return _dense(keras.layers.Flatten()(outputs), hyperparameters, [_scaled(128, width)])
+    return _dense(keras.layers.Flatten()(outputs), hyperparameters, [_scaled(64, width)])
 
 
 def alexnet(outputs, hyperparameters, width=1.0):

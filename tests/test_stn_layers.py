@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stn_cases import LAYERS, PLAIN, gated, hyperparameters, inputs, layer_and_input, with_draws
+from stn_cases import LAYERS, PLAIN, TOKENS, gated, hyperparameters, inputs, layer_and_input, with_draws
 
 import farhox
-from farhox import _autodiff, stn
+from farhox import _autodiff, _functional, stn
 
 DRAWS = np.random.default_rng(5).normal(size=(4, 3))
 
@@ -274,3 +274,30 @@ def test_hyperparameters_come_back_from_their_configuration_bit_for_bit(argument
     np.testing.assert_array_equal(again.variable, entry.variable)
     assert again.get_config() == entry.get_config() and again.name == "it"
     np.testing.assert_array_equal(again(), entry())
+
+
+def test_an_embedding_is_also_the_output_with_its_elementary_table(float64):
+    layer = stn.Embedding(11, 4, hyperparameters(), gate_initializer="ones", dropout=0.5)
+    layer(inputs(TOKENS))
+    features = inputs((7, 4))
+    expected = features @ layer.embeddings.numpy().T
+    np.testing.assert_allclose(layer(features, reverse=True, training=True), expected, atol=1e-12)
+    draws = [(layer.gate.input_of_gates.variable, tf.constant(DRAWS))]
+    logits = _functional.call(lambda: layer(features, reverse=True), bindings=[], draws=draws).value
+    np.testing.assert_allclose(logits, expected, atol=1e-12)
+    tokens = keras.Input(TOKENS)
+    model = keras.Model(tokens, layer(layer(tokens), reverse=True))
+    assert model.output.shape == (None, *TOKENS, 11)
+    again = keras.models.Model.from_config(model.get_config())
+    again.set_weights(model.get_weights())
+    x = inputs(TOKENS)
+    np.testing.assert_allclose(again(x), model(x), atol=1e-12)
+    with pytest.raises(ValueError, match="plain twin. Received: 'embedding.*', called with reverse=True"):
+        stn.bake(model)
+
+
+def test_an_embedding_with_a_mask_is_no_output():
+    layer = stn.Embedding(5, 3, hyperparameters(), mask_zero=True)
+    for features in (keras.Input([3]), np.zeros([2, 3], "float32")):
+        with pytest.raises(ValueError, match="must not mask zeros .* Received: 'embedding.*' with mask_zero=True"):
+            layer(features, reverse=True)

@@ -94,7 +94,7 @@ def bake(model):
 
     Raises:
         TypeError: If the model is not functional or Sequential.
-        ValueError: If it is not built.
+        ValueError: If it is not built, or an embedding is also the output (`reverse=True`), which Keras' has no way of.
     """
     model = getattr(model, "model", model)
     _check_model(model, "stn.bake")
@@ -106,6 +106,9 @@ def bake(model):
             return keras.layers.Identity(name=layer.name) if replacement is None else replacement
         if type(layer) in _PLAIN:
             kind = _PLAIN[type(layer)]
+            if any(node.arguments.kwargs.get("reverse") for node in layer._inbound_nodes):
+                raise ValueError("stn.bake needs layers that have a plain twin. Received: "
+                                 f"{layer.name!r}, called with reverse=True")
             own = _OWN + (("dropout", "seed") if kind is keras.layers.Embedding else ())
             copy = kind.from_config({
                 key: "zeros" if key.endswith("_initializer") else value

@@ -50,7 +50,7 @@ class Perturbation(keras.layers.Layer):
 
     def noise(self, batch_size):
         """Standard normal numbers [batch, n], the same in all rows for hyperparameters with one draw."""
-        # A generator of Keras' is saved with the model, so that a training that goes on sees the draws it would have.
+        # The state of a generator of Keras' is a variable: a training can go on with the draws it would have had.
         return self.same_rows(keras.random.normal(
             [batch_size, sum(self._sizes)], dtype=self.raw_scales.dtype, seed=self.seed_generator))
 

@@ -269,14 +269,22 @@ class DepthwiseConv2D(_Affine, keras.layers.DepthwiseConv2D):
 class Embedding(SelfTuning, keras.layers.Embedding):
     """`keras.layers.Embedding` with a best response: one gate per dimension of the embedding.
 
-    Both tables start uniformly within 0.1, as in the paper, unless an initializer is given.
+    Both tables start uniformly within 0.1, as in the paper, unless an initializer is given. Called a second time with
+    `reverse=True`, on features [..., output_dim], the layer returns logits [..., input_dim] with the elementary table
+    (tied weights), which do not respond themselves, as in the paper; there is no bias.
 
     Args:
         input_dim, output_dim: As in Keras.
         hyperparameters, gate_initializer, centred, reference: See the module.
         dropout: `Hyperparameter` or float in [0, 1), the share of words whose embedding is zero in training. One mask
-            of words for the whole batch and both tables.
+            of words for the whole batch and both tables. Logits see none.
         **kwargs: As in Keras.
+
+    Raises:
+        ValueError: When called with `reverse=True`, if it masks zeros.
+
+    Reference:
+        [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), section 4.3.
     """
 
     def __init__(self, input_dim, output_dim, hyperparameters, gate_initializer=None, embeddings_initializer=None,
@@ -298,7 +306,11 @@ class Embedding(SelfTuning, keras.layers.Embedding):
         super().build(input_shape)
         self._add_response([("embeddings", self.embeddings)], _uniform())
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training=None, reverse=False):
+        if reverse:
+            self._check_reverse()
+            return tf.tensordot(tf.cast(inputs, self.compute_dtype),
+                                tf.cast(tf.convert_to_tensor(self.embeddings), self.compute_dtype), [[-1], [1]])
         gates = self._gates(self.compute_dtype)
         self._add_penalties({"embeddings": self.embeddings_regularizer}, gates)
         indices = tf.cast(inputs, "int32")
@@ -313,6 +325,17 @@ class Embedding(SelfTuning, keras.layers.Embedding):
             kept = tf.math.divide_no_nan(tf.cast(words >= rate, outputs.dtype), 1.0 - rate)
             outputs *= tf.gather(kept, indices)[..., tf.newaxis]
         return outputs
+
+    def compute_output_spec(self, inputs, training=None, reverse=False):
+        if not reverse:
+            return super().compute_output_spec(inputs)
+        self._check_reverse()
+        return keras.KerasTensor((*inputs.shape[:-1], self.input_dim), dtype=self.compute_dtype)
+
+    def _check_reverse(self):
+        if self.mask_zero:
+            raise ValueError("An embedding must not mask zeros if it is called with reverse=True: what it is called on "
+                             f"then is no index. Received: {self.name!r} with mask_zero=True")
 
     def get_config(self):
         return {**super().get_config(), "seed": self.seed, "dropout": serialized(self.dropout)}

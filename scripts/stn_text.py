@@ -1,0 +1,156 @@
+"""A self-tuned language model: seven rates and strengths of an LSTM, against black-box searches and fixed values.
+
+    python scripts/stn_text.py --quick
+    python scripts/stn_text.py --level=words --baseline=random,tpe,fixed
+    python scripts/stn_text.py --folder=penn --baseline=grid,random,tpe
+
+Text is `tiny_shakespeare` of TFDS, in characters or words, or that of a folder with ptb.train.txt, ptb.valid.txt and
+ptb.test.txt, in words. Two LSTM layers, the output tied to the embedding. Hyperparameters: variational dropout of
+input, hidden layer and output, dropout of words of the embedding, DropConnect of the recurrent weights, L2 penalties of
+the activations and of their differences in time. `stn_experiment` says what is compared.
+
+Every window of the text starts from a zero state; the paper's training carries the state on.
+
+Reference: MacKay et al., Self-tuning networks: bilevel optimization of hyperparameters using structured best-response
+functions, 2019, section 4.3, tables 1 and 2.
+"""
+
+import collections
+import pathlib
+import re
+
+import experiment  # First: it sets TensorFlow's log level.
+from absl import app, flags, logging
+import keras
+import numpy as np
+
+from farhox import stn
+from farhox.stn.layers import SelfTuning
+import stn_experiment
+from stn_experiment import Range
+
+SETTINGS = ("level", "folder", "vocabulary", "units", "window", "test_examples",
+            *stn_experiment.SETTINGS)
+QUICK = {"units": 16, "window": 20, "vocabulary": 200, "train_examples": 200, "validation_examples": 50,
+         "test_examples": 50, "steps": 16, "evaluate_every": 8, "batch_size": 20, "warmup_steps": 4, "trials": 2}
+RATE, STRENGTH = Range(0.05, 0.0, 0.95), Range(0.1, 0.0, 5.0)
+RANGES = {"input_dropout": RATE, "hidden_dropout": RATE, "output_dropout": RATE, "embedding_dropout": RATE,
+          "dropconnect": RATE, "activation_l2": STRENGTH, "temporal_l2": STRENGTH}
+UNKNOWN, END = "<unk>", "<eos>"
+
+
+def define_flags():
+    stn_experiment.define_flags(
+        "results/stn_text", baseline=["random", "fixed"], train_examples=10_000, validation_examples=700,
+        steps=5000, evaluate_every=250, batch_size=40, learning_rate=0.002, warmup_steps=250,
+        hyper_learning_rate=0.01, initial_scale=1.0, scale_learning_rate=0.0)
+    flags.DEFINE_integer("test_examples", 700, "Windows of the test text.", lower_bound=1)
+    flags.DEFINE_enum("level", "characters", ["characters", "words"], "What a token of tiny_shakespeare is.")
+    flags.DEFINE_string("folder", None, "Folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt.")
+    flags.DEFINE_integer("vocabulary", 10_000, "Most tokens to tell apart; all others are one.", lower_bound=2)
+    flags.DEFINE_integer("units", 200, "Units of the embedding and of both LSTM layers.", lower_bound=1)
+    flags.DEFINE_integer("window", 70, "Tokens of an example.", lower_bound=1)
+
+
+def read_texts(level, folder, data_dir):
+    """Three lists of tokens: training, validation, test.
+
+    Raises:
+        absl.app.UsageError: If a file of the folder is missing.
+    """
+    if folder is not None:
+        files = [pathlib.Path(folder) / f"ptb.{part}.txt" for part in ("train", "valid", "test")]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise app.UsageError("--folder must have ptb.train.txt, ptb.valid.txt and ptb.test.txt. Missing in "
+                                 f"{folder}: {', '.join(missing)}")
+        return [file.read_text(encoding="utf-8").replace("\n", f" {END} ").split() for file in files]
+    import tensorflow_datasets as tfds
+    logging.set_verbosity(logging.WARNING)  # TFDS tells of each file that it opens.
+    builder = tfds.builder("tiny_shakespeare", data_dir=data_dir)
+    if not builder.is_prepared():
+        builder.download_and_prepare()
+    texts = [next(iter(builder.as_dataset(split=split)))["text"].numpy().decode()
+             for split in ("train", "validation", "test")]
+    return [list(text) if level == "characters" else re.findall(r"\w+|[^\w\s]|\n", text) for text in texts]
+
+
+def encode(texts, size):
+    """Texts as integers, by the frequency of tokens in the first text; the last number is for unknown ones.
+
+    Returns:
+        List of integer arrays, and the number of tokens.
+    """
+    known = [token for token, _ in collections.Counter(texts[0]).most_common(size - 1)]
+    numbers = {token: i for i, token in enumerate(token for token in known if token != UNKNOWN)}
+    return [np.array([numbers.get(token, len(numbers)) for token in text]) for text in texts], len(numbers) + 1
+
+
+def windows(tokens, window, count):
+    """(x, y) of up to `count` windows one after the other, y the token that follows each token of x.
+
+    Raises:
+        absl.app.UsageError: If there is not one window.
+    """
+    count = min(count, (len(tokens) - 1) // window)
+    if count < 1:
+        raise app.UsageError(f"A text must have more than --window tokens. Received: {len(tokens)} and {window}")
+    return (tokens[:count * window].reshape(count, window), tokens[1:count * window + 1].reshape(count, window))
+
+
+def build(vocabulary, units, window, h):
+    """A plain network: self-tuning layers whose gates are closed, and stay so, have DropConnect and a tied output."""
+    hyperparameters = list(h.values())
+    settings = {"gate_initializer": "zeros", "reference": [float(entry.variable.numpy()) for entry in hyperparameters]}
+    inputs = keras.Input([window], dtype="int32")
+    embedding = stn.Embedding(vocabulary, units, hyperparameters, dropout=h["embedding_dropout"], **settings)
+    outputs = variational(h["input_dropout"])(embedding(inputs))
+    for i in (1, 2):
+        outputs = stn.LSTM(units, hyperparameters, recurrent_dropconnect=h["dropconnect"], return_sequences=True,
+                           **settings)(outputs)
+        if i == 1:
+            outputs = variational(h["hidden_dropout"])(outputs)
+    outputs = stn.ActivityRegularization(temporal=h["temporal_l2"])(outputs)
+    outputs = variational(h["output_dropout"])(outputs)
+    outputs = stn.ActivityRegularization(l2=h["activation_l2"])(outputs)
+    model = keras.Model(inputs, embedding(outputs, reverse=True))
+    _set_response(model, trainable=False)
+    return model
+
+
+def variational(rate):
+    """Dropout of the same features at all steps."""
+    return stn.Dropout(rate, noise_shape=(None, 1, None))
+
+
+def open_gates(model, hyperparameters):
+    """The network with a response that is trained."""
+    _set_response(model, trainable=True)
+    return model
+
+
+def _set_response(model, trainable):
+    for layer in model._flatten_layers():
+        if isinstance(layer, SelfTuning):
+            for variable in layer.response_variables:
+                variable.trainable = trainable
+
+
+def make_task(settings, seed):
+    del seed  # The parts are parts of the text; a seed decides on initial weights and batches.
+    texts, vocabulary = encode(
+        read_texts(settings["level"], settings["folder"], flags.FLAGS.data_dir), settings["vocabulary"])
+    counts = [settings[f"{part}_examples"] for part in ("train", "validation", "test")]
+    parts = tuple(windows(text, settings["window"], count) for text, count in zip(texts, counts))
+    return stn_experiment.Task(
+        RANGES, lambda h: build(vocabulary, settings["units"], settings["window"], h), parts,
+        lambda: keras.optimizers.Adam(settings["learning_rate"], clipnorm=1.0), open_gates)
+
+
+def main(_):
+    stn_experiment.main("stn_text", experiment.settings(SETTINGS, QUICK), make_task)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
