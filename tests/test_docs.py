@@ -9,9 +9,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-# What a person types into a shell or reads on a screen. Blocks of shell code are in the README alone, and are its two
-# set-up commands: test_quickstart runs the script of the one, and the other runs these tests.
+# What a person types into a shell or reads on a screen. Blocks of shell code are in two pages: the README's two set-up
+# commands, of which test_quickstart runs the script of the one and the other runs these tests; and those of the page on
+# serving, which test_serving_scripts runs.
 OUTPUT = {"text", "console"}
+WITH_SHELL = {README, ROOT / "docs" / "serving.md"}
 
 
 def page_name(page):
@@ -46,7 +48,7 @@ def test_code_blocks_of_a_page_run_one_after_another(page, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_block_is_python_that_runs_or_is_marked_as_text(page):
-    allowed = OUTPUT | {"python"} | ({"bash"} if page == README else set())
+    allowed = OUTPUT | {"python"} | ({"bash"} if page in WITH_SHELL else set())
     assert [(line, language) for language, line, _ in blocks(page) if language not in allowed] == []
 
 
