@@ -19,8 +19,8 @@ import numpy as np
 
 from farhox import stn
 import stn_experiment
-from stn_experiment import Range
 import stn_networks
+from stn_training import Range, Task
 
 SETTINGS = ("width", *stn_experiment.SETTINGS)
 QUICK = {"width": 0.03, "train_examples": 200, "validation_examples": 100, "steps": 12, "evaluate_every": 6,
@@ -71,7 +71,7 @@ def images(data_dir, sizes, seed):
 
 def make_task(settings, seed):
     sizes = settings["train_examples"], settings["validation_examples"]
-    return stn_experiment.Task(
+    return Task(
         RANGES, lambda h: build(settings["width"], h), images(flags.FLAGS.data_dir, sizes, seed),
         lambda: keras.optimizers.SGD(settings["learning_rate"], momentum=0.9))
 

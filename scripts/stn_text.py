@@ -27,7 +27,7 @@ import numpy as np
 from farhox import stn
 from farhox.stn.layers import SelfTuning
 import stn_experiment
-from stn_experiment import Range
+from stn_training import Range, Task
 
 SETTINGS = ("level", "folder", "vocabulary", "units", "window", "test_examples",
             *stn_experiment.SETTINGS)
@@ -142,7 +142,7 @@ def make_task(settings, seed):
         read_texts(settings["level"], settings["folder"], flags.FLAGS.data_dir), settings["vocabulary"])
     counts = [settings[f"{part}_examples"] for part in ("train", "validation", "test")]
     parts = tuple(windows(text, settings["window"], count) for text, count in zip(texts, counts))
-    return stn_experiment.Task(
+    return Task(
         RANGES, lambda h: build(vocabulary, settings["units"], settings["window"], h), parts,
         lambda: keras.optimizers.Adam(settings["learning_rate"], clipnorm=1.0), open_gates)
 

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -34,7 +33,7 @@ def load(monkeypatch):
 @pytest.fixture
 def task(load):
     """A small dense network with dropout and a discrete hyperparameter, on random data."""
-    stn_experiment = load("stn_experiment")
+    stn_training = load("stn_training")
     from farhox import stn
     random = np.random.default_rng(0)
     parts = tuple((random.random((size, 6, 6, 1)).astype("float32"), random.integers(0, 3, size))
@@ -45,8 +44,8 @@ def task(load):
             keras.Input([6, 6, 1]), stn.Cutout(h["length"]), keras.layers.Flatten(), keras.layers.Dense(8, "relu"),
             stn.Dropout(h["rate"]), keras.layers.Dense(3)])
 
-    ranges = {"rate": stn_experiment.Range(0.1, 0.0, 0.9), "length": stn_experiment.Range(1.5, 0.0, 4.0, True)}
-    return stn_experiment.Task(ranges, build, parts, lambda: keras.optimizers.SGD(0.1, momentum=0.9))
+    ranges = {"rate": stn_training.Range(0.1, 0.0, 0.9), "length": stn_training.Range(1.5, 0.0, 4.0, True)}
+    return stn_training.Task(ranges, build, parts, lambda: keras.optimizers.SGD(0.1, momentum=0.9))
 
 
 def run(script, output, *arguments):
@@ -71,6 +70,7 @@ def check(process, script, output, baselines):
 
 
 @needs_data
+@pytest.mark.slow
 def test_dropout_and_augmentation_are_tuned_on_fashion_mnist_and_compared_with_searches(tmp_path):
     baselines = ["grid", "random", "tpe", "fixed"]
     result = check(run("stn_fashion_mnist", tmp_path, "--quick", f"--baseline={','.join(baselines)}"),
@@ -131,48 +131,48 @@ def without_times(result):
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_an_interrupted_self_tuned_training_ends_with_the_numbers_of_one_that_was_not(
         load, task, method, monkeypatch, tmp_path):
-    stn_experiment = load("stn_experiment")
+    stn_training = load("stn_training")
     settings = {**SETTINGS, "method": method}
-    whole = stn_experiment.self_tune(task, settings, 3, tmp_path / "whole")
-    fit = stn_experiment.fit
-    monkeypatch.setattr(stn_experiment, "fit", lambda *arguments, **others: fit(
+    whole = stn_training.self_tune(task, settings, 3, tmp_path / "whole")
+    fit = stn_training.fit
+    monkeypatch.setattr(stn_training, "fit", lambda *arguments, **others: fit(
         *arguments, callbacks=[Interrupted(2)], **others))
     with pytest.raises(KeyboardInterrupt):
-        stn_experiment.self_tune(task, settings, 3, tmp_path / "parts", save_every=0.0)
+        stn_training.self_tune(task, settings, 3, tmp_path / "parts", save_every=0.0)
     assert len(json.loads((tmp_path / "parts" / "state.json").read_text())["history"]["losses"]) == 2
-    monkeypatch.setattr(stn_experiment, "fit", fit)
-    parts = stn_experiment.self_tune(task, settings, 3, tmp_path / "parts", save_every=0.0)
+    monkeypatch.setattr(stn_training, "fit", fit)
+    parts = stn_training.self_tune(task, settings, 3, tmp_path / "parts", save_every=0.0)
     assert parts["time_before"]["seconds"] > 0.0
     assert without_times(parts) == without_times(whole)
     assert len(set(whole["losses"])) == 4 and whole["schedule"]["steps"] == list(range(9))
 
 
 def test_an_interrupted_plain_training_ends_with_the_numbers_of_one_that_was_not(load, task, monkeypatch, tmp_path):
-    stn_experiment = load("stn_experiment")
+    stn_training = load("stn_training")
     values = {"rate": 0.3, "length": 2.5}
-    trainer = stn_experiment.PlainTrainer(task, SETTINGS)
+    trainer = stn_training.PlainTrainer(task, SETTINGS)
     whole = trainer.train(3, tmp_path / "whole", values)
-    fit = stn_experiment.fit
-    monkeypatch.setattr(stn_experiment, "fit", lambda *arguments, **others: fit(
+    fit = stn_training.fit
+    monkeypatch.setattr(stn_training, "fit", lambda *arguments, **others: fit(
         *arguments, **{**others, "callbacks": [Interrupted(3)], "save_every": 0.0}))
     with pytest.raises(KeyboardInterrupt):
         trainer.train(3, tmp_path / "parts", values)
-    monkeypatch.setattr(stn_experiment, "fit", fit)
-    parts = stn_experiment.PlainTrainer(task, SETTINGS).train(3, tmp_path / "parts", values)
+    monkeypatch.setattr(stn_training, "fit", fit)
+    parts = stn_training.PlainTrainer(task, SETTINGS).train(3, tmp_path / "parts", values)
     assert without_times(parts) == without_times(whole)
 
 
 def test_trainings_of_one_network_do_not_know_of_each_other(load, task, tmp_path):
-    stn_experiment = load("stn_experiment")
-    trainer = stn_experiment.PlainTrainer(task, SETTINGS)
+    stn_training = load("stn_training")
+    trainer = stn_training.PlainTrainer(task, SETTINGS)
     first, other, again = (trainer.train(seed, tmp_path / str(i), {"rate": rate, "length": 1.5})
                            for i, (seed, rate) in enumerate([(3, 0.3), (4, 0.8), (3, 0.3)]))
     assert without_times(first) == without_times(again) and first["losses"] != other["losses"]
 
 
 def test_a_constant_schedule_trains_as_fixed_values_do(load, task, tmp_path):
-    stn_experiment = load("stn_experiment")
-    trainer = stn_experiment.PlainTrainer(task, SETTINGS)
+    stn_training = load("stn_training")
+    trainer = stn_training.PlainTrainer(task, SETTINGS)
     fixed = trainer.train(3, tmp_path / "fixed", {"rate": 0.25, "length": 2.5})
     schedule = {"steps": [0, 4], "values": {"rate": [0.25, 0.25], "length": [2.5, 2.5]}}
     assert without_times(trainer.train(3, tmp_path / "schedule", schedule=schedule)) == without_times(fixed)
@@ -182,18 +182,18 @@ def test_a_constant_schedule_trains_as_fixed_values_do(load, task, tmp_path):
 
 
 def test_the_test_loss_is_that_of_the_weights_with_the_least_validation_loss(load, task, tmp_path):
-    stn_experiment = load("stn_experiment")
+    stn_training = load("stn_training")
     # All parts are the same examples. The loss goes down for two evaluations and up after them.
     rate = keras.optimizers.schedules.PiecewiseConstantDecay([3], [0.01, 30.0])
-    task = stn_experiment.Task(task.ranges, task.build, (task.parts[1],) * 3, lambda: keras.optimizers.SGD(rate))
-    result = stn_experiment.PlainTrainer(task, SETTINGS).train(3, tmp_path, {"rate": 0.01, "length": 0.5})
+    task = stn_training.Task(task.ranges, task.build, (task.parts[1],) * 3, lambda: keras.optimizers.SGD(rate))
+    result = stn_training.PlainTrainer(task, SETTINGS).train(3, tmp_path, {"rate": 0.01, "length": 0.5})
     assert result["best"] == 1
     assert result["test_loss"] == pytest.approx(min(result["losses"]), rel=1e-5)
     assert result["test_loss"] < 0.9 * result["losses"][-1]
 
 
 def test_the_order_of_examples_goes_on_where_it_was_and_passes_over_all_of_them(load):
-    order = load("stn_experiment").example_order
+    order = load("stn_training").example_order
     whole = order(10, 0, 9, 4, seed=5)
     np.testing.assert_array_equal(np.concatenate([order(10, 0, 2, 4, 5), order(10, 2, 3, 4, 5), order(10, 5, 4, 4, 5)]),
                                   whole)
@@ -302,10 +302,3 @@ def test_flags_that_do_not_fit_are_refused(load, arguments, rule, monkeypatch, t
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_importing_an_experiment_defines_no_flag(load, name):
     assert not set(load(name).SETTINGS) & set(flags.FLAGS)
-
-
-@pytest.mark.parametrize("file", sorted((SCRIPTS / "flags").glob("stn_*.cfg")), ids=lambda file: file.stem)
-def test_a_flag_file_names_flags_of_its_experiment(load, file):
-    script = next(name for name in EXPERIMENTS if file.stem.startswith(name))
-    names = re.findall(r"^--(\w+)=", file.read_text(), flags=re.M)
-    assert names and set(names) <= {*load(script).SETTINGS, "baseline", "output", "seed", "num_seeds"}
