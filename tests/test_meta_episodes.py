@@ -54,6 +54,12 @@ def test_episode_k_of_a_seed_is_always_the_same():
     assert not np.array_equal(flat[0][0], flat[0][1])
 
 
+def test_shards_share_out_the_meta_batches():
+    whole = [batch.support[0] for batch in source().dataset(2, 4, count=12)]
+    parts = [[batch.support[0] for batch in source().dataset(2, 4, 12, shards=3, shard=shard)] for shard in range(3)]
+    np.testing.assert_array_equal(whole, [part[i] for i in range(2) for part in parts])
+
+
 def test_data_sets_have_known_shapes_and_no_end_unless_given():
     endless = source().dataset(2)
     assert endless.cardinality() == tf.data.INFINITE_CARDINALITY
@@ -118,6 +124,8 @@ def test_wrong_settings_are_errors_that_state_the_rule(settings, message):
     (lambda: source().dataset(0), "meta_batch_size must be a positive integer"),
     (lambda: source().dataset(2, start=-1), "start must be a non-negative integer"),
     (lambda: source().dataset(4, count=6), "count=6, meta_batch_size=4"),
+    (lambda: source().dataset(2, shards=0), "shards must be a positive integer"),
+    (lambda: source().dataset(2, shards=2, shard=2), "non-negative integer below shards=2. Received: 2"),
     (lambda: meta.split_classes(IMAGES, LABELS, [4, 3]), r"Received: \[4, 3\] for 6 classes"),
     (lambda: meta.split_classes(IMAGES, LABELS, [None, 3]), "only the last may be None"),
     (lambda: meta.with_rotations(np.zeros([2, 3, 4, 1]), [0, 1]), "height = width. Received shape"),

@@ -1,5 +1,6 @@
 """Few-shot learning: episodes, learners over them, and their evaluation."""
 
+from farhox.meta.distributed import fit_distributed, is_chief
 from farhox.meta.episodes import (
     ClassificationEpisodes, Episode, EpisodeSource, SinusoidEpisodes, split_classes, with_rotations)
 from farhox.meta.evaluation import evaluate_episodes, mean_and_interval
@@ -12,5 +13,6 @@ from farhox.meta.prototypes import PrototypicalNetwork
 __all__ = [
     "ANIL", "ClassificationEpisodes", "Episode", "EpisodeSource", "HyperRepresentation", "IMAML", "JointTraining",
     "Learner", "MAML", "PrototypicalNetwork", "Reptile", "SinusoidEpisodes", "convolutional_body", "evaluate_episodes",
-    "few_shot_classifier", "load_omniglot", "mean_and_interval", "residual_body", "split_classes", "with_rotations",
+    "few_shot_classifier", "fit_distributed", "is_chief", "load_omniglot", "mean_and_interval", "residual_body",
+    "split_classes", "with_rotations",
 ]

@@ -29,7 +29,7 @@ class EpisodeSource:
         """The episode with number `index`, a scalar int64 tensor: an `Episode`. Pure TensorFlow."""
         raise NotImplementedError
 
-    def dataset(self, meta_batch_size, start=0, count=None):
+    def dataset(self, meta_batch_size, start=0, count=None, shards=1, shard=0):
         """Episodes in meta-batches, in the order of their numbers.
 
         Args:
@@ -37,6 +37,8 @@ class EpisodeSource:
             start: Non-negative int, number of the first episode: `start=steps_done * meta_batch_size` goes on with an
                 interrupted training.
             count: Positive int, a multiple of `meta_batch_size`: the number of episodes. Default: without end.
+            shards: Positive int. Every one of so many processes takes meta-batches of its own, none draws the others'.
+            shard: Non-negative int below `shards`: meta-batches number `shard`, `shard + shards`, ... are in the data.
 
         Returns:
             A `tf.data.Dataset` of `Episode`s with a leading axis of episodes.
@@ -45,6 +47,9 @@ class EpisodeSource:
             ValueError: If an argument is out of range.
         """
         _check_positive("meta_batch_size", meta_batch_size)
+        _check_positive("shards", shards)
+        if isinstance(shard, bool) or int(shard) != shard or not 0 <= shard < shards:
+            raise ValueError(f"shard must be a non-negative integer below shards={shards}. Received: {shard!r}")
         if isinstance(start, bool) or int(start) != start or start < 0:
             raise ValueError(f"start must be a non-negative integer. Received: {start!r}")
         if count is None:
@@ -55,6 +60,8 @@ class EpisodeSource:
                 raise ValueError("count must be a multiple of meta_batch_size, so that all elements have one shape. "
                                  f"Received: count={count}, meta_batch_size={meta_batch_size}")
             numbers = tf.data.Dataset.range(start, start + count)
+        if shards > 1:
+            numbers = numbers.batch(meta_batch_size, drop_remainder=True).shard(shards, shard).unbatch()
         episodes = numbers.map(self.draw, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         return episodes.batch(meta_batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 

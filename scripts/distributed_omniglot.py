@@ -1,0 +1,74 @@
+"""Meta-training on Omniglot over several processes or machines, with the learners and flags of omniglot.py.
+
+    python scripts/launch_workers.py --workers=2 scripts/distributed_omniglot.py --quick
+    TF_CONFIG='{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}' \
+        python scripts/distributed_omniglot.py --flagfile=scripts/flags/omniglot_maml.cfg --output=/shared/omniglot_maml
+
+Each process is the worker that TF_CONFIG names, and --output is a folder that all workers see. Every worker takes its
+share of each meta-batch, hypergradients are averaged, and the first worker (or the chief) saves a checkpoint every
+--save_every seconds, tests the learner at the end and writes the results. When a worker dies the others end too, with
+an error: all are started again with the same commands, which launch_workers.py does by itself, and go on from the last
+checkpoint to the weights of a run that was not interrupted. Without TF_CONFIG there is one worker.
+"""
+
+import hashlib
+import pathlib
+
+import experiment  # First: it sets TensorFlow's log level.
+from absl import app, flags
+import keras
+import omniglot
+import tensorflow as tf
+
+from farhox import meta
+
+
+def work(strategy, settings, output, data_dir, seed, save_every):
+    """The part of one worker."""
+    chief = meta.is_chief(strategy)
+    if chief:
+        experiment.Folder(output, settings)
+    train, _, test = omniglot.sources(settings, data_dir, seed)
+    keras.utils.set_random_seed(seed)
+    with strategy.scope():
+        learner = omniglot.make_learner(settings, omniglot.network(settings), settings["transductive"])
+        omniglot.compile_learner(learner, settings)
+    bar = experiment.progress_bar(settings["meta_steps"], ["outer_loss"], "meta-step") if chief else None
+    losses = meta.fit_distributed(
+        learner, train, settings["meta_batch_size"], settings["meta_steps"], output / "checkpoint", save_every,
+        report=(lambda done, loss: bar.update(done, [("outer_loss", loss)])) if chief else None)
+    # The same for all workers, bit for bit: that their logs agree is easily seen.
+    print(f"SHA-256 of the learner's variables: {digest(learner)}", flush=True)
+    if chief:
+        weights = output / f"seed{seed}.weights.h5"
+        learner.save_weights(weights)
+        judge = omniglot.make_learner(settings, omniglot.network(settings), settings["transductive"])
+        omniglot.compile_learner(judge, settings)
+        judge.load_weights(weights)
+        result = judge.evaluate(test, settings["test_episodes"])
+        print(f"Test accuracy {100 * result['accuracy']:.2f} % ± {100 * result['accuracy_interval']:.2f}")
+        experiment.write_json(output / "results.json", experiment.rounded(
+            {"settings": settings, "workers": strategy.num_replicas_in_sync, "seed": seed, "test": result,
+             "losses": losses}))
+
+
+def digest(learner):
+    """SHA-256 over the bytes of all variables of a learner and its optimizer."""
+    total = hashlib.sha256()
+    for variable in [*learner.variables, *learner.optimizer.variables]:
+        total.update(keras.ops.convert_to_numpy(variable).tobytes())
+    return total.hexdigest()
+
+
+def main(_):
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()  # Before anything else of TensorFlow.
+    settings = experiment.settings(omniglot.SETTINGS, omniglot.QUICK)
+    if settings["algorithm"] == "protonet":
+        raise SystemExit("--algorithm must be a learner with an inner training. Received: protonet")
+    work(strategy, settings, pathlib.Path(flags.FLAGS.output), flags.FLAGS.data_dir, flags.FLAGS.seed,
+         flags.FLAGS.save_every)
+
+
+if __name__ == "__main__":
+    omniglot.define_flags()
+    app.run(main)

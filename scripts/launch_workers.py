@@ -1,0 +1,91 @@
+"""Runs a script as several workers of tf.distribute on this machine, and starts them again when one of them dies.
+
+    python scripts/launch_workers.py --workers=2 scripts/distributed_omniglot.py --quick
+
+Each worker finds its place in the environment variable TF_CONFIG. Workers on several machines are started by what
+starts processes there, with a TF_CONFIG of the same form; see distributed_omniglot.py.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+
+def define_flags():
+    flags.DEFINE_integer("workers", 2, "Number of processes.", lower_bound=1)
+    flags.DEFINE_integer("restarts", 3, "How often all are started again after one has died.", lower_bound=0)
+
+
+def launch(command, workers, restarts):
+    """Runs a command as workers until all of them have ended well.
+
+    Args:
+        command: List of str, the command of each worker.
+        workers: Positive int.
+        restarts: Non-negative int.
+
+    Raises:
+        SystemExit: If a worker has died more often than `restarts`.
+    """
+    for attempt in range(restarts + 1):
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
+        processes = []
+        for index in range(workers):
+            task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+            processes.append(subprocess.Popen(command, env={**os.environ, "TF_CONFIG": json.dumps(task)}))
+        try:
+            failed = first_failure(processes)
+        finally:
+            # The others wait for the one that died, some of them for minutes.
+            for process in processes:
+                process.kill()
+                process.wait()
+        if failed is None:
+            return
+        print(f"Worker {failed} ended with code {processes[failed].returncode} at start {attempt + 1} of "
+              f"{restarts + 1}.", file=sys.stderr, flush=True)
+    raise SystemExit(f"Workers died {restarts + 1} times; there are no restarts left.")
+
+
+def first_failure(processes):
+    """Index of the first process that fails, or None when all have ended well."""
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [index for index, code in enumerate(codes) if code]
+        if failed or None not in codes:
+            return failed[0] if failed else None
+        time.sleep(0.1)
+
+
+def free_ports(count):
+    """Ports of this machine that nothing listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def main(arguments):
+    if len(arguments) < 2:
+        raise SystemExit("The script to run comes after the flags: launch_workers.py --workers=2 script.py ...")
+    launch([sys.executable, *arguments[1:]], flags.FLAGS.workers, flags.FLAGS.restarts)
+
+
+def own_flags(arguments):
+    """absl's parser, which leaves the script and its flags alone."""
+    flags.FLAGS.set_gnu_getopt(False)
+    return flags.FLAGS(arguments)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=own_flags)
