@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from few_shot import images, network
 from problems import assert_close
 from unrolled import unrolled_hypergradient
 
@@ -22,24 +23,6 @@ def constant_episodes(*targets):
     """One episode per target c, support and query alike."""
     x, y = np.ones([len(targets), 2, 1]), np.array(targets, float).reshape([-1, 1, 1]) * np.ones([1, 2, 1])
     return meta.Episode((tf.constant(x), tf.constant(y)), (tf.constant(x), tf.constant(y)))
-
-
-def network(normalized=True):
-    """A small convolutional classifier of 6x6 images in three classes."""
-    layers = [keras.Input([6, 6, 1]), keras.layers.Conv2D(2, 3, strides=2, use_bias=False)]
-    layers += [keras.layers.BatchNormalization()] if normalized else []
-    return keras.Sequential([*layers, keras.layers.Activation("tanh"), keras.layers.Flatten(),
-                             keras.layers.Dense(3, activation="softmax")])
-
-
-def images(shots=2, queries=3, episodes=2):
-    """A meta-batch of episodes of 6x6 images in three classes."""
-    random = np.random.default_rng(0)
-    templates = random.normal(size=[8, 6, 6, 1])
-    data = np.repeat(templates, 8, axis=0) + 0.3 * random.normal(size=[64, 6, 6, 1])
-    source = meta.ClassificationEpisodes(
-        data.astype(keras.config.floatx()), np.repeat(np.arange(8), 8), ways=3, shots=shots, queries=queries)
-    return source, next(iter(source.dataset(episodes)))
 
 
 def meta_gradients(learner, episodes):
@@ -112,6 +95,29 @@ def test_meta_gradients_equal_one_tape_over_a_plain_loop(make, float64):
     actual = tf.function(lambda: meta_gradients(learner, episodes), autograph=False)()
     assert all(np.any(part != 0) for part in expected[-2:])
     assert_close(actual, expected, 1e-8)
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second order", "first order"])
+def test_multi_step_loss_is_the_weighted_sum_of_the_losses_after_each_step(first_order, float64):
+    weights = (0.2, 0.0, 0.8)
+    learner = meta.MAML(scalar_model(), 0.1, 3, first_order, loss="mean_squared_error", step_weights=weights)
+    shrinking = 0.8 ** np.arange(1, 4)  # The squared error has curvature 2.
+    expected = np.sum(np.array(weights) * 2 * (1.0 - 3.0) * shrinking * (1.0 if first_order else shrinking))
+    np.testing.assert_allclose(meta_gradients(learner, constant_episodes(3.0))[0], [[expected]], rtol=1e-12)
+
+
+def test_weights_of_steps_follow_a_schedule_of_the_meta_step():
+    def weights(meta_step):
+        first = tf.maximum(1.0 - tf.cast(meta_step, tf.float32) / 2, 0.0)
+        return tf.stack([first, 1.0 - first])
+
+    source, episodes = images()
+    scheduled = meta.MAML(network(), 0.3, 2, step_weights=weights)
+    scheduled.compile(keras.optimizers.SGD(0.0))
+    for expected in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0), (0.0, 1.0)):
+        fixed = meta.MAML(scheduled.model, 0.3, 2, step_weights=expected)
+        assert_close(meta_gradients(scheduled, episodes), meta_gradients(fixed, episodes), 1e-6)
+        scheduled.fit(source.dataset(2, count=2), verbose=0)
 
 
 def test_imaml_solves_with_identity_plus_hessian_over_the_proximal_strength(float64):
@@ -313,6 +319,7 @@ def test_inner_batches_take_all_support_examples_before_any_comes_again():
     (lambda m: meta.MAML(m, farhox.Hyperparameter(0.1), learn_learning_rates=True), ValueError, "needs their common"),
     (lambda m: meta.MAML(m, 0.1, 0), ValueError, "inner_steps must be a positive integer. Received: 0"),
     (lambda m: meta.MAML(m, 0.1, 1, evaluation_steps=0), ValueError, "evaluation_steps must be a positive"),
+    (lambda m: meta.MAML(m, 0.1, 2, step_weights=(0.5, 0.6)), ValueError, "step_weights must be a tuple of non-neg"),
     (lambda m: meta.Reptile(m, batch_size=0), ValueError, "batch_size must be a positive"),
     (lambda m: meta.ANIL(m, head=[keras.layers.Dense(3)]), ValueError, "head must hold layers of the model"),
     (lambda m: meta.IMAML(m, proximal=0.0), ValueError, "proximal must be positive"),

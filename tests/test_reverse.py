@@ -10,6 +10,7 @@ from problems import (
     network_problem, proximal_quadratic, scalar_quadratic, variable)
 
 import farhox
+from farhox.batches import batch_at
 
 dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
 checkpoints = pytest.mark.parametrize("checkpoint_every", [None, 1, 2, 3, 7, 20, "sqrt"])
@@ -205,6 +206,62 @@ class _CountingDescent(farhox.InnerDynamics):
 
     def update(self, gradients, variables, slots, step):
         return [w - RATE * g for w, g in zip(variables, gradients)], [slots[0] + 1]
+
+
+def explicit_problem():
+    """An outer variable that the inner and the outer objective depend on, and a learned initial value."""
+    w, scale = variable(START, name="w"), variable(2.0)
+    return farhox.BilevelProblem(
+        lambda a: a / 2 * keras.ops.square(w - scale), lambda goal: scale * keras.ops.square(w - goal),
+        inner_variables=[w], outer_variables=[scale, w], dynamics=farhox.Momentum(0.1, 0.5))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: network_problem("BatchNormalization", "momentum", steps=4, extra=[keras.layers.Dropout(0.5)])[:3],
+    lambda: (explicit_problem(), tf.constant([1.0, 2.0, 0.5, 1.5], tf.float64), tf.constant(1.0, tf.float64)),
+], ids=["network", "explicit dependence"])
+@pytest.mark.parametrize("checkpoint_every", [None, 3])
+def test_weights_of_steps_give_the_hypergradient_of_the_weighted_outer_losses(make, checkpoint_every, float64):
+    problem, inner_batches, outer_batch = make()
+    inner_batches = farhox.batches.as_inner_batches(inner_batches)
+    weights = (0.1, 0.0, 0.3, 0.6)
+    outer = problem.outer_values()
+    with tf.GradientTape() as tape:
+        tape.watch(outer)
+        state, total = problem.initial_state(outer), 0.0
+        for t, weight in enumerate(weights):
+            state = problem.step(state, outer, batch_at(inner_batches, t)).state
+            last = problem.outer_loss(state, outer, outer_batch)
+            total += weight * last
+    expected = tape.gradient(total, outer)
+    for setting in (weights, lambda: tf.constant(weights, tf.float64)):
+        method = farhox.ReverseHG(checkpoint_every=checkpoint_every, step_weights=setting)
+        result = tf.function(lambda: method.compute(problem, inner_batches, outer_batch), autograph=False)()
+        assert_close(result.gradients, expected, 1e-10)
+        assert_close([result.outer_loss], [last], 1e-12)
+
+
+def test_all_weight_on_the_last_step_is_the_hypergradient_of_the_last_state():
+    case = scalar_quadratic(outer=("target", "rate", "initial"))
+    weights = (0.0,) * (STEPS - 1) + (1.0,)
+    assert_close(farhox.ReverseHG(step_weights=weights).compute(*case[:3]).gradients, case.expected, 1e-9)
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.4), (1.5, -0.5), [0.5, 0.5], (), "uniform", (True,)])
+def test_weights_of_steps_must_be_non_negative_and_sum_to_one(weights):
+    with pytest.raises(ValueError, match="step_weights must be a tuple of non-negative numbers that sum to one"):
+        farhox.ReverseHG(step_weights=weights)
+
+
+def test_weights_of_steps_are_over_all_of_a_known_number_of_steps():
+    with pytest.raises(ValueError, match="cannot come with a truncation. Received: truncation=3"):
+        farhox.ReverseHG(truncation=3, step_weights=(1.0,))
+    case = scalar_quadratic(outer=("target",))
+    with pytest.raises(ValueError, match=rf"one entry per inner step.*Received: shape \(2,\) for T={STEPS}"):
+        farhox.ReverseHG(step_weights=(0.5, 0.5)).compute(*case[:3])
+    case.problem.stop_tolerance = 0.1
+    with pytest.raises(ValueError, match="in advance. Received a problem with stop_tolerance=0.1"):
+        farhox.ReverseHG(step_weights=(0.5, 0.5)).compute(*case[:3])
 
 
 @pytest.mark.parametrize("truncation", [-1, 1.5, True, "all"])

@@ -31,17 +31,23 @@ class ReverseHG(HyperGradient):
         truncation: Non-negative int or None. Differentiate only the last `truncation` steps; 0 keeps dE/dλ alone.
         checkpoint_every: Positive int, "sqrt" or None. Store one state in this many and recompute the others, at the
             price of running the inner training once more. "sqrt" stores about the square root of T. None: store all.
+        step_weights: Tuple of T non-negative numbers that sum to one, or a callable without arguments that returns
+            them as a tensor [T]. The hypergradient is then that of Σ_t weight_t E(s_t, λ) over the states after step
+            1, ..., T instead of E(s_T, λ) alone, at the price of up to T outer gradients; `outer_loss` stays E(s_T, λ).
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or `step_weights` come with a truncation. When called: if the number
+            of weights is not T, or the problem has a stop tolerance.
 
     Reference:
         [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785), Algorithm 1;
-        [Shaban et al., 2019](https://arxiv.org/abs/1810.10667) (truncation).
+        [Shaban et al., 2019](https://arxiv.org/abs/1810.10667) (truncation);
+        [Antoniou et al., 2019](https://arxiv.org/abs/1810.09502), section 4 (weights of steps).
     """
 
     truncation: Any = None
     checkpoint_every: Any = None
+    step_weights: Any = None
 
     def __post_init__(self):
         if self.truncation is not None and (not _is_integer(self.truncation) or self.truncation < 0):
@@ -50,6 +56,14 @@ class ReverseHG(HyperGradient):
                 not _is_integer(self.checkpoint_every) or self.checkpoint_every < 1):
             raise ValueError("checkpoint_every must be a positive integer, 'sqrt' or None. "
                              f"Received: {self.checkpoint_every!r}")
+        if self.step_weights is None:
+            return
+        if self.truncation is not None:
+            raise ValueError("step_weights are over all inner steps and cannot come with a truncation. "
+                             f"Received: truncation={self.truncation}")
+        if not callable(self.step_weights) and not _is_distribution(self.step_weights):
+            raise ValueError("step_weights must be a tuple of non-negative numbers that sum to one, a callable that "
+                             f"returns them, or None. Received: {self.step_weights!r}")
 
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
         outer = problem.outer_values()
@@ -57,6 +71,7 @@ class ReverseHG(HyperGradient):
         if from_initial_state:
             state = problem.initial_state(outer)
         steps = num_steps(inner_batches)
+        weights = self._weights_at_states(problem, steps)
         losses = new_losses(problem, steps)
         # Differentiated steps at most: what is stored has this size, which XLA must know.
         most = steps - self._first_differentiated_step(steps)
@@ -76,12 +91,27 @@ class ReverseHG(HyperGradient):
         reached = [gradient is not None for gradient in at_end.outer]
         adjoint = zeros_for_none(at_end.state, float_leaves(run.state))
         gradients = zeros_for_none(at_end.outer, outer)
+        if weights is not None:
+            adjoint, gradients = _weighted(weights[steps], adjoint), _weighted(weights[steps], gradients)
+
+        def with_outer(t, state, adjoint, gradients):
+            """Adds weight_t dE/ds and weight_t dE/dλ at the state before step t."""
+            def added():
+                at_state = problem.outer_gradients(state, outer, outer_batch)
+                parts = zeros_for_none(at_state.state, adjoint), zeros_for_none(at_state.outer, gradients)
+                return [[total + part for total, part in zip(totals, _weighted(weights[t], part))]
+                        for totals, part in zip((adjoint, gradients), parts)]
+
+            if weights is None:
+                return adjoint, gradients
+            return tf.cond(weights[t] > 0, added, lambda: [adjoint, gradients])
+
         through_gradient = not problem.dynamics.first_order or _statistics_matter(run.state, at_end.state)
 
         if self.truncation != 0:
             adjoint, gradients = _walk_back(
                 problem, segments, outer, inner_batches, first, steps, segment, adjoint, gradients, reached,
-                keep_gradients, through_gradient)
+                keep_gradients, through_gradient, with_outer)
             if from_initial_state and not (isinstance(first, int) and first > 0):
                 if not isinstance(first, int):
                     adjoint = [tf.where(first > 0, tf.zeros_like(part), part) for part in adjoint]
@@ -101,6 +131,22 @@ class ReverseHG(HyperGradient):
         if self.truncation is None:
             return 0
         return max(steps - self.truncation, 0) if isinstance(steps, int) else tf.maximum(steps - self.truncation, 0)
+
+    def _weights_at_states(self, problem, steps):
+        """The weights of the states s_0, ..., s_T, the first of which is zero, as a tensor [T + 1]; or None."""
+        if self.step_weights is None:
+            return None
+        if problem.stop_tolerance is not None:
+            raise ValueError("step_weights need the number of inner steps in advance. Received a problem with "
+                             f"stop_tolerance={problem.stop_tolerance}")
+        if callable(self.step_weights):
+            weights = tf.cast(self.step_weights(), problem.loss_dtype)
+        else:
+            weights = tf.constant(self.step_weights, problem.loss_dtype)
+        if weights.shape.rank != 1 or not isinstance(steps, int) or weights.shape[0] != steps:
+            raise ValueError("step_weights must have one entry per inner step, of which the number must be known. "
+                             f"Received: shape {weights.shape} for T={steps}")
+        return tf.pad(weights, [[1, 0]])
 
     def _segment_length(self, count):
         """Steps between stored states; None for a single segment all of whose states are stored."""
@@ -153,7 +199,7 @@ def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment, 
 
 
 def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjoint, gradients, reached,
-               keep_gradients, through_gradient):
+               keep_gradients, through_gradient, with_outer):
     """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
     # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds up
     # the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
@@ -162,7 +208,8 @@ def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjo
     def body(index, adjoint, gradients):
         if segment is None:
             return index - 1, *_reverse_steps(
-                problem, store, outer, inner_batches, first, steps, adjoint, gradients, reached, through_gradient)
+                problem, store, outer, inner_batches, first, steps, adjoint, gradients, reached, through_gradient,
+                with_outer)
         start = first + index * segment
         stop = tf.minimum(start + segment, steps)
         state = store.read(index)
@@ -171,7 +218,8 @@ def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjo
         records = run_inner(
             problem, state, outer, inner_batches, start, stop, losses, records, replay=True).store
         adjoint, gradients = _reverse_steps(
-            problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached, through_gradient)
+            problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached, through_gradient,
+            with_outer)
         return index - 1, adjoint, gradients
 
     _, adjoint, gradients = tf.while_loop(
@@ -181,7 +229,7 @@ def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjo
 
 
 def _reverse_steps(problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached,
-                   through_gradient):
+                   through_gradient, with_outer):
     """Steps stop - 1 down to `start`; `records` holds the `InnerRecord` of each of them.
 
     `reached` is updated in place with the outer variables that a step depends on.
@@ -195,6 +243,7 @@ def _reverse_steps(problem, records, outer, inner_batches, start, stop, adjoint,
         adjoint = zeros_for_none(products[:len(leaves)], leaves)
         gradients = [total if product is None else total + product
                      for total, product in zip(gradients, products[len(leaves):])]
+        adjoint, gradients = with_outer(t, record.state, adjoint, gradients)
         return t - 1, adjoint, gradients
 
     _, adjoint, gradients = tf.while_loop(
@@ -234,6 +283,16 @@ def _step_product(problem, record, outer, batch, adjoint, through_gradient):
         adjoint[:count] + adjoint[after_statistics:])
     through_gradient = inner_gradient.product(products[:count] + adjoint[count:after_statistics])
     return [a if b is None else b if a is None else a + b for a, b in zip(products[count:], through_gradient)]
+
+
+def _weighted(weight, tensors):
+    return [tf.cast(weight, tensor.dtype) * tensor for tensor in tensors]
+
+
+def _is_distribution(weights):
+    numbers_alone = isinstance(weights, tuple) and all(
+        isinstance(weight, numbers.Real) and not isinstance(weight, bool) for weight in weights)
+    return numbers_alone and min(weights, default=-1) >= 0 and abs(sum(weights) - 1) < 1e-5
 
 
 def _is_integer(value):

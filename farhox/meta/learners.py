@@ -37,6 +37,9 @@ class MAML(Learner):
         transductive: Bool. Batch-norm layers normalise the queries of an episode together, as in most published
             results; or, if false, by the statistics of the support set.
         evaluation_steps: Positive int, inner steps outside training. Default: `inner_steps`.
+        step_weights: Tuple of non-negative numbers that sum to one, one per inner step, or a callable from the
+            number of meta-steps done to a tensor of them. Multi-step loss: the query loss after each inner step counts
+            with its weight, instead of that after the last one alone.
         name: Name of the Keras model.
 
     Raises:
@@ -45,14 +48,19 @@ class MAML(Learner):
 
     Reference:
         [Finn et al., 2017](https://arxiv.org/abs/1703.03400), Algorithm 1;
-        [Li et al., 2017](https://arxiv.org/abs/1707.09835) for learned rates per weight.
+        [Li et al., 2017](https://arxiv.org/abs/1707.09835) for learned rates per weight;
+        [Antoniou et al., 2019](https://arxiv.org/abs/1810.09502) for the multi-step loss.
     """
 
     def __init__(self, model, inner_learning_rate=0.1, inner_steps=5, first_order=False, learn_learning_rates=False,
-                 loss=_LOSS, transductive=True, evaluation_steps=None, name="maml"):
+                 loss=_LOSS, transductive=True, evaluation_steps=None, step_weights=None, name="maml"):
         problem = _initialization_problem(
             model, [], inner_learning_rate, learn_learning_rates, first_order, loss, transductive)
-        super().__init__(model, problem, EpisodesHG(ReverseHG()), inner_steps, evaluation_steps,
+        weights = step_weights
+        if callable(step_weights):
+            def weights():
+                return step_weights(tf.convert_to_tensor(self.optimizer.iterations))
+        super().__init__(model, problem, EpisodesHG(ReverseHG(step_weights=weights)), inner_steps, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
 
 
