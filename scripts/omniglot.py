@@ -1,7 +1,7 @@
 """Few-shot classification of Omniglot's characters by one of the learners of farhox.meta.
 
     python scripts/omniglot.py --algorithm=maml --quick
-    python scripts/omniglot.py --flagfile=scripts/flags/omniglot_maml_5way_1shot.cfg
+    python scripts/omniglot.py --flagfile=scripts/flags/omniglot_maml.cfg
 
 Characters are split into 1,200 for meta-training, 100 for meta-validation and 323 for meta-test, with rotations as
 classes of their own. Episode k of a seed is always the same, so that a run that was interrupted at any moment goes on
