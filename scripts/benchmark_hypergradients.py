@@ -3,21 +3,26 @@
 ```text
 python scripts/benchmark_hypergradients.py --quick
 python scripts/benchmark_hypergradients.py --workloads=W1,W2,W4 --steps=10,100,1000 --json=benchmark.json
+python scripts/benchmark_hypergradients.py --workloads=W3 --steps=5,16,256 --json=meta_learning.json
 ```
 
 Workloads, on synthetic data in float32:
 
 - W1: softmax regression 2000 x 784 x 10, full-batch gradient descent; outer: the examples' weights, the learning rate.
 - W2: 784-256-256-10 tanh network, batches of 100, momentum; outer: learning rate, momentum, L2 strength of each layer.
+- W3: a meta-step of four 5-way 1-shot episodes with 15 queries a class, 28 x 28 images, four convolutions of 64 filters
+  with batch normalisation, full-batch gradient descent; outer: the initial weights.
 - W4: W1's model with L2 penalty, near its optimum, 10 conjugate-gradient steps; outer: examples' weights, L2 strength.
 
 Methods: `reverse`, `reverse_sqrt` (checkpoint_every="sqrt"), `forward` (W2 has five scalars), `implicit` (W4), and
-`naive`: the steps written out in Python under one tape, up to T=100.
+`naive`: the steps written out in Python under one tape, up to T=100. Of W3: `maml`, `fomaml`, and `imaml` with five
+steps of conjugate gradient.
 
 Each case runs in a process of its own. Times are medians of CPU seconds, which other programs disturb little; plain
-training is a hand-written TensorFlow loop over the same steps without derivatives. `first_call_s` is what the first
+training is a hand-written TensorFlow loop over the same steps without derivatives, on W3 over the episodes with the
+outer objective of each. `first_call_s` is what the first
 call takes beyond a later one: TensorFlow optimizes the graph and asks for memory. `growth_mb` is the peak of resident
-memory, tracing included, above that of the process with its data and its model.
+memory, tracing included, above that of the process with its data and its model, `peak_mb` the peak of all.
 """
 
 import json
@@ -36,22 +41,26 @@ import tensorflow as tf
 from absl import app, flags
 
 import farhox
-from farhox.batches import batch_at, num_steps
+from farhox import meta
+from farhox.batches import RepeatedBatch, batch_at, num_steps
 
 METHODS = {"W1": ["reverse", "reverse_sqrt", "naive"], "W2": ["reverse", "reverse_sqrt", "forward", "naive"],
-           "W4": ["implicit", "naive"]}
+           "W3": ["maml", "fomaml", "imaml"], "W4": ["implicit", "naive"]}
 HYPERGRADIENTS = {
     "reverse": farhox.ReverseHG(),
     "reverse_sqrt": farhox.ReverseHG(checkpoint_every="sqrt"),
     "forward": farhox.ForwardHG(),
     # A tolerance that is never reached: always ten products.
     "implicit": farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=10, tolerance=0.0)),
+    "maml": farhox.EpisodesHG(farhox.ReverseHG()),
+    "fomaml": farhox.EpisodesHG(farhox.ReverseHG()),
+    "imaml": farhox.EpisodesHG(farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=5, tolerance=0.0))),
 }
 # Tracing steps that are written out takes minutes beyond this.
 NAIVE_MAX_STEPS = 100
 COLUMNS = [("workload", "{}"), ("method", "{}"), ("steps", "{}"), ("hypergradient_s", "{:.4f}"),
            ("plain_s", "{:.4f}"), ("over_plain", "{:.2f}"), ("tracing_s", "{:.2f}"), ("first_call_s", "{:.2f}"),
-           ("growth_mb", "{:.0f}")]
+           ("growth_mb", "{:.0f}"), ("peak_mb", "{:.0f}")]
 
 
 def define_flags():
@@ -75,6 +84,8 @@ class Workload(NamedTuple):
         outer_batch: The batch of the outer objective.
         plain_step: Callable `variables, slots, batch -> variables, slots`: the same inner step without farhox.
         warm_up_steps: Plain steps to take before anything is measured.
+        plain_loss: Callable `variables, outer_batch -> scalar`, the outer objective without farhox, where batches have
+            a leading axis of episodes; else None.
     """
 
     problem: Any
@@ -82,6 +93,7 @@ class Workload(NamedTuple):
     outer_batch: Any
     plain_step: Callable
     warm_up_steps: int = 0
+    plain_loss: Any = None
 
 
 def main(_):
@@ -127,7 +139,8 @@ def measure(workload, method, steps, quick, threads, repeats):
     """Measures one case in this process: a dictionary with the columns of the table."""
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
-    task = {"W1": softmax_regression, "W2": tanh_network, "W4": near_optimum}[workload](quick)
+    task = {"W1": softmax_regression, "W2": tanh_network, "W4": near_optimum}[workload](quick) if (
+        workload != "W3") else few_shot_learner(quick, method)
     problem = task.problem
     inner_batches = task.inner_batches(steps)
     state = warmed_up(task) if task.warm_up_steps else None
@@ -144,7 +157,8 @@ def measure(workload, method, steps, quick, threads, repeats):
     first_call = timed(hypergradient, arguments)
     grown = peak_memory()
 
-    plain = tf.function(lambda batches, unused, *state: plain_training(task, batches, *state), autograph=False)
+    plain_run = plain_training if task.plain_loss is None else plain_episodes
+    plain = tf.function(lambda *arguments: plain_run(task, *arguments), autograph=False)
     plain = plain.get_concrete_function(*arguments)
     timed(plain, arguments)
     repeats = repeats or max(3, min(15, 1000 // steps))
@@ -155,7 +169,8 @@ def measure(workload, method, steps, quick, threads, repeats):
     return dict(
         workload=workload, method=method, steps=steps, hypergradient_s=seconds, plain_s=plain_seconds,
         over_plain=seconds / plain_seconds, tracing_s=tracing, first_call_s=max(first_call - seconds, 0.0),
-        growth_mb=(grown - idle) / 1024, state_mb=state_megabytes(problem), repeats=repeats, threads=threads)
+        growth_mb=(grown - idle) / 1024, peak_mb=grown / 1024, state_mb=state_megabytes(problem), repeats=repeats,
+        threads=threads)
 
 
 def timed(function, arguments):
@@ -208,8 +223,9 @@ def table(rows):
 
 # The competitors: plain training, and the tape that records every step.
 
-def plain_training(task, inner_batches, state=None):
+def plain_training(task, inner_batches, outer_batch=None, state=None):
     """The inner training alone: a loop over the hand-written step."""
+    del outer_batch
     state = task.problem.initial_state() if state is None else state
 
     def body(t, variables, slots):
@@ -217,6 +233,17 @@ def plain_training(task, inner_batches, state=None):
 
     return tf.while_loop(lambda t, *_: t < num_steps(inner_batches), body,
                          [tf.constant(0), state.variables, state.slots], parallel_iterations=1)[1]
+
+
+def plain_episodes(task, inner_batches, outer_batch):
+    """The inner training of each episode and its outer objective: a tensor [episodes]."""
+    steps = num_steps(inner_batches)
+
+    def one(episode):
+        variables = plain_training(task, farhox.repeat(episode[0], steps))
+        return task.plain_loss(variables, episode[1])
+
+    return tf.map_fn(one, (inner_batches.batch, outer_batch), fn_output_signature=tf.float32, parallel_iterations=1)
 
 
 def unrolled(problem, inner_batches, outer_batch, state=None):
@@ -273,6 +300,48 @@ def tanh_network(quick):
     return Workload(
         problem, lambda steps: farhox.gather(data, draws.integers(examples, size=[steps, batch_size])),
         (x[examples:], y[examples:]), plain_step)
+
+
+def few_shot_learner(quick, method):
+    """W3."""
+    episodes, ways, queries, filters = (2, 3, 2, 4) if quick else (4, 5, 15, 64)
+    keras.utils.set_random_seed(0)
+    model = meta.few_shot_classifier(ways, meta.convolutional_body(filters=filters))
+    rate = 0.01
+    learner = meta.IMAML(model, rate) if method == "imaml" else meta.MAML(model, rate, first_order=method == "fomaml")
+    draws = np.random.default_rng(0)
+
+    def examples(count):
+        labels = np.tile(np.repeat(np.arange(ways), count), (episodes, 1))
+        return draws.random((*labels.shape, 28, 28, 1), "float32"), labels
+
+    support, query = examples(1), examples(queries)
+
+    def plain_step(variables, slots, batch):
+        with tf.GradientTape() as tape:
+            tape.watch(variables)
+            loss = plain_few_shot_loss(variables, *batch)
+            if method == "imaml":
+                anchors = [variable.value for variable in model.trainable_variables]
+                loss += 2.0 / 2 * tf.add_n([tf.reduce_sum((w - a) ** 2) for w, a in zip(variables, anchors)])
+        return [w - rate * g for w, g in zip(variables, tape.gradient(loss, variables))], slots
+
+    # As Learner makes the data of an episode: queries are normalised together.
+    return Workload(
+        learner.problem, lambda steps: RepeatedBatch(tf.nest.map_structure(tf.constant, support), tf.range(steps)),
+        ((support[0], query[0]), query[1]), plain_step,
+        plain_loss=lambda variables, batch: plain_few_shot_loss(variables, batch[0][1], batch[1]))
+
+
+def plain_few_shot_loss(variables, images, labels):
+    """The cross-entropy of `meta.few_shot_classifier` with batch statistics, without Keras."""
+    values = images
+    for kernel, bias, scale, offset in zip(*(variables[i:-2:4] for i in range(4))):
+        values = tf.nn.conv2d(values, kernel, 2, "SAME") + bias
+        mean, variance = tf.nn.moments(values, [0, 1, 2])
+        values = tf.nn.relu(tf.nn.batch_normalization(values, mean, variance, offset, scale, 1e-3))
+    logits = tf.matmul(tf.reshape(values, [tf.shape(values)[0], -1]), variables[-2]) + variables[-1]
+    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
 
 
 def near_optimum(quick):
