@@ -56,10 +56,8 @@ class MAML(Learner):
                  loss=_LOSS, transductive=True, evaluation_steps=None, step_weights=None, name="maml"):
         problem = _initialization_problem(
             model, [], inner_learning_rate, learn_learning_rates, first_order, loss, transductive)
-        weights = step_weights
-        if callable(step_weights):
-            def weights():
-                return step_weights(tf.convert_to_tensor(self.optimizer.iterations))
+        weights = step_weights if not callable(step_weights) else (
+            lambda: step_weights(tf.convert_to_tensor(self.optimizer.iterations)))
         super().__init__(model, problem, EpisodesHG(ReverseHG(step_weights=weights)), inner_steps, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
 
