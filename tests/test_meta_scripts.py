@@ -1,5 +1,6 @@
 """The scripts of meta-learning: every algorithm runs, a killed run ends with the weights of one that was not."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -10,6 +11,10 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow as tf
+
+import farhox
+from farhox import meta
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 needs_data = pytest.mark.skipif(
@@ -22,6 +27,12 @@ TINY = ["--quick", "--filters=4", "--meta_steps=8", "--steps_per_epoch=2", "--va
 def cache(tmp_path_factory):
     """Keras' folder with Omniglot's small images, read once for all tests."""
     return {**os.environ, "KERAS_HOME": str(tmp_path_factory.mktemp("keras"))}
+
+
+def load(name, monkeypatch):
+    """A script as a module."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module(name)
 
 
 def start(script, output, environment, *flags):
@@ -81,6 +92,61 @@ def read_weights(path):
     with h5py.File(path) as file:
         file.visititems(lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
     return arrays
+
+
+@needs_data
+@pytest.mark.slow
+def test_hypergradients_of_more_steps_come_nearer_to_the_exact_one(tmp_path, cache):
+    text = finish(start("effect_of_inner_steps", tmp_path, cache, "--quick"))
+    assert "| exact" in text and "| residual" in text
+    run = json.loads((tmp_path / "results.json").read_text())["seeds"]["0"]
+    distances = [run["hypergradients"][str(steps)]["distance"] for steps in (1, 2, 4, 8, 16)]
+    assert distances == sorted(distances, reverse=True)
+    for name in ("1", "16", "exact"):
+        assert len(run[name]["test_accuracy"]) == 11
+        assert run[name]["validation_loss"][-1] < run[name]["validation_loss"][0]
+    assert set(run["residual"]) >= {"parameters", "validation_accuracy", "test"}
+    assert (tmp_path / "effect_of_inner_steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ridge_hypergradient_is_that_of_long_training(monkeypatch):
+    script = load("effect_of_inner_steps", monkeypatch)
+    random = np.random.default_rng(0)
+    train, validation = ((random.normal(size=[12, 4]).astype("float32") / 2,
+                          random.normal(size=[12, 3]).astype("float32")) for _ in range(2))
+    problem = script.ridge_problem(4, 3, 0.5, 0.5)
+    exact = script.RidgeHG(0.5).compute(problem, farhox.repeat(train, 1), validation)
+    long = farhox.ReverseHG().compute(problem, farhox.repeat(train, 100), validation)
+    np.testing.assert_allclose(exact.gradients[0], long.gradients[0], atol=1e-6)
+    np.testing.assert_allclose(exact.outer_loss, long.outer_loss, rtol=1e-5)
+
+
+@needs_data
+@pytest.mark.slow
+def test_sums_of_gradients_and_inner_mini_batches_are_compared(tmp_path, cache):
+    text = finish(start("first_order_study", tmp_path, cache, "--quick", "--meta_steps=10"))
+    assert "| g1+g2+g3+g4" in text and "| with replacement" in text and "FOMAML, separate tail" in text
+    runs = json.loads((tmp_path / "results.json").read_text())["seeds"]["0"]
+    assert len(runs) == 7 + 3 * (1 + 1 + 1)
+    assert all(0.0 < run["test"]["accuracy"] < 1.0 for run in runs.values())
+    assert (tmp_path / "first_order_study.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
+def test_mini_batches_come_from_the_pool_and_the_tail(replacement, separate, monkeypatch):
+    script = load("first_order_study", monkeypatch)
+    element = script.mini_batches({"ways": 2, "pool": 6, "tail": 2}, 4, 4, replacement, separate, seed=1)
+    pool, tail = (tf.range(count)[None] + start for count, start in ((12, 0), (4, 12)))
+    episodes = meta.Episode((pool, pool), (tail, tail))
+    (x, y), _ = element(tf.constant(3, tf.int64), episodes)
+    assert x.shape == (1, 4, 4)
+    np.testing.assert_array_equal(x, y)
+    drawn = x.numpy()[0]
+    assert np.all(drawn[:3] < 12) and (set(drawn[3]) == {12, 13, 14, 15} if separate else np.all(drawn[3] < 12))
+    assert (len(set(drawn[:3].ravel())) == 12) != replacement
+    np.testing.assert_array_equal(x, element(tf.constant(3, tf.int64), episodes)[0][0])
+    assert not np.array_equal(x, element(tf.constant(4, tf.int64), episodes)[0][0])
 
 
 def test_maml_is_trained_and_compared_on_sinusoids(tmp_path):
