@@ -375,11 +375,12 @@ class HyperOptimizer(keras.Model):
             self._compile_metrics.build(
                 *(keras.KerasTensor(part.shape, part.dtype.name) for part in (targets, outputs)))
 
-    def _compiled(self, function):
+    def _compiled(self, function, **options):
         if self.run_eagerly:
             return function
         # Before compile() Keras would choose XLA by itself.
-        return tf.function(function, autograph=False, jit_compile=self.compiled and bool(self.jit_compile))
+        return tf.function(
+            function, autograph=False, jit_compile=self.compiled and bool(self.jit_compile), **options)
 
     def _dataset(self, x):
         return as_hyper_iterations(x, self.distribute_strategy)

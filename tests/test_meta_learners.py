@@ -155,6 +155,17 @@ def test_imaml_solves_with_identity_plus_hessian_over_the_proximal_strength(floa
     assert_close([np.concatenate([np.ravel(g) for g in meta_gradients(learner, episodes)])], [expected], 1e-8)
 
 
+def test_episodes_of_many_sizes_are_predicted_with_two_traces():
+    learner = meta.MAML(keras.Sequential([keras.Input([2]), keras.layers.Dense(4, activation="softmax")]))
+    random = np.random.default_rng(0)
+    for shots, queries in ((1, 3), (2, 4), (3, 5), (5, 1)):
+        support = random.random((4 * shots, 2), dtype="float32"), np.repeat(np.arange(4), shots)
+        assert learner.predict(support, random.random((queries, 2), dtype="float32")).shape == (queries, 4)
+        assert learner.adapt(support).count_params() == 12
+    assert learner._predict_function.experimental_get_tracing_count() == 2
+    assert learner._adapt_function.experimental_get_tracing_count() == 2
+
+
 def test_fomaml_is_the_query_gradient_at_the_adapted_weights(float64):
     learner = meta.MAML(network(normalized=False), 0.3, 3, first_order=True)
     _, episodes = images(episodes=1)

@@ -96,7 +96,7 @@ class Learner(HyperOptimizer):
         support = tf.nest.map_structure(lambda leaf: tf.convert_to_tensor(leaf)[None], tuple(support))
         query = tf.convert_to_tensor(query)[None]
         if self._predict_function is None:
-            self._predict_function = self._compiled(self.predict_episodes)
+            self._predict_function = self._compiled(self.predict_episodes, reduce_retracing=True)
         return self._predict_function(support, query).numpy()[0]
 
     def predict_episodes(self, support, query):
@@ -127,7 +127,7 @@ class Learner(HyperOptimizer):
         """
         support = tf.nest.map_structure(lambda leaf: tf.convert_to_tensor(leaf)[None], tuple(support))
         if self._adapt_function is None:
-            self._adapt_function = self._compiled(self._adapted)
+            self._adapt_function = self._compiled(self._adapted, reduce_retracing=True)
         problem = self.problem
         state = tf.nest.map_structure(lambda leaf: leaf[0], self._adapt_function(support)[0])
         values = {id(variable): variable.value for variable in self.model.variables}
