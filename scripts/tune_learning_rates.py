@@ -189,7 +189,7 @@ def search_black_box(task, sampler):
         losses.append(loss if math.isfinite(loss) else math.inf)
         study.tell(trial, losses[-1])
         bar.update(len(losses), [("loss", losses[-1]), ("best", min(losses))])
-    return finished(losses, task.settings["inner_steps"], values, 0.0, task.accuracy_of_best(losses, values))
+    return finished(losses, task.settings["inner_steps"], values, {}, task.accuracy_of_best(losses, values))
 
 
 def finished(losses, steps, values, time_before, accuracy):
