@@ -24,7 +24,7 @@ ALGORITHMS = ("maml", "fomaml", "anil", "imaml", "reptile", "hyper_representatio
 SETTINGS = (
     "algorithm", "ways", "shots", "queries", "train_shots", "meta_batch_size", "meta_steps", "steps_per_epoch",
     "inner_steps", "evaluation_steps", "inner_learning_rate", "inner_batch_size", "outer_learning_rate", "decay",
-    "learn_learning_rates", "proximal", "linear_solver_steps", "filters", "downsampling", "transductive",
+    "clipnorm", "learn_learning_rates", "proximal", "linear_solver_steps", "filters", "downsampling", "transductive",
     "validation_episodes", "test_episodes")
 QUICK = {"meta_steps": 40, "steps_per_epoch": 20, "filters": 8, "validation_episodes": 20, "test_episodes": 40}
 
@@ -49,6 +49,7 @@ def define_flags():
                          lower_bound=1)
     flags.DEFINE_float("outer_learning_rate", 1e-3, "Learning rate of Adam, or reptile's step size.", lower_bound=0.0)
     flags.DEFINE_enum("decay", "cosine", ["none", "linear", "cosine"], "How the outer learning rate falls to zero.")
+    flags.DEFINE_float("clipnorm", None, "Norm that longer meta-gradients are shortened to.", lower_bound=0.0)
     flags.DEFINE_bool("learn_learning_rates", False, "One learned inner learning rate per weight (maml, fomaml, anil).")
     flags.DEFINE_float("proximal", 2.0, "Strength of the proximal term (imaml).", lower_bound=0.0)
     flags.DEFINE_integer("linear_solver_steps", 5, "Steps of conjugate gradient (imaml).", lower_bound=1)
@@ -100,7 +101,8 @@ def compile_learner(learner, settings):
     elif settings["decay"] == "cosine":
         rate = keras.optimizers.schedules.CosineDecay(rate, settings["meta_steps"])
     sgd = settings["algorithm"] == "reptile"
-    optimizer = keras.optimizers.SGD(rate) if sgd else keras.optimizers.Adam(rate)
+    make = keras.optimizers.SGD if sgd else keras.optimizers.Adam
+    optimizer = make(rate, global_clipnorm=settings.get("clipnorm"))
     if isinstance(learner, meta.PrototypicalNetwork):
         learner.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
         optimizer.build(learner.trainable_variables)  # Before a saved state is read.
