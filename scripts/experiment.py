@@ -112,12 +112,12 @@ class Folder:
         if file.exists():
             return json.loads(file.read_text())
         print(f"\n{name}", flush=True)
-        start = _clocks()
+        start = clocks()
         folder = self.runs / name
         folder.mkdir(exist_ok=True)
         result = function(folder)
         before = result.pop("time_before", {})
-        for clock, now in _clocks().items():
+        for clock, now in clocks().items():
             result[clock] = round(before.get(clock, 0.0) + now - start[clock], 2)
         write_json(file, result)
         shutil.rmtree(folder)  # The state of a run is of no use when it is finished.
@@ -173,7 +173,7 @@ class _Backup(keras.callbacks.Callback):
             state = json.loads(self._file.read_text())
             self.history, self.done, self.time_before = state["history"], state["done"], state["time"]
             optimizer.load_weights(self.folder / state["weights"])
-        self._start, self._saved = _clocks(), time.perf_counter()
+        self._start, self._saved = clocks(), time.perf_counter()
         self._bar = None
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -197,14 +197,15 @@ class _Backup(keras.callbacks.Callback):
         weights = f"{self.done}.weights.h5"
         self.model.save_weights(self.folder / weights)
         self._saved = time.perf_counter()
-        spent = {clock: self.time_before.get(clock, 0.0) + now - self._start[clock] for clock, now in _clocks().items()}
+        spent = {clock: self.time_before.get(clock, 0.0) + now - self._start[clock] for clock, now in clocks().items()}
         write_json(self._file, {"done": self.done, "weights": weights, "history": self.history, "time": spent})
         for old in self.folder.glob("*.weights.h5"):
             if old.name != weights:
                 old.unlink()
 
 
-def _clocks():
+def clocks():
+    """Seconds of the clock and CPU seconds of this process, to be subtracted from later ones."""
     return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
 
 

@@ -167,7 +167,7 @@ class _State:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.history = {"losses": [], "accuracies": [], "cpu_times": [], "best": 0, "best_loss": None}
         self.before = {"seconds": 0.0, "cpu_seconds": 0.0}
-        self._file, self._start = self.folder / "state.json", _clocks()
+        self._file, self._start = self.folder / "state.json", experiment.clocks()
         if self._file.exists():
             state = json.loads(self._file.read_text())
             self.history, self.before = state["history"], state["time"]
@@ -214,11 +214,7 @@ class _State:
         return [variable for variable in self.model.variables if "int" in variable.dtype]
 
     def _spent(self):
-        return {clock: self.before[clock] + now - self._start[clock] for clock, now in _clocks().items()}
-
-
-def _clocks():
-    return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
+        return {clock: self.before[clock] + now - self._start[clock] for clock, now in experiment.clocks().items()}
 
 
 def _finite(value):

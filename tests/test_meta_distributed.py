@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from few_shot import images, network
+from test_meta_scripts import read_weights
 
 import farhox
 from farhox import meta
@@ -183,15 +184,7 @@ def finish(process):
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_weights_of_one_also_when_one_was_killed(tmp_path, omniglot):
-    import h5py
     import psutil
-
-    def read(name):
-        arrays = {}
-        with h5py.File(tmp_path / name / "seed0.weights.h5") as file:
-            file.visititems(lambda path, item: arrays.update({path: item[()]}) if isinstance(item, h5py.Dataset)
-                            else None)
-        return arrays
 
     workers = ["launch_workers.py", "--workers=2", "distributed_omniglot.py"]
     outputs = {"whole": finish(start(workers, tmp_path / "whole", omniglot, *TINY))}
@@ -208,7 +201,8 @@ def test_two_processes_end_with_the_weights_of_one_also_when_one_was_killed(tmp_
     assert len(digests) == 1 and all(text.count("SHA-256") == 2 for text, _ in outputs.values())
 
     finish(start(["omniglot.py"], tmp_path / "single", omniglot, *TINY))
-    whole, killed, single = (read(name) for name in ("whole", "killed", "single"))
+    whole, killed, single = (
+        read_weights(tmp_path / name / "seed0.weights.h5") for name in ("whole", "killed", "single"))
     assert set(whole) == set(killed) == set(single)
     # The biases before batch normalisation have no effect: Adam makes steps of the rounding errors in their gradients.
     without_effect = {path for path in whole if re.fullmatch(r"layers/.*conv2d(_\d)?/vars/1", path)}

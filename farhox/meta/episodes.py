@@ -1,5 +1,6 @@
 """Episodes: few-shot tasks drawn from labelled examples or from a family of functions."""
 
+import abc
 import math
 from typing import Any, NamedTuple
 
@@ -19,15 +20,15 @@ class Episode(NamedTuple):
     query: Any
 
 
-class EpisodeSource:
+class EpisodeSource(abc.ABC):
     """Where episodes come from: episode k of a source is always the same one.
 
     Subclasses define `draw`.
     """
 
+    @abc.abstractmethod
     def draw(self, index):
         """The episode with number `index`, a scalar int64 tensor: an `Episode`. Pure TensorFlow."""
-        raise NotImplementedError
 
     def dataset(self, meta_batch_size, start=0, count=None, shards=1, shard=0):
         """Episodes in meta-batches, in the order of their numbers.
