@@ -71,51 +71,29 @@ class ReverseHG(HyperGradient):
         if from_initial_state:
             state = problem.initial_state(outer)
         steps = num_steps(inner_batches)
-        weights = self._weights_at_states(problem, steps)
-        losses = new_losses(problem, steps)
         # Differentiated steps at most: what is stored has this size, which XLA must know.
         most = steps - self._first_differentiated_step(steps)
-        keep_gradients = _gradients_are_kept(state.variables, most)
-        segment = self._segment_length(most)
+        walk = _Walk(problem, outer, inner_batches, outer_batch, self._weights_at_states(problem, steps),
+                     self._segment_length(most), most, _gradients_are_kept(state.variables, most))
+        losses = new_losses(problem, steps)
         if problem.stop_tolerance is not None and self.truncation is not None:
             # Which steps are the last ones shows only at the end: the inner training runs once more.
             steps = run_inner(problem, state, outer, inner_batches, 0, steps, new_losses(problem, steps)).steps
         first = self._first_differentiated_step(steps)
 
         run = run_inner(problem, state, outer, inner_batches, 0, first, losses)
-        run, segments = _run_in_segments(
-            problem, run, outer, inner_batches, first, steps, segment, most, keep_gradients)
+        run, store = walk.forward(run, first, steps)
         if problem.stop_tolerance is not None:
             steps = run.steps
-        at_end = problem.outer_gradients(run.state, outer, outer_batch)
-        reached = [gradient is not None for gradient in at_end.outer]
-        adjoint = zeros_for_none(at_end.state, float_leaves(run.state))
-        gradients = zeros_for_none(at_end.outer, outer)
-        if weights is not None:
-            adjoint, gradients = _weighted(weights[steps], adjoint), _weighted(weights[steps], gradients)
-
-        def with_outer(t, state, adjoint, gradients):
-            """Adds weight_t dE/ds and weight_t dE/dλ at the state before step t."""
-            def added():
-                at_state = problem.outer_gradients(state, outer, outer_batch)
-                parts = zeros_for_none(at_state.state, adjoint), zeros_for_none(at_state.outer, gradients)
-                return [[total + part for total, part in zip(totals, _weighted(weights[t], part))]
-                        for totals, part in zip((adjoint, gradients), parts)]
-
-            if weights is None:
-                return adjoint, gradients
-            return tf.cond(weights[t] > 0, added, lambda: [adjoint, gradients])
-
-        through_gradient = not problem.dynamics.first_order or _statistics_matter(run.state, at_end.state)
+        at_end, adjoint, gradients = walk.at_end(run.state, steps)
 
         if self.truncation != 0:
-            adjoint, gradients = _walk_back(
-                problem, segments, outer, inner_batches, first, steps, segment, adjoint, gradients, reached,
-                keep_gradients, through_gradient, with_outer)
+            adjoint, gradients = walk.back(store, first, steps, adjoint, gradients)
             if from_initial_state and not (isinstance(first, int) and first > 0):
                 if not isinstance(first, int):
                     adjoint = [tf.where(first > 0, tf.zeros_like(part), part) for part in adjoint]
-                gradients = add_initial_dynamics(problem, outer, adjoint, gradients, reached)
+                gradients = add_initial_dynamics(problem, outer, adjoint, gradients, walk.reached)
+            reached = walk.reached
         else:
             reached = [True] * len(outer)  # What the user asked for: the explicit dependence alone.
 
@@ -157,6 +135,157 @@ class ReverseHG(HyperGradient):
         return self.checkpoint_every
 
 
+@dataclasses.dataclass
+class _Walk:
+    """The differentiated part of an inner training, and the way back through it.
+
+    Args:
+        weights: Tensor [T + 1], the weight of the outer objective at each state, or None for the last state alone.
+        segment: Steps between stored states; None for a single segment all of whose states are stored.
+        most: Differentiated steps at most.
+        keep_gradients: Whether the inner gradients of the stored steps are stored too.
+    """
+
+    problem: Any
+    outer: list
+    inner_batches: Any
+    outer_batch: Any
+    weights: Any
+    segment: Any
+    most: Any
+    keep_gradients: bool
+    # Set at the end of the training: which outer variables anything depends on, and whether steps back go through ∇L.
+    reached: list = dataclasses.field(init=False)
+    through_gradient: bool = dataclasses.field(init=False)
+
+    def _run(self, state, losses, start, stop, store=None, **kwargs):
+        return run_inner(self.problem, state, self.outer, self.inner_batches, start, stop, losses, store, **kwargs)
+
+    def _record_store(self, state, size):
+        return StateStore(InnerRecord(state, state.variables if self.keep_gradients else []), size)
+
+    def _num_segments(self, first, steps):
+        return 1 if self.segment is None else (steps - first + self.segment - 1) // self.segment
+
+    def _bounds(self, index, first, steps):
+        start = first + index * self.segment
+        return start, tf.minimum(start + self.segment, steps)
+
+    def forward(self, run, first, steps):
+        """The run from step `first` on, and the store of its steps or of each segment's first state."""
+        if self.segment is None:
+            store = self._record_store(run.state, self.most)
+            run = self._run(run.state, run.losses, first, steps, store, norm=run.gradient_norm)
+            return run, run.store
+        count = self._num_segments(first, steps)
+        store = StateStore(run.state, self._num_segments(0, self.most))
+
+        def body(index, state, losses, norm, taken, arrays):
+            arrays = store.with_arrays(arrays).write(index, state).arrays
+            run = self._run(state, losses, *self._bounds(index, first, steps), norm=norm)
+            return index + 1, run.state, run.losses, run.gradient_norm, run.steps, arrays
+
+        _, *ended, arrays = tf.while_loop(
+            lambda index, state, losses, norm, taken, arrays: goes_on(self.problem, index, count, norm), body,
+            [tf.constant(0), run.state, run.losses, run.gradient_norm, run.steps, store.arrays], parallel_iterations=1)
+        return InnerRun(*ended, None), store.with_arrays(arrays)
+
+    def at_end(self, state, steps):
+        """The outer gradients at the last state, and the adjoint and the gradients that the way back starts from."""
+        at_end = self.problem.outer_gradients(state, self.outer, self.outer_batch)
+        self.reached = [gradient is not None for gradient in at_end.outer]
+        self.through_gradient = not self.problem.dynamics.first_order or _statistics_matter(state, at_end.state)
+        adjoint = zeros_for_none(at_end.state, float_leaves(state))
+        gradients = zeros_for_none(at_end.outer, self.outer)
+        if self.weights is not None:
+            weight = self.weights[steps]
+            adjoint, gradients = _weighted(weight, adjoint), _weighted(weight, gradients)
+        return at_end, adjoint, gradients
+
+    def back(self, store, first, steps, adjoint, gradients):
+        """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
+        # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds
+        # up the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
+        def body(index, adjoint, gradients):
+            if self.segment is None:
+                start, stop, records = first, steps, store
+            else:
+                start, stop = self._bounds(index, first, steps)
+                state = store.read(index)
+                records = self._run(state, new_losses(self.problem, num_steps(self.inner_batches)), start, stop,
+                                    self._record_store(state, self.segment), replay=True).store
+            return index - 1, *self._steps_back(records, start, stop, adjoint, gradients)
+
+        last = tf.convert_to_tensor(self._num_segments(first, steps) - 1, tf.int32)
+        _, adjoint, gradients = tf.while_loop(
+            lambda index, *_: index >= 0, body, [last, adjoint, gradients], parallel_iterations=1)
+        return adjoint, gradients
+
+    def _steps_back(self, records, start, stop, adjoint, gradients):
+        """Steps stop - 1 down to `start`; `records` holds the `InnerRecord` of each of them."""
+        def body(t, adjoint, gradients):
+            record = records.read(t - start)
+            leaves = float_leaves(record.state)
+            products = self._step_product(record, batch_at(self.inner_batches, t), adjoint)
+            for i, product in enumerate(products[len(leaves):]):
+                self.reached[i] = self.reached[i] or product is not None
+            adjoint = zeros_for_none(products[:len(leaves)], leaves)
+            gradients = [total if product is None else total + product
+                         for total, product in zip(gradients, products[len(leaves):])]
+            return t - 1, *self._with_outer(t, record.state, adjoint, gradients)
+
+        _, adjoint, gradients = tf.while_loop(
+            lambda t, *_: t >= start, body, [tf.convert_to_tensor(stop - 1, tf.int32), adjoint, gradients],
+            parallel_iterations=1)
+        return adjoint, gradients
+
+    def _with_outer(self, t, state, adjoint, gradients):
+        """Adds weight_t dE/ds and weight_t dE/dλ at the state before step t."""
+        if self.weights is None:
+            return adjoint, gradients
+
+        def added():
+            at_state = self.problem.outer_gradients(state, self.outer, self.outer_batch)
+            parts = zeros_for_none(at_state.state, adjoint), zeros_for_none(at_state.outer, gradients)
+            return [[total + part for total, part in zip(totals, _weighted(self.weights[t], part))]
+                    for totals, part in zip((adjoint, gradients), parts)]
+
+        return tf.cond(self.weights[t] > 0, added, lambda: [adjoint, gradients])
+
+    def _step_product(self, record, batch, adjoint):
+        """adjoint' (∂Φ_t/∂s, ∂Φ_t/∂λ) as a list over the leaves of s and the outer variables, None where independent.
+
+        First through the update (∇L, s, λ) -> (w, slots), then through the inner gradient ∇L(s, λ): with the gradient
+        at hand the second part takes its product alone and need not finish computing it. Without `through_gradient`
+        the second part is known to be zero: first-order dynamics, and statistics that nothing depends on.
+        """
+        problem, outer = self.problem, self.outer
+        state, count = record.state, len(record.state.variables)
+        leaves = float_leaves(state)
+        after_statistics = count + len(float_leaves(state.state_variables))
+
+        def gradient(inputs):
+            at_state = with_float_leaves(state, inputs[:len(leaves)])
+            _, state_variables, gradients = problem.step_gradients(at_state, inputs[len(leaves):], batch)
+            return gradients + float_leaves(state_variables)
+
+        def update(inputs):
+            gradients, inputs = inputs[:count], inputs[count:]
+            at_state = with_float_leaves(state, inputs[:len(leaves)])
+            return float_leaves(problem.updated(gradients, at_state, inputs[len(leaves):], batch))
+
+        if not self.through_gradient:
+            gradients = record.gradients or problem.step_gradients(state, outer, batch)[2]
+            return _autodiff.transposed_product(
+                update, gradients + leaves + list(outer), adjoint[:count] + adjoint[after_statistics:])[count:]
+        inner_gradient = _autodiff.Linearization(gradient, leaves, list(outer))
+        products = _autodiff.transposed_product(
+            update, (record.gradients or inner_gradient.outputs[:count]) + leaves + list(outer),
+            adjoint[:count] + adjoint[after_statistics:])
+        through_gradient = inner_gradient.product(products[:count] + adjoint[count:after_statistics])
+        return [a if b is None else b if a is None else a + b for a, b in zip(products[count:], through_gradient)]
+
+
 def _gradients_are_kept(variables, steps):
     """Whether the inner gradients of `steps` steps take little memory. The same with checkpoints and without."""
     sizes = [variable.shape.num_elements() for variable in variables]
@@ -169,120 +298,6 @@ def _statistics_matter(state, adjoint):
     """Whether the outer objective reads a state variable, given its derivatives over `float_leaves` of the state."""
     start = len(state.variables)
     return any(part is not None for part in adjoint[start:start + len(float_leaves(state.state_variables))])
-
-
-def _record_store(state, size, keep_gradients):
-    return StateStore(InnerRecord(state, state.variables if keep_gradients else []), size)
-
-
-def _run_in_segments(problem, run, outer, inner_batches, first, steps, segment, most, keep_gradients):
-    """The differentiated part of the inner training, and the store of its steps or of each segment's first state."""
-    if segment is None:
-        store = _record_store(run.state, most, keep_gradients)
-        run = run_inner(
-            problem, run.state, outer, inner_batches, first, steps, run.losses, store, norm=run.gradient_norm)
-        return run, run.store
-    count = (steps - first + segment - 1) // segment
-    store = StateStore(run.state, (most + segment - 1) // segment)
-
-    def body(index, state, losses, norm, taken, arrays):
-        arrays = store.with_arrays(arrays).write(index, state).arrays
-        start = first + index * segment
-        stop = tf.minimum(start + segment, steps)
-        run = run_inner(problem, state, outer, inner_batches, start, stop, losses, norm=norm)
-        return index + 1, run.state, run.losses, run.gradient_norm, run.steps, arrays
-
-    _, *ended, arrays = tf.while_loop(
-        lambda index, state, losses, norm, taken, arrays: goes_on(problem, index, count, norm), body,
-        [tf.constant(0), run.state, run.losses, run.gradient_norm, run.steps, store.arrays], parallel_iterations=1)
-    return InnerRun(*ended, None), store.with_arrays(arrays)
-
-
-def _walk_back(problem, store, outer, inner_batches, first, steps, segment, adjoint, gradients, reached,
-               keep_gradients, through_gradient, with_outer):
-    """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
-    # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds up
-    # the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
-    count = 1 if segment is None else (steps - first + segment - 1) // segment
-
-    def body(index, adjoint, gradients):
-        if segment is None:
-            return index - 1, *_reverse_steps(
-                problem, store, outer, inner_batches, first, steps, adjoint, gradients, reached, through_gradient,
-                with_outer)
-        start = first + index * segment
-        stop = tf.minimum(start + segment, steps)
-        state = store.read(index)
-        records = _record_store(state, segment, keep_gradients)
-        losses = new_losses(problem, num_steps(inner_batches))
-        records = run_inner(
-            problem, state, outer, inner_batches, start, stop, losses, records, replay=True).store
-        adjoint, gradients = _reverse_steps(
-            problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached, through_gradient,
-            with_outer)
-        return index - 1, adjoint, gradients
-
-    _, adjoint, gradients = tf.while_loop(
-        lambda index, *_: index >= 0, body, [tf.convert_to_tensor(count - 1, tf.int32), adjoint, gradients],
-        parallel_iterations=1)
-    return adjoint, gradients
-
-
-def _reverse_steps(problem, records, outer, inner_batches, start, stop, adjoint, gradients, reached,
-                   through_gradient, with_outer):
-    """Steps stop - 1 down to `start`; `records` holds the `InnerRecord` of each of them.
-
-    `reached` is updated in place with the outer variables that a step depends on.
-    """
-    def body(t, adjoint, gradients):
-        record = records.read(t - start)
-        leaves = float_leaves(record.state)
-        products = _step_product(problem, record, outer, batch_at(inner_batches, t), adjoint, through_gradient)
-        for i, product in enumerate(products[len(leaves):]):
-            reached[i] = reached[i] or product is not None
-        adjoint = zeros_for_none(products[:len(leaves)], leaves)
-        gradients = [total if product is None else total + product
-                     for total, product in zip(gradients, products[len(leaves):])]
-        adjoint, gradients = with_outer(t, record.state, adjoint, gradients)
-        return t - 1, adjoint, gradients
-
-    _, adjoint, gradients = tf.while_loop(
-        lambda t, *_: t >= start, body, [tf.convert_to_tensor(stop - 1, tf.int32), adjoint, gradients],
-        parallel_iterations=1)
-    return adjoint, gradients
-
-
-def _step_product(problem, record, outer, batch, adjoint, through_gradient):
-    """adjoint' (∂Φ_t/∂s, ∂Φ_t/∂λ) as a list over the state's leaves and the outer variables, None where independent.
-
-    First through the update (∇L, s, λ) -> (w, slots), then through the inner gradient ∇L(s, λ): with the gradient at
-    hand the second part takes its product alone and need not finish computing it. Without `through_gradient` the
-    second part is known to be zero: first-order dynamics, and statistics that nothing depends on.
-    """
-    state, count = record.state, len(record.state.variables)
-    leaves = float_leaves(state)
-    after_statistics = count + len(float_leaves(state.state_variables))
-
-    def gradient(inputs):
-        at_state = with_float_leaves(state, inputs[:len(leaves)])
-        _, state_variables, gradients = problem.step_gradients(at_state, inputs[len(leaves):], batch)
-        return gradients + float_leaves(state_variables)
-
-    def update(inputs):
-        gradients, inputs = inputs[:count], inputs[count:]
-        at_state = with_float_leaves(state, inputs[:len(leaves)])
-        return float_leaves(problem.updated(gradients, at_state, inputs[len(leaves):], batch))
-
-    if not through_gradient:
-        gradients = record.gradients or problem.step_gradients(state, outer, batch)[2]
-        return _autodiff.transposed_product(
-            update, gradients + leaves + list(outer), adjoint[:count] + adjoint[after_statistics:])[count:]
-    inner_gradient = _autodiff.Linearization(gradient, leaves, list(outer))
-    products = _autodiff.transposed_product(
-        update, (record.gradients or inner_gradient.outputs[:count]) + leaves + list(outer),
-        adjoint[:count] + adjoint[after_statistics:])
-    through_gradient = inner_gradient.product(products[:count] + adjoint[count:after_statistics])
-    return [a if b is None else b if a is None else a + b for a, b in zip(products[count:], through_gradient)]
 
 
 def _weighted(weight, tensors):
