@@ -24,8 +24,8 @@ ALGORITHMS = ("maml", "fomaml", "anil", "imaml", "reptile", "hyper_representatio
 SETTINGS = (
     "algorithm", "ways", "shots", "queries", "train_shots", "meta_batch_size", "meta_steps", "steps_per_epoch",
     "inner_steps", "evaluation_steps", "inner_learning_rate", "inner_batch_size", "outer_learning_rate", "decay",
-    "clipnorm", "learn_learning_rates", "proximal", "linear_solver_steps", "filters", "downsampling", "transductive",
-    "validation_episodes", "test_episodes")
+    "clipnorm", "learn_learning_rates", "proximal", "damping", "linear_solver_steps", "filters", "downsampling",
+    "transductive", "validation_episodes", "test_episodes")
 QUICK = {"meta_steps": 40, "steps_per_epoch": 20, "filters": 8, "validation_episodes": 20, "test_episodes": 40}
 
 
@@ -52,6 +52,7 @@ def define_flags():
     flags.DEFINE_float("clipnorm", None, "Norm that longer meta-gradients are shortened to.", lower_bound=0.0)
     flags.DEFINE_bool("learn_learning_rates", False, "One learned inner learning rate per weight (maml, fomaml, anil).")
     flags.DEFINE_float("proximal", 2.0, "Strength of the proximal term (imaml).", lower_bound=0.0)
+    flags.DEFINE_float("damping", 0.0, "Damping of the linear system (imaml).", lower_bound=0.0)
     flags.DEFINE_integer("linear_solver_steps", 5, "Steps of conjugate gradient (imaml).", lower_bound=1)
     flags.DEFINE_integer("filters", 64, "Filters of each of the four convolutions.", lower_bound=1)
     flags.DEFINE_enum("downsampling", "stride", ["stride", "pool"], "How the convolutions halve the image.")
@@ -81,7 +82,8 @@ def make_learner(settings, model, transductive):
         return meta.ANIL(model, **common) if algorithm == "anil" else meta.MAML(model, **common)
     if algorithm == "imaml":
         return meta.IMAML(model, rate, steps, settings["proximal"], **common,
-                          linear_solver=farhox.ConjugateGradient(max_steps=settings["linear_solver_steps"]))
+                          linear_solver=farhox.ConjugateGradient(max_steps=settings["linear_solver_steps"]),
+                          damping=settings.get("damping", 0.0))
     if algorithm == "reptile":
         dynamics = farhox.KerasDynamics(keras.optimizers.Adam(rate, beta_1=0.0))
         return meta.Reptile(model, dynamics, steps, settings["inner_batch_size"], **common)

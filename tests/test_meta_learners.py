@@ -65,6 +65,14 @@ def test_imaml_of_a_quadratic_is_that_of_the_closed_form_and_not_of_the_released
     assert abs(gradient - (adapted - 3.0) * 0.48) > 0.2
 
 
+def test_damping_of_imaml_is_added_to_the_hessian(float64):
+    learner = meta.IMAML(scalar_model(), 0.1, 400, proximal=2.0, damping=3.0,
+                         loss=lambda targets, predictions: keras.ops.mean((predictions - targets) ** 2 / 2, axis=-1))
+    adapted = (1.0 * 3.0 + 2.0 * 1.0) / (1.0 + 2.0)
+    gradient = meta_gradients(learner, constant_episodes(3.0))[0].numpy().item()
+    assert gradient == pytest.approx((adapted - 3.0) / (1.0 + (1.0 + 3.0) / 2.0), rel=1e-9)
+
+
 def test_reptile_settles_at_the_mean_of_equal_tasks():
     learner = meta.Reptile(scalar_model(), farhox.GradientDescent(0.1), 3, loss="mean_squared_error")
     learner.compile(keras.optimizers.SGD(0.5))
@@ -334,6 +342,7 @@ def test_inner_batches_take_all_support_examples_before_any_comes_again():
     (lambda m: meta.Reptile(m, batch_size=0), ValueError, "batch_size must be a positive"),
     (lambda m: meta.ANIL(m, head=[keras.layers.Dense(3)]), ValueError, "head must hold layers of the model"),
     (lambda m: meta.IMAML(m, proximal=0.0), ValueError, "proximal must be positive"),
+    (lambda m: meta.IMAML(m, damping=-1.0), ValueError, "damping must be a non-negative number. Received: -1.0"),
     (lambda m: meta.HyperRepresentation(keras.Sequential(m.layers), m.layers[-1]), ValueError, "body must be built"),
     (lambda m: meta.HyperRepresentation(m, "head"), TypeError, "body must be a keras.Model and head"),
     (lambda m: meta.HyperRepresentation(m, keras.layers.Dense(2), hypergradient=3), TypeError, "must be a method"),

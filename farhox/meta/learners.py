@@ -159,6 +159,9 @@ class IMAML(Learner):
         inner_steps: Positive int.
         proximal: Positive float λ: λ/2 ||φ - θ||^2 is added to the support loss. A `Hyperparameter` is learned too.
         linear_solver: A `LinearSolver`. Default: five steps of conjugate gradient.
+        damping: Non-negative float d: the system becomes I + (H + d I)/λ. For networks with batch norm and ReLU, where
+            H has large negative eigenvalues and the few inner steps end far from a minimum, the undamped system's
+            solution can be anything; the released code's settings amount to d = 22 at λ = 2.
         dynamics: An `InnerDynamics`. Default: gradient descent.
         loss, transductive, evaluation_steps, name: As for `MAML`.
 
@@ -171,8 +174,8 @@ class IMAML(Learner):
         something else, see the page on meta-learning.
     """
 
-    def __init__(self, model, inner_learning_rate=0.1, inner_steps=16, proximal=2.0, linear_solver=None, dynamics=None,
-                 loss=_LOSS, transductive=True, evaluation_steps=None, name="imaml"):
+    def __init__(self, model, inner_learning_rate=0.1, inner_steps=16, proximal=2.0, linear_solver=None, damping=0.0,
+                 dynamics=None, loss=_LOSS, transductive=True, evaluation_steps=None, name="imaml"):
         if isinstance(proximal, (int, float)) and not isinstance(proximal, bool) and proximal <= 0:
             raise ValueError(f"proximal must be positive. Received: {proximal}")
         dynamics = GradientDescent(inner_learning_rate) if dynamics is None else dynamics
@@ -181,7 +184,7 @@ class IMAML(Learner):
             model, loss, dynamics=dynamics, learn_initialization=True, proximal=proximal,
             outer_variables=[proximal] if isinstance(proximal, Hyperparameter) else [],
             outer_call=query_call(model, transductive))
-        super().__init__(model, problem, EpisodesHG(ImplicitHG(solver)), inner_steps, evaluation_steps,
+        super().__init__(model, problem, EpisodesHG(ImplicitHG(solver, damping)), inner_steps, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
 
 
