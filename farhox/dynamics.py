@@ -25,10 +25,13 @@ class InnerDynamics(abc.ABC):
         needs_objective: Bool, whether `update` takes a fifth argument, the inner objective of the step: a callable
             `list of tensors -> scalar` of the inner variables, on the step's batch, proximal term included. For rules
             that look at other points, as a line search does.
+        applies_constraints: Bool, whether `update` applies the Keras constraints of the inner variables itself. Of
+            other dynamics the problem does, after each step.
     """
 
     first_order = False
     needs_objective = False
+    applies_constraints = False
 
     @abc.abstractmethod
     def initial_slots(self, variables):

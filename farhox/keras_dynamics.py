@@ -74,6 +74,8 @@ class KerasDynamics(InnerDynamics):
     settings: Any
     _parts: Any = dataclasses.field(default=None, repr=False)
 
+    applies_constraints = True
+
     def __init__(self, optimizer, first_order=False, **settings):
         base = keras.optimizers.Optimizer
         if not isinstance(optimizer, base) or type(optimizer) is base:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from farhox import _autodiff, _functional, _tree
+from farhox import _autodiff, _exact, _functional, _tree
 from farhox.dynamics import GradientDescent, InnerDynamics
 from farhox.hyperparameters import Hyperparameter, OuterVariable
 
@@ -167,6 +167,11 @@ class BilevelProblem:
             stop_tolerance=self.stop_tolerance)
 
     @property
+    def constrained_variables(self):
+        """The inner variables with a Keras constraint, which holds after each inner step."""
+        return [variable for variable in self.inner_variables if variable.constraint is not None]
+
+    @property
     def outer_objective(self):
         """The outer objective as given."""
         return self._outer_objective
@@ -272,9 +277,13 @@ class BilevelProblem:
         objective = []
         if self.dynamics.needs_objective:
             objective = [lambda variables: self.inner_loss(variables, state.state_variables, outer, batch)[0]]
-        return _functional.call(
-            self.dynamics.update, gradients, state.variables, state.slots, state.step, *objective,
-            bindings=zip(self.outer_variables, outer)).value
+
+        def update():
+            variables, slots = self.dynamics.update(
+                gradients, state.variables, state.slots, state.step, *objective)
+            return variables if self.dynamics.applies_constraints else self._constrained(variables), slots
+
+        return _functional.call(update, bindings=zip(self.outer_variables, outer)).value
 
     def outer_loss(self, state, outer, batch):
         """The outer objective E(s, λ), a scalar. What it assigns is dropped."""
@@ -298,6 +307,12 @@ class BilevelProblem:
         return _functional.call(
             self.outer_predictions, batch,
             bindings=self._bindings(state.variables, state.state_variables, outer)).value
+
+    def _constrained(self, values):
+        """The inner variables' constraints, as a Keras optimizer applies them after each step."""
+        with _exact.finite_roots():
+            return [value if variable.constraint is None else tf.convert_to_tensor(variable.constraint(value))
+                    for variable, value in zip(self.inner_variables, values)]
 
     def _anchors(self, outer):
         """The initial values w_0, differentiable where they are learned."""

@@ -289,6 +289,22 @@ def test_constraints_of_the_inner_variables_are_applied_after_each_step(float64)
     assert np.max(np.linalg.norm(path[-1][0], axis=0)) <= 1.0 + 1e-6 < np.max(np.linalg.norm(plain[-1][0], axis=0))
 
 
+def test_constraints_hold_under_dynamics_of_farhox_and_are_differentiated(float64):
+    """Those of Keras are the reference: same path, same hypergradient, and that of finite differences."""
+    gradients = []
+    for make in (lambda rate: farhox.KerasDynamics(OPTIMIZERS.SGD(), learning_rate=rate), farhox.GradientDescent):
+        rate = variable(0.5, name="rate")
+        problem, inner_batches, outer_batch = small_problem(make(rate), [rate], constrained=True)
+        path = farhox_path(problem, inner_batches)
+        assert np.min(path[-1][2]) == 0.0 and np.max(np.linalg.norm(path[-1][0], axis=0)) <= 1.0 + 1e-6
+        for hypergradient in (farhox.ReverseHG(), farhox.ForwardHG()):
+            gradients.append(hypergradient.compute(problem, inner_batches, outer_batch).gradients)
+    for other in gradients[1:]:
+        assert_close(other, gradients[0], 1e-10)
+    check = farhox.check_hypergradient(problem, inner_batches, outer_batch, farhox.ReverseHG())
+    assert check.maximum_error < 1e-6
+
+
 @pytest.mark.parametrize("make", [
     lambda: OPTIMIZERS.AdamW(**ADAM), needs("Muon", lambda: OPTIMIZERS.Muon(0.05, weight_decay=0.5))],
     ids=["AdamW", "Muon"])

@@ -233,6 +233,13 @@ def test_learned_momentum_is_an_error_that_names_the_way_out():
         farhox.ReversibleHG().compute(*heavy_ball()[:3])
 
 
+def test_constraints_of_inner_variables_are_an_error_that_names_them():
+    case = scalar_quadratic(outer=("target",), dynamics=lambda rate: farhox.Momentum(rate, 0.9))
+    case.problem.inner_variables[0].constraint = keras.constraints.NonNeg()
+    with pytest.raises(ValueError, match="cannot undo constraints of the inner variables. Received: constraints on '"):
+        farhox.ReversibleHG().compute(*case[:3])
+
+
 def test_momentum_must_be_a_ratio_of_small_integers():
     case = scalar_quadratic(outer=("target",), dynamics=lambda rate: farhox.Momentum(rate, math.sqrt(0.5)))
     with pytest.raises(ValueError, match="ratio of integers with a denominator of at most 10,000.*Near it is 0.707"):

@@ -13,7 +13,7 @@ from farhox.dynamics import Momentum, setting_per_variable
 from farhox.hypergradients.base import (
     HyperGradient, HyperGradientResult, InnerRun, StateStore, add_initial_dynamics, common_diagnostics, goes_on,
     gradients_or_error, new_losses, norm_before_first_step, stacked_losses, zeros_for_none)
-from farhox.problem import InnerState, float_leaves, with_float_leaves
+from farhox.problem import InnerState, float_leaves, variable_names, with_float_leaves
 
 _LARGEST_DENOMINATOR = 10 ** 4
 _WORD = 2 ** 63
@@ -52,7 +52,8 @@ class ReversibleHG(HyperGradient):
         fractional_bits: Int from 10 to 52.
 
     Raises:
-        ValueError: If `fractional_bits` is out of range. When computing: if the dynamics are others.
+        ValueError: If `fractional_bits` is out of range. When computing: if the dynamics are others, or an inner variable
+            has a constraint.
 
     Reference:
         [Maclaurin et al., 2015](https://arxiv.org/abs/1502.03492), Algorithms 2 and 3.
@@ -67,6 +68,9 @@ class ReversibleHG(HyperGradient):
 
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
         ratio = _momentum_ratio(problem.dynamics)
+        if problem.constrained_variables:
+            raise ValueError("ReversibleHG cannot undo constraints of the inner variables. Received: constraints on "
+                             f"{variable_names(problem.constrained_variables)}")
         outer = problem.outer_values()
         from_initial_state = state is None
         if from_initial_state:
