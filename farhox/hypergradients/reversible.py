@@ -52,8 +52,8 @@ class ReversibleHG(HyperGradient):
         fractional_bits: Int from 10 to 52.
 
     Raises:
-        ValueError: If `fractional_bits` is out of range. When computing: if the dynamics are others, or an inner variable
-            has a constraint.
+        ValueError: If `fractional_bits` is out of range. When computing: if the dynamics are others, or an inner
+            variable has a constraint.
 
     Reference:
         [Maclaurin et al., 2015](https://arxiv.org/abs/1502.03492), Algorithms 2 and 3.

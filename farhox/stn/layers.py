@@ -183,6 +183,12 @@ class Dense(_Affine, keras.layers.Dense):
 class _Convolution(_Affine):
     """What `Conv1D` and `Conv2D` have in common."""
 
+    def __init__(self, filters, kernel_size, hyperparameters, gate_initializer=None, kernel_initializer=None,
+                 bias_initializer=None, centred=False, reference=None, **kwargs):
+        super().__init__(filters, kernel_size, kernel_initializer=kernel_initializer or FanInUniform(),
+                         bias_initializer=bias_initializer or FanInUniform(), **kwargs)
+        self._set_up(hyperparameters, gate_initializer, centred, reference)
+
     def build(self, input_shape):
         channels = input_shape[1 if self.data_format == "channels_first" else -1]
         fan_in = math.prod(self.kernel_size) * channels // self.groups
@@ -211,12 +217,6 @@ class Conv1D(_Convolution, keras.layers.Conv1D):
         **kwargs: As in Keras.
     """
 
-    def __init__(self, filters, kernel_size, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 bias_initializer=None, centred=False, reference=None, **kwargs):
-        super().__init__(filters, kernel_size, kernel_initializer=kernel_initializer or FanInUniform(),
-                         bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred, reference)
-
 
 @keras.saving.register_keras_serializable(package="farhox")
 class Conv2D(_Convolution, keras.layers.Conv2D):
@@ -227,12 +227,6 @@ class Conv2D(_Convolution, keras.layers.Conv2D):
         hyperparameters, gate_initializer, centred, reference: See the module.
         **kwargs: As in Keras.
     """
-
-    def __init__(self, filters, kernel_size, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 bias_initializer=None, centred=False, reference=None, **kwargs):
-        super().__init__(filters, kernel_size, kernel_initializer=kernel_initializer or FanInUniform(),
-                         bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred, reference)
 
 
 @keras.saving.register_keras_serializable(package="farhox")

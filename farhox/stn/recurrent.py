@@ -24,6 +24,17 @@ from farhox.stn.strengths import checked_strength, strength_value
 class _Cell(SelfTuning):
     """What both cells have in common: projections that respond, prepared once for all steps."""
 
+    def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None,
+                 recurrent_initializer=None, bias_initializer=None, recurrent_dropconnect=0.0, centred=False,
+                 reference=None, **kwargs):
+        super().__init__(units, kernel_initializer=kernel_initializer or FanInUniform(),
+                         recurrent_initializer=recurrent_initializer or FanInUniform(),
+                         bias_initializer=bias_initializer or FanInUniform(), **kwargs)
+        self._set_up(hyperparameters, gate_initializer, centred, reference)
+        self.recurrent_dropconnect = checked_strength(
+            recurrent_dropconnect, f"recurrent_dropconnect of {self.name!r}", 0.0, 1.0)
+        self._prepared = None
+
     @property
     def hyperparameters_with_one_draw(self):
         rate = self.recurrent_dropconnect
@@ -55,12 +66,6 @@ class _Cell(SelfTuning):
     @classmethod
     def from_config(cls, config):
         return super().from_config(deserialized(config, "recurrent_dropconnect"))
-
-    def _set_up_cell(self, hyperparameters, gate_initializer, centred, reference, recurrent_dropconnect):
-        self._set_up(hyperparameters, gate_initializer, centred, reference)
-        self.recurrent_dropconnect = checked_strength(
-            recurrent_dropconnect, f"recurrent_dropconnect of {self.name!r}", 0.0, 1.0)
-        self._prepared = None
 
     def _projected(self, inputs, states, training):
         """The input's projection with its bias, the state, and what projects it: weights, bias."""
@@ -150,14 +155,6 @@ class LSTMCell(_Cell, keras.layers.LSTMCell):
         [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), section 4.3.
     """
 
-    def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 recurrent_initializer=None, bias_initializer=None, recurrent_dropconnect=0.0, centred=False,
-                 reference=None, **kwargs):
-        super().__init__(units, kernel_initializer=kernel_initializer or FanInUniform(),
-                         recurrent_initializer=recurrent_initializer or FanInUniform(),
-                         bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up_cell(hyperparameters, gate_initializer, centred, reference, recurrent_dropconnect)
-
     def call(self, inputs, states, training=False):
         projected, hidden, recurrent, _ = self._projected(inputs, states[0], training)
         entry, forget, candidate, output = tf.split(projected + _product(hidden, *recurrent), 4, axis=1)
@@ -176,14 +173,6 @@ class GRUCell(_Cell, keras.layers.GRUCell):
         hyperparameters, gate_initializer, centred, reference, recurrent_dropconnect: See the module.
         **kwargs: As in Keras.
     """
-
-    def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 recurrent_initializer=None, bias_initializer=None, recurrent_dropconnect=0.0, centred=False,
-                 reference=None, **kwargs):
-        super().__init__(units, kernel_initializer=kernel_initializer or FanInUniform(),
-                         recurrent_initializer=recurrent_initializer or FanInUniform(),
-                         bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up_cell(hyperparameters, gate_initializer, centred, reference, recurrent_dropconnect)
 
     def call(self, inputs, states, training=False):
         previous = states[0] if isinstance(states, (list, tuple)) else states
