@@ -87,6 +87,10 @@ class BilevelProblem:
         proximal: Float or `Hyperparameter` ρ, adds ρ/2 ||w - w_0||^2 to the inner objective. Default: none.
         outer_predictions: Callable `batch -> (targets, predictions, sample_weight or None)` of the outer objective's
             model, for metrics. Default: none.
+        features: Callable `inner batch -> nest of tensors`, the part of the inner objective that depends on the batch
+            and the outer variables, but neither on inner nor on state variables; the inner objective is given what it
+            returns in the place of the batch. Where all steps have the same batch (`farhox.repeat`), `ReverseHG` and
+            `ImplicitHG` compute it once. What it assigns is dropped. Default: none.
         stop_tolerance: Positive float: inner training ends after the first step at whose start the norm of the inner
             gradient was below it, and T is the most it can take. Default: none, always T steps.
 
@@ -105,10 +109,13 @@ class BilevelProblem:
     """
 
     def __init__(self, inner_objective, outer_objective, inner_variables, outer_variables, dynamics=None,
-                 state_variables=None, proximal=None, outer_predictions=None, stop_tolerance=None):
+                 state_variables=None, proximal=None, outer_predictions=None, stop_tolerance=None,
+                 features=None):
         for name, objective in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
             if not callable(objective):
                 raise TypeError(f"{name} must be a callable batch -> scalar. Received: {objective!r}")
+        if features is not None and not callable(features):
+            raise TypeError(f"features must be a callable inner batch -> nest of tensors. Received: {features!r}")
         dynamics = GradientDescent() if dynamics is None else dynamics
         if not isinstance(dynamics, InnerDynamics):
             raise TypeError("dynamics must be one of farhox' dynamics, for example farhox.GradientDescent(0.1) or "
@@ -131,6 +138,7 @@ class BilevelProblem:
         self.outer_predictions = outer_predictions
         self.stop_tolerance = stop_tolerance
         self._inner_objective = inner_objective
+        self._features = features
         self._outer_objective = outer_objective
         outer_index = {id(variable): i for i, variable in enumerate(self.outer_variables)}
         self._learned = [outer_index.get(id(variable)) for variable in self.inner_variables]
@@ -164,12 +172,17 @@ class BilevelProblem:
         return BilevelProblem(
             self._inner_objective, outer_objective, self.inner_variables, outer_variables, dynamics=self.dynamics,
             state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions,
-            stop_tolerance=self.stop_tolerance)
+            stop_tolerance=self.stop_tolerance, features=self._features)
 
     @property
     def constrained_variables(self):
         """The inner variables with a Keras constraint, which holds after each inner step."""
         return [variable for variable in self.inner_variables if variable.constraint is not None]
+
+    @property
+    def has_features(self):
+        """Whether the inner objective is one of features of the batch."""
+        return self._features is not None
 
     @property
     def outer_objective(self):
@@ -216,6 +229,8 @@ class BilevelProblem:
         Raises:
             ValueError: If the objective is not a scalar or assigns a variable that is not a state variable.
         """
+        if self.has_features:
+            batch = self.features(batch, outer)
         result = _functional.call(
             self._inner_objective, batch, bindings=self._bindings(variables, state_variables, outer))
         stray = [variable for variable in result.assigned if not any(variable is v for v in self.state_variables)]
@@ -233,6 +248,25 @@ class BilevelProblem:
             loss += tf.cast(0.5 * strength * _tree.dot(distance, distance), loss.dtype)
         count = len(self.state_variables)
         return loss, (result.values[len(result.values) - count:] if count else [])
+
+    def features(self, batch, outer):
+        """What the inner objective is given of an inner batch, a nest of tensors.
+
+        Raises:
+            ValueError: If the features depend on an inner variable.
+        """
+        statistics = [(variable, tf.convert_to_tensor(variable)) for variable in self.state_variables]
+        result = _functional.call(self._features, batch, bindings=[*zip(self.outer_variables, outer), *statistics])
+        read = [variable for variable in self.inner_variables if id(variable) in result.read]
+        if read:
+            raise ValueError("features must not depend on inner variables, which change from step to step. "
+                             f"They read {variable_names(read)}.")
+        return tf.nest.map_structure(tf.convert_to_tensor, result.value)
+
+    def is_reached_by_features(self, variable):
+        """Whether features that were computed before the inner steps depend on an outer variable."""
+        del variable
+        return False
 
     def step(self, state, outer, batch):
         """One inner step s_{t+1} = Φ_t(s_t, λ).

@@ -12,7 +12,8 @@ LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
 
 def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=None, outer_variables=(),
                        representation=None, example_weights=None, learn_initialization=False, proximal=None,
-                       training_at_outer=False, class_weights=None, stop_tolerance=None, outer_call=None):
+                       training_at_outer=False, class_weights=None, stop_tolerance=None, outer_call=None,
+                       share_representation=False):
     """A `BilevelProblem` for a Keras model: training loss inside, validation loss outside.
 
     The inner objective is the loss of `model(x, training=True)` on an inner batch plus the regularisation and activity
@@ -44,6 +45,12 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         outer_call: Callable `x -> predictions` for outer batches (x, y), x being any nest. Default:
             `model(x, training=training_at_outer)`.
 
+        share_representation: Bool. Where all inner steps have the same batch (`farhox.repeat`), compute its
+            representation once instead of in each step, with `ReverseHG` and `ImplicitHG`. The model must be a
+            `keras.Sequential` that begins with the layers of `representation`, which may hold batch norm, but no
+            dropout or other layers with random numbers, and no masks. Inner training then leaves their moving
+            statistics as they are.
+
     Returns:
         A `BilevelProblem`. Batches are (x, y) or, as in Keras, (x, y, sample_weight).
 
@@ -51,8 +58,8 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         TypeError: If the model is not a Keras model, `example_weights` not an `ExampleWeights`, `class_weights` not a
             `Hyperparameter`, or the loss or `outer_call` not one.
         ValueError: If the model is not built, has nothing left to train, `representation` names a layer that is not
-            the model's, or `class_weights` does not have one axis. When called: if a batch is not a tuple as above, a
-            label is out of range, or there is not one class weight per class.
+            the model's, `class_weights` does not have one axis, or the representation cannot be shared. When called: if
+            a batch is not a tuple as above, a label is out of range, or there is not one class weight per class.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model. Received: {model!r} of type {type(model).__name__}")
@@ -90,11 +97,21 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
             weights = of_class if weights is None else of_class * tf.cast(weights, of_class.dtype)
         return loss_function(targets, predictions, sample_weight=weights)
 
+    first, last = _split(model, representation or []) if share_representation else (None, model)
+
+    def unpacked(batch):
+        return _unpacked(batch, "(x, y, index)" if example_weights is not None else None)
+
+    def features(batch):
+        unpacked(batch)
+        return (first(batch[0], training=True), *batch[1:]), first.losses
+
     def inner_objective(batch):
-        x, y, extra = _unpacked(batch, "(x, y, index)" if example_weights is not None else None)
+        batch, additions = batch if share_representation else (batch, [])
+        x, y, extra = unpacked(batch)
         weights = extra if example_weights is None else example_weights(extra)
-        value = loss_value(y, model(x, training=True), weights, class_weights)
-        for addition in model.losses:
+        value = loss_value(y, last(x, training=True), weights, class_weights)
+        for addition in [*additions, *last.losses]:
             value += tf.cast(addition, value.dtype)
         return value
 
@@ -108,7 +125,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
     return BilevelProblem(
         inner_objective, outer_objective, inner_variables=inner, outer_variables=outer, dynamics=dynamics,
         state_variables=_state_variables(model), proximal=proximal, outer_predictions=outer_predictions,
-        stop_tolerance=stop_tolerance)
+        stop_tolerance=stop_tolerance, features=features if share_representation else None)
 
 
 def _state_variables(model):
@@ -136,6 +153,31 @@ def _representation_variables(model, layers):
                 seen.add(id(variable))
                 variables.append(variable)
     return variables
+
+
+def can_share_representation(layers):
+    """Whether layers give the same representation of a batch at each inner step: no random numbers, no masks."""
+    own = [own for layer in layers for own in layer._flatten_layers()]
+    statistics = {id(v) for layer in own if isinstance(layer, keras.layers.BatchNormalization)
+                  for v in layer.non_trainable_variables}
+    steady = all(id(v) in statistics for layer in layers for v in _state_variables(layer))
+    return steady and not any(isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
+                              for layer in own)
+
+
+def _split(model, representation):
+    """The model's first layers, which are those of the representation, and the others: two models."""
+    layers, count = model.layers, len(representation)
+    ahead = isinstance(model, keras.Sequential) and 0 < count < len(layers) and all(
+        a is b for a, b in zip(layers, representation))
+    if not ahead or not can_share_representation(representation):
+        raise ValueError(
+            "share_representation needs a keras.Sequential that begins with the layers of the representation, without "
+            f"random numbers and masks. Received: {type(model).__name__} {model.name!r} with the layers "
+            f"{[layer.name for layer in layers]} and the representation {[layer.name for layer in representation]}")
+    first = keras.Sequential([keras.Input(model.input_shape[1:], dtype=model.inputs[0].dtype), *layers[:count]])
+    rest = keras.Input(first.output_shape[1:], dtype=first.outputs[0].dtype)
+    return first, keras.Sequential([rest, *layers[count:]])
 
 
 def _loss(loss, inner):

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from farhox import _autodiff, _tree
 from farhox.batches import as_inner_batches, batch_at, num_steps
+from farhox.features import with_shared_features
 from farhox.problem import BilevelProblem, float_leaves, variable_names
 
 
@@ -101,7 +102,13 @@ class HyperGradient(abc.ABC):
             raise TypeError(f"problem must be a farhox.BilevelProblem. Received: {problem!r}")
         inner_batches = as_inner_batches(inner_batches)
         outer_batch = tf.nest.map_structure(tf.convert_to_tensor, outer_batch)
-        return self._compute(problem, inner_batches, outer_batch, state, carry)
+        shared = with_shared_features(problem, inner_batches) if self.shares_features else problem
+        result = self._compute(shared, inner_batches, outer_batch, state, carry)
+        if shared is problem:
+            return result
+        gradients = shared.through_features(result.gradients)
+        return result._replace(gradients=gradients, diagnostics={
+            **result.diagnostics, **gradient_diagnostics(gradients, result.outer_loss)})
 
     @abc.abstractmethod
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
@@ -109,8 +116,9 @@ class HyperGradient(abc.ABC):
 
     def evaluate(self, problem, inner_batches, outer_batch):
         """T inner steps from the initial state and the outer objective: an `Evaluation`, no derivative."""
-        outer = problem.outer_values()
         inner_batches = as_inner_batches(inner_batches)
+        problem = with_shared_features(problem, inner_batches)
+        outer = problem.outer_values()
         steps = num_steps(inner_batches)
         run = run_inner(
             problem, problem.initial_state(outer), outer, inner_batches, 0, steps, new_losses(problem, steps))
@@ -119,6 +127,9 @@ class HyperGradient(abc.ABC):
     def predict(self, problem, state, outer_batch):
         """Targets, predictions and sample weights (or None) of the outer batch at the state `state`, for metrics."""
         return problem.predict_outer(state, problem.outer_values(), outer_batch)
+
+    # Whether `_compute` may be given a problem with shared features, whose outer values are more than its variables.
+    shares_features = False
 
     # Whether the carry is of use when the inner state starts anew.
     carry_outlives_state = False
@@ -241,7 +252,8 @@ def gradients_or_error(problem, gradients, reached, reason):
     Raises:
         ValueError: If a variable is not reached.
     """
-    missing = [variable for variable, ok in zip(problem.outer_variables, reached) if not ok]
+    missing = [variable for variable, ok in zip(problem.outer_variables, reached)
+               if not ok and not problem.is_reached_by_features(variable)]
     if missing:
         raise ValueError(f"Every outer variable must have an effect that the method can see. Nothing that was computed "
                          f"depends on {variable_names(missing)}. {reason}")
@@ -264,9 +276,11 @@ def zeros_for_none(products, like):
 
 def common_diagnostics(gradients, outer_loss, run):
     """The diagnostics that every method reports."""
-    return {
-        "finite": tf.logical_and(_tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
-        "inner_gradient_norm": run.gradient_norm,
-        "inner_steps": run.steps,
-        "hypergradient_norm": _tree.norm(gradients),
-    }
+    return {"inner_gradient_norm": run.gradient_norm, "inner_steps": run.steps,
+            **gradient_diagnostics(gradients, outer_loss)}
+
+
+def gradient_diagnostics(gradients, outer_loss):
+    """The diagnostics of the hypergradient alone."""
+    return {"finite": tf.logical_and(_tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
+            "hypergradient_norm": _tree.norm(gradients)}

@@ -51,6 +51,7 @@ class ImplicitHG(HyperGradient):
     damping: float = 0.0
     warm_start: bool = True
 
+    shares_features = True
     carry_outlives_state = True
 
     def __post_init__(self):

@@ -4,9 +4,8 @@ import dataclasses
 
 import tensorflow as tf
 
-from farhox import _tree
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, add_initial_dynamics, gradients_or_error, zeros_for_none)
+    HyperGradient, HyperGradientResult, add_initial_dynamics, gradient_diagnostics, gradients_or_error, zeros_for_none)
 from farhox.problem import float_leaves
 
 
@@ -28,8 +27,6 @@ class InitialHG(HyperGradient):
         gradients_or_error(problem, gradients, reached, "InitialHG sees initial values and the outer objective alone: "
                                                         "use farhox.ReverseHG() for what acts in the inner training.")
         zero = tf.zeros([], problem.loss_dtype)
-        diagnostics = {
-            "finite": tf.logical_and(_tree.is_finite(gradients), tf.math.is_finite(at_start.loss)),
-            "inner_gradient_norm": zero, "inner_steps": tf.constant(0),
-            "hypergradient_norm": _tree.norm(gradients)}
+        diagnostics = {"inner_gradient_norm": zero, "inner_steps": tf.constant(0),
+                       **gradient_diagnostics(gradients, at_start.loss)}
         return HyperGradientResult(gradients, at_start.loss, tf.zeros([1], problem.loss_dtype), state, [], diagnostics)

@@ -8,7 +8,7 @@ import tensorflow as tf
 from farhox import _tree
 from farhox.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, add_initial_dynamics, gradients_or_error, new_losses)
+    HyperGradient, HyperGradientResult, add_initial_dynamics, gradient_diagnostics, gradients_or_error, new_losses)
 from farhox.hypergradients.episodes import EpisodesHG, episode_at, num_episodes
 from farhox.hypergradients.initial import InitialHG
 from farhox.problem import float_leaves
@@ -85,9 +85,8 @@ class ReptileHG(HyperGradient):
             problem, outer, adjoint, [tf.zeros_like(value) for value in outer], reached)
         outer_loss = tf.reduce_mean(outer_losses.stack())
         diagnostics = {
-            "finite": tf.logical_and(_tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
             "inner_gradient_norm": tf.zeros([], problem.loss_dtype), "inner_steps": tf.constant(steps),
-            "hypergradient_norm": _tree.norm(gradients)}
+            **gradient_diagnostics(gradients, outer_loss)}
         states = tf.nest.pack_sequence_as(start, [array.stack() for array in ends])
         return HyperGradientResult(gradients, outer_loss, losses.stack(), states, kept, diagnostics)
 

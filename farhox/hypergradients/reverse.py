@@ -49,6 +49,8 @@ class ReverseHG(HyperGradient):
     checkpoint_every: Any = None
     step_weights: Any = None
 
+    shares_features = True
+
     def __post_init__(self):
         if self.truncation is not None and (not _is_integer(self.truncation) or self.truncation < 0):
             raise ValueError(f"truncation must be a non-negative integer or None. Received: {self.truncation!r}")

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from farhox.batches import RepeatedBatch
 from farhox.datasets import pair
+from farhox.features import with_shared_features
 from farhox.hyper_optimizer import HyperOptimizer
 from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
 from farhox.hypergradients.episodes import map_episodes
@@ -174,9 +175,10 @@ class Learner(HyperOptimizer):
     def _adapted(self, support):
         """States after adaptation, with a leading axis of episodes, and the inner losses [episodes, steps]."""
         inner_batches = self._inner_batches(support, self.evaluation_steps, training=False)
-        steps, problem = self.evaluation_steps, self.problem
+        steps = self.evaluation_steps
 
         def one(inner_batches, *_):
+            problem = with_shared_features(self.problem, inner_batches)
             run = run_inner(problem, self._initial_state(), problem.outer_values(), inner_batches, 0, steps,
                             new_losses(problem, steps))
             return run.state, stacked_losses(problem, run)

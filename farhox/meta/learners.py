@@ -11,7 +11,7 @@ from farhox.keras_dynamics import KerasDynamics
 from farhox.linear_solvers import ConjugateGradient
 from farhox.meta.learner import Learner
 from farhox.meta.statistics import query_call
-from farhox.supervised import supervised_problem
+from farhox.supervised import can_share_representation, supervised_problem
 
 _LOSS = "sparse_categorical_crossentropy"
 
@@ -132,7 +132,8 @@ class HyperRepresentation(Learner):
         problem = supervised_problem(
             model, loss, dynamics=GradientDescent(_checked_rate(inner_learning_rate)),
             outer_variables=[r for r in [inner_learning_rate] if isinstance(r, Hyperparameter)],
-            representation=[body], outer_call=query_call(model, transductive))
+            representation=[body], outer_call=query_call(model, transductive),
+            share_representation=can_share_representation([body]))
         super().__init__(model, problem, EpisodesHG(hypergradient), inner_steps, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
         self.body, self.head = body, head
