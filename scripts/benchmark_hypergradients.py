@@ -15,8 +15,9 @@ Workloads, on synthetic data in float32:
 - W4: W1's model with L2 penalty, near its optimum, 10 conjugate-gradient steps; outer: examples' weights, L2 strength.
 
 Methods: `reverse`, `reverse_sqrt` (checkpoint_every="sqrt"), `forward` (W2 has five scalars), `implicit` (W4), and
-`naive`: the steps written out in Python under one tape, up to T=100. Of W3: `maml`, `fomaml`, and `imaml` with five
-steps of conjugate gradient.
+`naive`: the steps written out in Python under one tape, up to T=100. Of W3: `maml`, `fomaml`, `imaml` with five
+steps of conjugate gradient, and `hyper_representation`, whose inner steps train the last layer alone; the plain loop
+computes what it is trained on once, too.
 
 Each case runs in a process of its own. Times are medians of CPU seconds, which other programs disturb little; plain
 training is a hand-written TensorFlow loop over the same steps without derivatives, on W3 over the episodes with the
@@ -45,7 +46,7 @@ from farhox import meta
 from farhox.batches import RepeatedBatch, batch_at, num_steps
 
 METHODS = {"W1": ["reverse", "reverse_sqrt", "naive"], "W2": ["reverse", "reverse_sqrt", "forward", "naive"],
-           "W3": ["maml", "fomaml", "imaml"], "W4": ["implicit", "naive"]}
+           "W3": ["maml", "fomaml", "imaml", "hyper_representation"], "W4": ["implicit", "naive"]}
 HYPERGRADIENTS = {
     "reverse": farhox.ReverseHG(),
     "reverse_sqrt": farhox.ReverseHG(checkpoint_every="sqrt"),
@@ -54,6 +55,7 @@ HYPERGRADIENTS = {
     "implicit": farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=10, tolerance=0.0)),
     "maml": farhox.EpisodesHG(farhox.ReverseHG()),
     "fomaml": farhox.EpisodesHG(farhox.ReverseHG()),
+    "hyper_representation": farhox.EpisodesHG(farhox.ReverseHG()),
     "imaml": farhox.EpisodesHG(farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=5, tolerance=0.0))),
 }
 # Tracing steps that are written out takes minutes beyond this.
@@ -86,6 +88,7 @@ class Workload(NamedTuple):
         warm_up_steps: Plain steps to take before anything is measured.
         plain_loss: Callable `variables, outer_batch -> scalar`, the outer objective without farhox, where batches have
             a leading axis of episodes; else None.
+        plain_features: Callable, inner batch to what `plain_step` is given in its place, computed once; or None.
     """
 
     problem: Any
@@ -94,6 +97,7 @@ class Workload(NamedTuple):
     plain_step: Callable
     warm_up_steps: int = 0
     plain_loss: Any = None
+    plain_features: Any = None
 
 
 def main(_):
@@ -240,7 +244,8 @@ def plain_episodes(task, inner_batches, outer_batch):
     steps = num_steps(inner_batches)
 
     def one(episode):
-        variables = plain_training(task, farhox.repeat(episode[0], steps))
+        batch = episode[0] if task.plain_features is None else task.plain_features(episode[0])
+        variables = plain_training(task, farhox.repeat(batch, steps))
         return task.plain_loss(variables, episode[1])
 
     return tf.map_fn(one, (inner_batches.batch, outer_batch), fn_output_signature=tf.float32, parallel_iterations=1)
@@ -306,9 +311,14 @@ def few_shot_learner(quick, method):
     """W3."""
     episodes, ways, queries, filters = (2, 3, 2, 4) if quick else (4, 5, 15, 64)
     keras.utils.set_random_seed(0)
-    model = meta.few_shot_classifier(ways, meta.convolutional_body(filters=filters))
+    body = meta.convolutional_body(filters=filters)
     rate = 0.01
-    learner = meta.IMAML(model, rate) if method == "imaml" else meta.MAML(model, rate, first_order=method == "fomaml")
+    if method == "hyper_representation":
+        learner = meta.HyperRepresentation(body, keras.layers.Dense(ways, "softmax"), rate)
+    elif method == "imaml":
+        learner = meta.IMAML(meta.few_shot_classifier(ways, body), rate)
+    else:
+        learner = meta.MAML(meta.few_shot_classifier(ways, body), rate, first_order=method == "fomaml")
     draws = np.random.default_rng(0)
 
     def examples(count):
@@ -316,13 +326,18 @@ def few_shot_learner(quick, method):
         return draws.random((*labels.shape, 28, 28, 1), "float32"), labels
 
     support, query = examples(1), examples(queries)
+    # Of the hyper-representation the head alone is inner.
+    fixed = [variable.value for variable in body.trainable_variables] if method == "hyper_representation" else []
+
+    def plain_loss(variables, images, labels):
+        return plain_cross_entropy(variables[-2:], plain_body(fixed + variables[:-2], images), labels)
 
     def plain_step(variables, slots, batch):
         with tf.GradientTape() as tape:
             tape.watch(variables)
-            loss = plain_few_shot_loss(variables, *batch)
+            loss = plain_cross_entropy(variables, *batch) if fixed else plain_loss(variables, *batch)
             if method == "imaml":
-                anchors = [variable.value for variable in model.trainable_variables]
+                anchors = [variable.value for variable in learner.problem.inner_variables]
                 loss += 2.0 / 2 * tf.add_n([tf.reduce_sum((w - a) ** 2) for w, a in zip(variables, anchors)])
         return [w - rate * g for w, g in zip(variables, tape.gradient(loss, variables))], slots
 
@@ -330,17 +345,23 @@ def few_shot_learner(quick, method):
     return Workload(
         learner.problem, lambda steps: RepeatedBatch(tf.nest.map_structure(tf.constant, support), tf.range(steps)),
         ((support[0], query[0]), query[1]), plain_step,
-        plain_loss=lambda variables, batch: plain_few_shot_loss(variables, batch[0][1], batch[1]))
+        plain_loss=lambda variables, batch: plain_loss(variables, batch[0][1], batch[1]),
+        plain_features=(lambda batch: (plain_body(fixed, batch[0]), batch[1])) if fixed else None)
 
 
-def plain_few_shot_loss(variables, images, labels):
-    """The cross-entropy of `meta.few_shot_classifier` with batch statistics, without Keras."""
+def plain_body(variables, images):
+    """`meta.convolutional_body` with batch statistics, without Keras."""
     values = images
-    for kernel, bias, scale, offset in zip(*(variables[i:-2:4] for i in range(4))):
+    for kernel, bias, scale, offset in zip(*(variables[i::4] for i in range(4))):
         values = tf.nn.conv2d(values, kernel, 2, "SAME") + bias
         mean, variance = tf.nn.moments(values, [0, 1, 2])
         values = tf.nn.relu(tf.nn.batch_normalization(values, mean, variance, offset, scale, 1e-3))
-    logits = tf.matmul(tf.reshape(values, [tf.shape(values)[0], -1]), variables[-2]) + variables[-1]
+    return tf.reshape(values, [tf.shape(values)[0], -1])
+
+
+def plain_cross_entropy(head, values, labels):
+    """The cross-entropy of a linear layer, without Keras."""
+    logits = tf.matmul(values, head[0]) + head[1]
     return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
 
 
