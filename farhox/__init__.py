@@ -20,12 +20,13 @@ from farhox.hypergradients import (  # noqa: E402
     DartsHG, EpisodesHG, EvoGradHG, ForwardHG, HyperGradient, HyperGradientResult, ImplicitHG, InitialHG, ObjectivesHG,
     ReptileHG, ReverseHG, ReversibleHG)
 from farhox.hyperparameters import ExampleWeights, Hyperparameter, LearnedSchedule  # noqa: E402
+from farhox.inner_state import InnerState  # noqa: E402
 from farhox.keras_dynamics import KerasDynamics  # noqa: E402
 from farhox.linear_solvers import (  # noqa: E402
     GMRES, ConjugateGradient, Dense, FixedPoint, LinearSolver, Neumann, NormalConjugateGradient, Nystrom)
 from farhox.line_search import BacktrackingGradientDescent  # noqa: E402
 from farhox.outer_optimizers import OptimizerGroups  # noqa: E402
-from farhox.problem import BilevelProblem, InnerState  # noqa: E402
+from farhox.problem import BilevelProblem  # noqa: E402
 from farhox.regularizers import L1L2  # noqa: E402
 from farhox.supervised import supervised_problem  # noqa: E402
 

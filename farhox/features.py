@@ -2,7 +2,8 @@
 
 from farhox import _autodiff
 from farhox.batches import RepeatedBatch
-from farhox.problem import BilevelProblem, float_leaves, with_float_leaves
+from farhox.inner_state import float_leaves, with_float_leaves
+from farhox.problem import BilevelProblem
 
 
 def with_shared_features(problem, inner_batches):

@@ -14,7 +14,7 @@ from farhox.hypergradients.episodes import EpisodesHG
 from farhox.hypergradients.forward import ForwardHG
 from farhox.hypergradients.implicit import ImplicitHG
 from farhox.hypergradients.reverse import ReverseHG
-from farhox.problem import float_leaves, with_float_leaves
+from farhox.inner_state import float_leaves, with_float_leaves
 
 _CONVERGED = 1e-3
 _RESIDUAL = 1e-2

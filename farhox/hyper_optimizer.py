@@ -9,7 +9,8 @@ from farhox.batches import as_inner_batches, num_steps
 from farhox.datasets import as_hyper_iterations, as_tensors, pair
 from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
-from farhox.problem import BilevelProblem, InnerState, variable_names
+from farhox.inner_state import InnerState
+from farhox.problem import BilevelProblem, variable_names
 from farhox.supervised import LABEL_RULE
 
 _ADVICE = (

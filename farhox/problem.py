@@ -1,7 +1,6 @@
 """The bilevel problem: what is trained inside, what is learned outside, as pure functions of tensors."""
 
 import numbers
-from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -9,52 +8,7 @@ import tensorflow as tf
 from farhox import _autodiff, _exact, _functional, _tree
 from farhox.dynamics import GradientDescent, InnerDynamics
 from farhox.hyperparameters import Hyperparameter, OuterVariable
-
-
-class InnerState(NamedTuple):
-    """The inner state s: everything that one inner step reads and writes.
-
-    Attributes:
-        variables: List of tensors, the inner variables w.
-        state_variables: List of tensors: batch-norm statistics, random seeds.
-        slots: Nest of tensors, the optimizer's own state.
-        step: Scalar int64 tensor, inner steps taken so far.
-    """
-
-    variables: list
-    state_variables: list
-    slots: Any
-    step: Any
-
-
-class StepResult(NamedTuple):
-    """One inner step.
-
-    Attributes:
-        state: The state after the step.
-        loss: Scalar, the inner objective before the step.
-        gradient_norm: Scalar, the Euclidean norm of the inner gradient before the step.
-        gradients: List of tensors, the inner gradient before the step.
-    """
-
-    state: InnerState
-    loss: Any
-    gradient_norm: Any
-    gradients: list
-
-
-class OuterGradients(NamedTuple):
-    """The outer objective E and its partial derivatives.
-
-    Attributes:
-        loss: Scalar, E.
-        state: List aligned with `float_leaves(state)`, dE/ds; None where E does not depend.
-        outer: List aligned with `problem.outer_variables`, the explicit dE/dλ; None where E does not depend.
-    """
-
-    loss: Any
-    state: list
-    outer: list
+from farhox.inner_state import InnerState, OuterGradients, StepResult, float_leaves, with_float_leaves
 
 
 class BilevelProblem:
@@ -357,17 +311,6 @@ class BilevelProblem:
         # Inner variables come after the outer ones: of a variable that is both, the objective sees w_t.
         return (list(zip(self.outer_variables, outer)) + list(zip(self.inner_variables, variables))
                 + list(zip(self.state_variables, state_variables)))
-
-
-def float_leaves(state):
-    """The floating-point tensors of a state as a flat list: what can be differentiated."""
-    return [leaf for leaf in tf.nest.flatten(state) if leaf.dtype.is_floating]
-
-
-def with_float_leaves(state, leaves):
-    """The state with its floating-point tensors replaced, in the order of `float_leaves`."""
-    leaves = iter(leaves)
-    return tf.nest.map_structure(lambda leaf: next(leaves) if leaf.dtype.is_floating else leaf, state)
 
 
 def variable_names(variables):

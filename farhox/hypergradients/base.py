@@ -8,7 +8,8 @@ import tensorflow as tf
 from farhox import _autodiff, _tree
 from farhox.batches import as_inner_batches, batch_at, num_steps
 from farhox.features import with_shared_features
-from farhox.problem import BilevelProblem, float_leaves, variable_names
+from farhox.inner_state import float_leaves
+from farhox.problem import BilevelProblem, variable_names
 
 
 class HyperGradientResult(NamedTuple):

@@ -10,7 +10,7 @@ from farhox.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
     HyperGradient, HyperGradientResult, InnerRun, common_diagnostics, gradients_or_error, new_losses, run_inner,
     stacked_losses, zeros_for_none)
-from farhox.problem import InnerState
+from farhox.inner_state import InnerState
 
 _SEES = ("DartsHG sees what the objectives and the last inner step depend on. An initial value without a proximal term "
          "acts through all steps: use ReverseHG or ForwardHG for it.")

@@ -9,7 +9,7 @@ from farhox.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
     HyperGradient, HyperGradientResult, InnerRun, common_diagnostics, goes_on, gradients_or_error, new_losses,
     norm_before_first_step, reached_by_step, stacked_losses)
-from farhox.problem import float_leaves, with_float_leaves
+from farhox.inner_state import float_leaves, with_float_leaves
 
 # Outer variables that have a loop each over their directions, at most: each is traced on its own.
 _MOST_LOOPS = 8

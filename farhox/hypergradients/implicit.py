@@ -12,7 +12,7 @@ from farhox.hypergradients.base import (
     HyperGradient, HyperGradientResult, common_diagnostics, gradients_or_error, new_losses, run_inner,
     stacked_losses)
 from farhox.linear_solvers import ConjugateGradient, LinearSolver
-from farhox.problem import float_leaves, with_float_leaves
+from farhox.inner_state import float_leaves, with_float_leaves
 
 _SEES = ("ImplicitHG sees what the inner and the outer objective depend on, at the end of the inner training. A "
          "learning rate or another setting of the dynamics, and an initial value without a proximal term, act through "

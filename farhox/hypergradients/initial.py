@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from farhox.hypergradients.base import (
     HyperGradient, HyperGradientResult, add_initial_dynamics, gradient_diagnostics, gradients_or_error, zeros_for_none)
-from farhox.problem import float_leaves
+from farhox.inner_state import float_leaves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from farhox.hypergradients.base import (
     HyperGradient, HyperGradientResult, add_initial_dynamics, gradient_diagnostics, gradients_or_error, new_losses)
 from farhox.hypergradients.episodes import EpisodesHG, episode_at, num_episodes
 from farhox.hypergradients.initial import InitialHG
-from farhox.problem import float_leaves
+from farhox.inner_state import float_leaves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from farhox.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
     HyperGradient, HyperGradientResult, InnerRecord, InnerRun, StateStore, add_initial_dynamics, common_diagnostics,
     goes_on, gradients_or_error, new_losses, run_inner, stacked_losses, zeros_for_none)
-from farhox.problem import float_leaves, with_float_leaves
+from farhox.inner_state import float_leaves, with_float_leaves
 
 # Inner gradients are kept for the way back as long as those of all steps fit in this many bytes.
 _KEPT_BYTES = 128 * 2**20

@@ -13,7 +13,8 @@ from farhox.dynamics import Momentum, setting_per_variable
 from farhox.hypergradients.base import (
     HyperGradient, HyperGradientResult, InnerRun, StateStore, add_initial_dynamics, common_diagnostics, goes_on,
     gradients_or_error, new_losses, norm_before_first_step, stacked_losses, zeros_for_none)
-from farhox.problem import InnerState, float_leaves, variable_names, with_float_leaves
+from farhox.inner_state import InnerState, float_leaves, with_float_leaves
+from farhox.problem import variable_names
 
 _LARGEST_DENOMINATOR = 10 ** 4
 _WORD = 2 ** 63
