@@ -36,8 +36,6 @@ class _SharedFeatures(BilevelProblem):
             return float_leaves(self._like)
 
         self._linearization = _autodiff.Linearization(leaves, [], problem.outer_values())
-        products = self._linearization.parameter_product(self._linearization.outputs)
-        self._reached = {id(v) for v, product in zip(self.outer_variables, products) if product is not None}
 
     def outer_values(self):
         return super().outer_values() + self._linearization.outputs
@@ -46,7 +44,8 @@ class _SharedFeatures(BilevelProblem):
         return with_float_leaves(self._like, outer[len(self.outer_variables):])
 
     def is_reached_by_features(self, variable):
-        return id(variable) in self._reached
+        products = self._linearization.parameter_product(self._linearization.outputs)
+        return any(v is variable and product is not None for v, product in zip(self.outer_variables, products))
 
     def through_features(self, gradients):
         """Derivatives with respect to the outer variables, of those with respect to `outer_values`."""
