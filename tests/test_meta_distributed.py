@@ -137,12 +137,16 @@ def launcher(monkeypatch):
 
 
 WORKER = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, time
 config = json.loads(os.environ["TF_CONFIG"])
 index = config["task"]["index"]
 file = pathlib.Path(sys.argv[1]) / f"{index}"
 starts = file.read_text().count("s") + 1 if file.exists() else 1
 file.write_text("s" * starts)
+# Worker 1 does not die before the other, which is then stopped, has counted its start.
+other = file.with_name("0")
+while index == 1 and not (other.exists() and other.read_text().count("s") >= starts):
+    time.sleep(0.01)
 sys.exit(3 if index == 1 and starts <= int(sys.argv[2]) else len(set(config["cluster"]["worker"])) - 2)
 """
 
