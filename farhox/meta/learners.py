@@ -160,9 +160,9 @@ class IMAML(Learner):
         inner_steps: Positive int.
         proximal: Positive float λ: λ/2 ||φ - θ||^2 is added to the support loss. A `Hyperparameter` is learned too.
         linear_solver: A `LinearSolver`. Default: five steps of conjugate gradient.
-        damping: Non-negative float d: the system becomes I + (H + d I)/λ. For networks with batch norm and ReLU, where
-            H has large negative eigenvalues and the few inner steps end far from a minimum, the undamped system's
-            solution can be anything; the released code's settings amount to d = 22 at λ = 2.
+        damping: Non-negative float d: the system becomes I + (H + d I)/λ. Without it the system need not be positive
+            definite where the inner steps end far from a minimum. The released code's settings amount to d = 22 at
+            λ = 2.
         dynamics: An `InnerDynamics`. Default: gradient descent.
         loss, transductive, evaluation_steps, name: As for `MAML`.
 
