@@ -147,7 +147,8 @@ def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, pr
         earlier processes needed for their part of it.
     """
     epochs = hyper_iterations // steps_per_epoch
-    backup = _Backup(optimizer, folder, epochs, observe, prepare, save_every)
+    unit = "hyper-iteration" if steps_per_epoch == 1 else "epoch"
+    backup = _Backup(optimizer, folder, epochs, unit, observe, prepare, save_every)
     if backup.done < epochs:
         # By default one epoch is one hyper-iteration, so that logs are not means over several.
         optimizer.fit(dataset.repeat().skip(backup.done * steps_per_epoch), epochs=epochs, verbose=0,
@@ -156,15 +157,15 @@ def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, pr
 
 
 class _Backup(keras.callbacks.Callback):
-    """Saves the optimizer with its history in one go, and shows Keras' progress bar over all hyper-iterations.
+    """Saves the optimizer with its history in one go, and shows Keras' progress bar over all epochs.
 
     `keras.callbacks.BackupAndRestore` saves weights and epoch one after the other and does not know how far the data
     have come: a process killed in between would go on from a state that never was.
     """
 
-    def __init__(self, optimizer, folder, hyper_iterations, observe, prepare, save_every):
+    def __init__(self, optimizer, folder, epochs, unit, observe, prepare, save_every):
         super().__init__()
-        self.folder, self.hyper_iterations, self.save_every = pathlib.Path(folder), hyper_iterations, save_every
+        self.folder, self.epochs, self.unit, self.save_every = pathlib.Path(folder), epochs, unit, save_every
         self.folder.mkdir(parents=True, exist_ok=True)
         self.observe, self.prepare = observe, prepare
         self.history, self.done, self.time_before = {}, 0, {}
@@ -187,9 +188,9 @@ class _Backup(keras.callbacks.Callback):
             self.history.setdefault(name, []).append(value)
         self.done = epoch + 1
         shown = {name: value for name, value in logs.items() if name not in ("loss", "skipped_updates")}
-        self._bar = self._bar or progress_bar(self.hyper_iterations, list(shown))
+        self._bar = self._bar or progress_bar(self.epochs, list(shown), self.unit)
         self._bar.update(self.done, list(shown.items()))
-        if self.done == self.hyper_iterations or time.perf_counter() - self._saved > self.save_every:
+        if self.done == self.epochs or time.perf_counter() - self._saved > self.save_every:
             self._save()
 
     def _save(self):

@@ -24,7 +24,7 @@ COLORS = {"maml": experiment.BLUE, "fomaml": experiment.GREEN, "joint": experime
 SETTINGS = ("algorithms", "shots", "queries", "inner_learning_rate", "inner_steps", "meta_batch_size", "meta_steps",
             "outer_learning_rate", "units", "test_episodes")
 QUICK = {"meta_steps": 600, "units": 40, "test_episodes": 100}
-STEPS_PER_EPOCH = 100
+STEPS_PER_EPOCH = 200
 
 
 def define_flags():
@@ -35,7 +35,7 @@ def define_flags():
     flags.DEFINE_float("inner_learning_rate", 0.01, "Learning rate of the inner steps.", lower_bound=0.0)
     flags.DEFINE_integer("inner_steps", 5, "Inner steps, in training and test.", lower_bound=1)
     flags.DEFINE_integer("meta_batch_size", 10, "Episodes in a meta-step.", lower_bound=1)
-    flags.DEFINE_integer("meta_steps", 15000, f"Meta-steps, a multiple of {STEPS_PER_EPOCH}.", lower_bound=1)
+    flags.DEFINE_integer("meta_steps", 40000, f"Meta-steps, a multiple of {STEPS_PER_EPOCH}.", lower_bound=1)
     flags.DEFINE_float("outer_learning_rate", 1e-3, "Learning rate of Adam, which falls to zero.", lower_bound=0.0)
     flags.DEFINE_integer("units", 40, "Units of each of the two hidden layers.", lower_bound=1)
     flags.DEFINE_integer("test_episodes", 600, "Episodes of the test, a multiple of 10.", lower_bound=1)
@@ -51,7 +51,7 @@ def make_learner(algorithm, settings, seed):
     else:
         learner = meta.MAML(model, rate, steps, first_order=algorithm == "fomaml", loss=loss)
     decay = keras.optimizers.schedules.CosineDecay(settings["outer_learning_rate"], settings["meta_steps"])
-    learner.compile(keras.optimizers.Adam(decay))
+    learner.compile(keras.optimizers.Adam(decay), jit_compile=True)  # Small and dense: XLA is three times faster.
     return learner
 
 

@@ -150,7 +150,7 @@ def test_mini_batches_come_from_the_pool_and_the_tail(replacement, separate, mon
 
 
 def test_maml_is_trained_and_compared_on_sinusoids(tmp_path):
-    text = finish(start("sinusoid", tmp_path, None, "--quick", "--algorithms=maml,joint", "--meta_steps=300"))
+    text = finish(start("sinusoid", tmp_path, None, "--quick", "--algorithms=maml,joint", "--meta_steps=400"))
     assert "| MAML" in text and "| Joint training" in text
     runs = json.loads((tmp_path / "results.json").read_text())["seeds"]["0"]
     maml, joint = runs["maml"], runs["joint"]
