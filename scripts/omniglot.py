@@ -23,9 +23,9 @@ from farhox import meta
 ALGORITHMS = ("maml", "fomaml", "anil", "imaml", "reptile", "hyper_representation", "joint", "protonet")
 SETTINGS = (
     "algorithm", "ways", "shots", "queries", "train_shots", "meta_batch_size", "meta_steps", "steps_per_epoch",
-    "inner_steps", "evaluation_steps", "inner_learning_rate", "inner_batch_size", "outer_learning_rate", "decay",
-    "clipnorm", "learn_learning_rates", "proximal", "damping", "linear_solver_steps", "filters", "downsampling",
-    "transductive", "validation_episodes", "test_episodes")
+    "inner_steps", "evaluation_steps", "inner_learning_rate", "greatest_inner_learning_rate", "inner_batch_size",
+    "outer_learning_rate", "decay", "clipnorm", "learn_learning_rates", "proximal", "damping", "linear_solver_steps",
+    "filters", "downsampling", "scale_features", "transductive", "validation_episodes", "test_episodes")
 QUICK = {"meta_steps": 40, "steps_per_epoch": 20, "filters": 8, "validation_episodes": 20, "test_episodes": 40}
 
 
@@ -45,6 +45,8 @@ def define_flags():
     flags.DEFINE_integer("evaluation_steps", None, "Inner steps in validation and test. Default: inner_steps.",
                          lower_bound=1)
     flags.DEFINE_float("inner_learning_rate", 0.1, "Learning rate of the inner steps.", lower_bound=0.0)
+    flags.DEFINE_float("greatest_inner_learning_rate", None, "Bound of the learned rate (hyper_representation). Default: "
+                       "none.", lower_bound=0.0)
     flags.DEFINE_integer("inner_batch_size", None, "Support examples in an inner batch (reptile). Default: all.",
                          lower_bound=1)
     flags.DEFINE_float("outer_learning_rate", 1e-3, "Learning rate of Adam, or reptile's step size.", lower_bound=0.0)
@@ -56,6 +58,7 @@ def define_flags():
     flags.DEFINE_integer("linear_solver_steps", 5, "Steps of conjugate gradient (imaml).", lower_bound=1)
     flags.DEFINE_integer("filters", 64, "Filters of each of the four convolutions.", lower_bound=1)
     flags.DEFINE_enum("downsampling", "stride", ["stride", "pool"], "How the convolutions halve the image.")
+    flags.DEFINE_bool("scale_features", True, "Learn the scale of the last batch norm.")
     flags.DEFINE_bool("transductive", True, "Batch-norm statistics of the queries in meta-training and validation.")
     flags.DEFINE_integer("validation_episodes", 100, "Episodes of a validation.", lower_bound=1)
     flags.DEFINE_integer("test_episodes", 600, "Episodes of the test.", lower_bound=1)
@@ -64,7 +67,9 @@ def define_flags():
 
 
 def network(settings):
-    body = meta.convolutional_body(filters=settings["filters"], downsampling=settings["downsampling"])
+    body = meta.convolutional_body(
+        filters=settings["filters"], downsampling=settings["downsampling"],
+        scale_features=settings.get("scale_features", True))
     if settings["algorithm"] in ("protonet", "hyper_representation"):
         return body
     return meta.few_shot_classifier(settings["ways"], body)
@@ -89,7 +94,8 @@ def make_learner(settings, model, transductive):
         return meta.Reptile(model, dynamics, steps, settings["inner_batch_size"], **common)
     if algorithm == "hyper_representation":
         head = keras.layers.Dense(settings["ways"], activation="softmax")
-        rate = farhox.Hyperparameter(rate, low=0.0, log=True, name="inner_learning_rate")
+        bound = settings.get("greatest_inner_learning_rate")
+        rate = farhox.Hyperparameter(rate, low=0.0, high=bound, log=bound is None, name="inner_learning_rate")
         return meta.HyperRepresentation(model, head, rate, steps, **common)
     if algorithm == "joint":
         return meta.JointTraining(model, rate, **common)
