@@ -45,8 +45,8 @@ def define_flags():
     flags.DEFINE_integer("evaluation_steps", None, "Inner steps in validation and test. Default: inner_steps.",
                          lower_bound=1)
     flags.DEFINE_float("inner_learning_rate", 0.1, "Learning rate of the inner steps.", lower_bound=0.0)
-    flags.DEFINE_float("greatest_inner_learning_rate", None, "Bound of the learned rate (hyper_representation). Default: "
-                       "none.", lower_bound=0.0)
+    flags.DEFINE_float("greatest_inner_learning_rate", None, "Bound of the learned rate (hyper_representation).",
+                       lower_bound=0.0)
     flags.DEFINE_integer("inner_batch_size", None, "Support examples in an inner batch (reptile). Default: all.",
                          lower_bound=1)
     flags.DEFINE_float("outer_learning_rate", 1e-3, "Learning rate of Adam, or reptile's step size.", lower_bound=0.0)

@@ -50,7 +50,8 @@ def finish(process):
 @pytest.mark.parametrize("algorithm", ["maml", *(pytest.param(name, marks=pytest.mark.slow) for name in (
     "fomaml", "anil", "imaml", "reptile", "hyper_representation", "joint", "protonet"))])
 def test_every_algorithm_trains_and_is_judged_on_omniglot(algorithm, tmp_path, cache):
-    text = finish(start("omniglot", tmp_path, cache, f"--algorithm={algorithm}", *TINY))
+    flags = [f"--algorithm={algorithm}", "--inner_learning_rate=0.1", "--greatest_inner_learning_rate=0.1001"]
+    text = finish(start("omniglot", tmp_path, cache, *flags, "--noscale_features", *TINY))
     assert f"| {algorithm}" in text
     results = json.loads((tmp_path / "results.json").read_text())
     run = results["seeds"]["0"]
@@ -60,6 +61,8 @@ def test_every_algorithm_trains_and_is_judged_on_omniglot(algorithm, tmp_path, c
         assert result["episodes"] == 10 and result["transductive"] == (form == "transductive")
         assert 0.0 < result["accuracy"] < 1.0 and result["accuracy_interval"] > 0.0
     assert len(run["history"]["validation_accuracy"]) == 4 and np.all(np.isfinite(run["history"]["loss"]))
+    if algorithm == "hyper_representation":
+        assert np.max(run["history"]["inner_learning_rate"]) <= 0.1001
     for name in ("omniglot.png", "episodes.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
