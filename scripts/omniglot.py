@@ -25,7 +25,7 @@ SETTINGS = (
     "algorithm", "ways", "shots", "queries", "train_shots", "meta_batch_size", "meta_steps", "steps_per_epoch",
     "inner_steps", "evaluation_steps", "inner_learning_rate", "greatest_inner_learning_rate", "inner_batch_size",
     "outer_learning_rate", "decay", "clipnorm", "learn_learning_rates", "proximal", "damping", "linear_solver_steps",
-    "filters", "downsampling", "scale_features", "transductive", "validation_episodes", "test_episodes")
+    "filters", "downsampling", "normalize_features", "transductive", "validation_episodes", "test_episodes")
 QUICK = {"meta_steps": 40, "steps_per_epoch": 20, "filters": 8, "validation_episodes": 20, "test_episodes": 40}
 
 
@@ -58,7 +58,7 @@ def define_flags():
     flags.DEFINE_integer("linear_solver_steps", 5, "Steps of conjugate gradient (imaml).", lower_bound=1)
     flags.DEFINE_integer("filters", 64, "Filters of each of the four convolutions.", lower_bound=1)
     flags.DEFINE_enum("downsampling", "stride", ["stride", "pool"], "How the convolutions halve the image.")
-    flags.DEFINE_bool("scale_features", True, "Learn the scale of the last batch norm.")
+    flags.DEFINE_bool("normalize_features", False, "Features of length 1.")
     flags.DEFINE_bool("transductive", True, "Batch-norm statistics of the queries in meta-training and validation.")
     flags.DEFINE_integer("validation_episodes", 100, "Episodes of a validation.", lower_bound=1)
     flags.DEFINE_integer("test_episodes", 600, "Episodes of the test.", lower_bound=1)
@@ -69,7 +69,7 @@ def define_flags():
 def network(settings):
     body = meta.convolutional_body(
         filters=settings["filters"], downsampling=settings["downsampling"],
-        scale_features=settings.get("scale_features", True))
+        normalize_features=settings.get("normalize_features", False))
     if settings["algorithm"] in ("protonet", "hyper_representation"):
         return body
     return meta.few_shot_classifier(settings["ways"], body)

@@ -215,9 +215,10 @@ def test_networks_have_the_size_of_the_papers(downsampling):
     # Convolutions with bias, batch norm with scale and offset, a dense layer from 256 to 5.
     assert sum(int(np.prod(v.shape)) for v in model.trainable_variables) == (
         9 * 64 + 3 * 9 * 64 * 64 + 4 * 64 + 4 * 2 * 64 + 256 * 5 + 5)
-    unscaled = meta.convolutional_body(downsampling=downsampling, scale_features=False)
-    assert body.count_params() - unscaled.count_params() == 64
-    assert [layer.scale for layer in unscaled.layers if hasattr(layer, "scale")] == [True, True, True, False]
+    short = meta.convolutional_body(downsampling=downsampling, normalize_features=True)
+    assert body.count_params() == short.count_params()
+    features = short(np.random.default_rng(0).normal(size=[3, 28, 28, 1]))
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, rtol=1e-5)
     assert meta.few_shot_classifier(3, meta.residual_body(filters=(4, 8), features=6)).output_shape == (None, 3)
     with pytest.raises(ValueError, match="downsampling must be 'stride' or 'pool'. Received: 'none'"):
         meta.convolutional_body(downsampling="none")

@@ -51,7 +51,7 @@ def finish(process):
     "fomaml", "anil", "imaml", "reptile", "hyper_representation", "joint", "protonet"))])
 def test_every_algorithm_trains_and_is_judged_on_omniglot(algorithm, tmp_path, cache):
     flags = [f"--algorithm={algorithm}", "--inner_learning_rate=0.1", "--greatest_inner_learning_rate=0.1001"]
-    text = finish(start("omniglot", tmp_path, cache, *flags, "--noscale_features", *TINY))
+    text = finish(start("omniglot", tmp_path, cache, *flags, "--normalize_features", *TINY))
     assert f"| {algorithm}" in text
     results = json.loads((tmp_path / "results.json").read_text())
     run = results["seeds"]["0"]

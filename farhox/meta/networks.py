@@ -3,7 +3,7 @@
 import keras
 
 
-def convolutional_body(input_shape=(28, 28, 1), filters=64, blocks=4, downsampling="stride", scale_features=True,
+def convolutional_body(input_shape=(28, 28, 1), filters=64, blocks=4, downsampling="stride", normalize_features=False,
                        name="body"):
     """Blocks of 3x3 convolution, batch normalisation and ReLU, each of which halves the image; then flattened.
 
@@ -12,8 +12,8 @@ def convolutional_body(input_shape=(28, 28, 1), filters=64, blocks=4, downsampli
         filters: Positive int, per block.
         blocks: Positive int.
         downsampling: "stride" (convolutions of stride 2, as in most code for Omniglot) or "pool" (2x2 max pooling).
-        scale_features: Bool. Learn the scale of the last batch norm. A head with an inner learning rate does not need
-            it; where both grow, inner training becomes unstable.
+        normalize_features: Bool. Features have length 1. Gradient descent on the cross entropy of a dense softmax layer
+            is then stable for every learning rate below 2, whatever the body becomes.
         name: Name of the model.
 
     Returns:
@@ -28,11 +28,12 @@ def convolutional_body(input_shape=(28, 28, 1), filters=64, blocks=4, downsampli
     if downsampling not in ("stride", "pool"):
         raise ValueError(f"downsampling must be 'stride' or 'pool'. Received: {downsampling!r}")
     layers = [keras.Input(input_shape)]
-    for block in range(blocks):
+    for _ in range(blocks):
         layers += [keras.layers.Conv2D(filters, 3, strides=2 if downsampling == "stride" else 1, padding="same"),
-                   keras.layers.BatchNormalization(scale=scale_features or block < blocks - 1), keras.layers.ReLU()]
+                   keras.layers.BatchNormalization(), keras.layers.ReLU()]
         layers += [keras.layers.MaxPooling2D(2, padding="same")] if downsampling == "pool" else []
-    return keras.Sequential([*layers, keras.layers.Flatten()], name=name)
+    layers += [keras.layers.Flatten(), *([keras.layers.UnitNormalization()] if normalize_features else [])]
+    return keras.Sequential(layers, name=name)
 
 
 def residual_body(input_shape=(28, 28, 1), filters=(32, 64, 128), features=256, name="residual_body"):
