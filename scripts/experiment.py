@@ -157,7 +157,7 @@ def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, pr
 
 
 class _Backup(keras.callbacks.Callback):
-    """Saves the optimizer with its history in one go, and shows Keras' progress bar over all epochs.
+    """Saves the optimizer with its history in one go, and shows Keras' progress bar.
 
     `keras.callbacks.BackupAndRestore` saves weights and epoch one after the other and does not know how far the data
     have come: a process killed in between would go on from a state that never was.
@@ -174,8 +174,9 @@ class _Backup(keras.callbacks.Callback):
             state = json.loads(self._file.read_text())
             self.history, self.done, self.time_before = state["history"], state["done"], state["time"]
             optimizer.load_weights(self.folder / state["weights"])
+            print(f"Goes on after {self.done} of {epochs} {unit}s", flush=True)
         self._start, self._saved = clocks(), time.perf_counter()
-        self._bar = None
+        self._bar, self._before = None, self.done  # The bar tells what is left, or its estimate would be wrong.
 
     def on_epoch_begin(self, epoch, logs=None):
         if self.prepare is not None:
@@ -188,8 +189,8 @@ class _Backup(keras.callbacks.Callback):
             self.history.setdefault(name, []).append(value)
         self.done = epoch + 1
         shown = {name: value for name, value in logs.items() if name not in ("loss", "skipped_updates")}
-        self._bar = self._bar or progress_bar(self.epochs, list(shown), self.unit)
-        self._bar.update(self.done, list(shown.items()))
+        self._bar = self._bar or progress_bar(self.epochs - self._before, list(shown), self.unit)
+        self._bar.update(self.done - self._before, list(shown.items()))
         if self.done == self.epochs or time.perf_counter() - self._saved > self.save_every:
             self._save()
 

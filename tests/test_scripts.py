@@ -97,7 +97,7 @@ def small_optimizer():
     return optimizer, farhox.bilevel_dataset((x[:20], y[:20]), (x[20:], y[20:]), 2, batch_size=5)
 
 
-def test_an_interrupted_run_ends_with_the_numbers_of_one_that_was_not(load, tmp_path):
+def test_an_interrupted_run_ends_with_the_numbers_of_one_that_was_not(load, tmp_path, capsys):
     experiment = load("experiment")
     whole = experiment.fit_resumable(*small_optimizer(), 9, tmp_path / "whole", observe=None)
     seen = []
@@ -116,8 +116,11 @@ def test_an_interrupted_run_ends_with_the_numbers_of_one_that_was_not(load, tmp_
     assert json.loads((tmp_path / "parts" / "state.json").read_text())["done"] == 5
     # What a process leaves behind that is killed between its two files.
     (tmp_path / "parts" / "6.weights.h5").write_bytes(b"half a file")
+    capsys.readouterr()
     parts = experiment.fit_resumable(
         *small_optimizer(), 9, tmp_path / "parts", prepare=prepared.append, save_every=0.0)
+    said = capsys.readouterr().out
+    assert "Goes on after 5 of 9 hyper-iterations" in said and "4/4" in said and "9/9" not in said
     assert prepared == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert len(parts["outer_loss"]) == 9 and parts["time_before"]["seconds"] > 0
     assert {name: parts[name] for name in parts if name != "time_before"} == {
