@@ -179,6 +179,25 @@ def test_first_order_dynamics_are_exact_whether_or_not_statistics_count(reads_st
     assert_close(result.gradients, unrolled.unrolled_hypergradient(problem, inner_batches, outer_batch), 1e-11)
 
 
+@pytest.mark.parametrize("dynamics, walked", [
+    (farhox.GradientDescent(0.3, first_order=True), 0), (farhox.GradientDescent(0.3), 1),
+    (farhox.Momentum(0.3, 0.5, first_order=True), 1)])
+def test_the_way_back_is_left_out_where_steps_pass_the_adjoint_on(dynamics, walked, float64):
+    model, inner_batches, outer_batch = model_and_data("BatchNormalization", steps=4)
+    problem = farhox.supervised_problem(
+        model, keras.losses.SparseCategoricalCrossentropy(from_logits=True), dynamics, learn_initialization=True,
+        training_at_outer=True)
+    inner_batches = farhox.batches.as_inner_batches(inner_batches)
+
+    def loops(method):
+        graph = tf.function(lambda: method.compute(problem, inner_batches, outer_batch).gradients, autograph=False)
+        return sum("While" in op.type for op in graph.get_concrete_function().graph.get_operations())
+
+    assert loops(farhox.ReverseHG()) - loops(farhox.ReverseHG(truncation=0)) == walked
+    result = farhox.ReverseHG().compute(problem, inner_batches, outer_batch)
+    assert_close(result.gradients, unrolled.unrolled_hypergradient(problem, inner_batches, outer_batch), 1e-11)
+
+
 def test_online_computation_goes_on_from_the_state():
     case = scalar_quadratic(outer=("target", "rate"))
     first = farhox.ReverseHG().compute(case.problem, case.inner_batches[:4], case.outer_batch)

@@ -156,9 +156,11 @@ class _Walk:
     segment: Any
     most: Any
     keep_gradients: bool
-    # Set at the end of the training: which outer variables anything depends on, and whether steps back go through ∇L.
+    # Set at the end of the training: which outer variables anything depends on, whether steps back go through ∇L, and
+    # whether there is anything to do in them.
     reached: list = dataclasses.field(init=False)
     through_gradient: bool = dataclasses.field(init=False)
+    passes_on: bool = dataclasses.field(init=False)
 
     def _run(self, state, losses, start, stop, store=None, **kwargs):
         return run_inner(self.problem, state, self.outer, self.inner_batches, start, stop, losses, store, **kwargs)
@@ -202,10 +204,25 @@ class _Walk:
         if self.weights is not None:
             weight = self.weights[steps]
             adjoint, gradients = _weighted(weight, adjoint), _weighted(weight, gradients)
+        self.passes_on = self.weights is None and not self.through_gradient and self._updates_pass_on(state, adjoint)
         return at_end, adjoint, gradients
+
+    def _updates_pass_on(self, state, adjoint):
+        """Whether a step back leaves the adjoint as it is: first-order gradient descent at a fixed rate, for one."""
+        if self.problem.dynamics.needs_objective:
+            return False
+        # How the update depends on its inputs does not depend on their values: any stand in for the gradients.
+        count, statistics = len(state.variables), len(float_leaves(state.state_variables))
+        products = self._update_product(state.variables, state, None, adjoint)[count:]
+        # The update sees no statistics, of which the adjoint is zero here.
+        passed_on = adjoint[:count] + [None] * statistics + adjoint[count + statistics:] + [None] * len(self.outer)
+        return all(product is part for product, part in zip(products, passed_on))
 
     def back(self, store, first, steps, adjoint, gradients):
         """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
+        if self.passes_on:
+            return adjoint, gradients
+
         # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds
         # up the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
         def body(index, adjoint, gradients):
@@ -261,9 +278,11 @@ class _Walk:
         at hand the second part takes its product alone and need not finish computing it. Without `through_gradient`
         the second part is known to be zero: first-order dynamics, and statistics that nothing depends on.
         """
-        problem, outer = self.problem, self.outer
-        state, count = record.state, len(record.state.variables)
-        leaves = float_leaves(state)
+        problem, outer, state = self.problem, self.outer, record.state
+        if not self.through_gradient:
+            gradients = record.gradients or problem.step_gradients(state, outer, batch)[2]
+            return self._update_product(gradients, state, batch, adjoint)[len(gradients):]
+        leaves, count = float_leaves(state), len(state.variables)
         after_statistics = count + len(float_leaves(state.state_variables))
 
         def gradient(inputs):
@@ -271,21 +290,23 @@ class _Walk:
             _, state_variables, gradients = problem.step_gradients(at_state, inputs[len(leaves):], batch)
             return gradients + float_leaves(state_variables)
 
+        inner_gradient = _autodiff.Linearization(gradient, leaves, list(outer))
+        products = self._update_product(record.gradients or inner_gradient.outputs[:count], state, batch, adjoint)
+        through_gradient = inner_gradient.product(products[:count] + adjoint[count:after_statistics])
+        return [a if b is None else b if a is None else a + b for a, b in zip(products[count:], through_gradient)]
+
+    def _update_product(self, gradients, state, batch, adjoint):
+        """adjoint' times the derivative of the update, as a list over the inner gradients, the leaves of s and λ."""
+        leaves, count = float_leaves(state), len(state.variables)
+        after_statistics = count + len(float_leaves(state.state_variables))
+
         def update(inputs):
             gradients, inputs = inputs[:count], inputs[count:]
             at_state = with_float_leaves(state, inputs[:len(leaves)])
-            return float_leaves(problem.updated(gradients, at_state, inputs[len(leaves):], batch))
+            return float_leaves(self.problem.updated(gradients, at_state, inputs[len(leaves):], batch))
 
-        if not self.through_gradient:
-            gradients = record.gradients or problem.step_gradients(state, outer, batch)[2]
-            return _autodiff.transposed_product(
-                update, gradients + leaves + list(outer), adjoint[:count] + adjoint[after_statistics:])[count:]
-        inner_gradient = _autodiff.Linearization(gradient, leaves, list(outer))
-        products = _autodiff.transposed_product(
-            update, (record.gradients or inner_gradient.outputs[:count]) + leaves + list(outer),
-            adjoint[:count] + adjoint[after_statistics:])
-        through_gradient = inner_gradient.product(products[:count] + adjoint[count:after_statistics])
-        return [a if b is None else b if a is None else a + b for a, b in zip(products[count:], through_gradient)]
+        return _autodiff.transposed_product(
+            update, gradients + leaves + list(self.outer), adjoint[:count] + adjoint[after_statistics:])
 
 
 def _gradients_are_kept(variables, steps):
