@@ -95,9 +95,9 @@ def table(by_seed, settings):
                      experiment.mean_and_range([run["errors_by_step"][0] for run in runs]),
                      experiment.mean_and_range([run["test"]["loss"] for run in runs], "{:.3f}"),
                      experiment.mean_and_range([run["test"]["loss_interval"] for run in runs], "{:.3f}"),
-                     experiment.mean_and_range([run["seconds"] for run in runs], "{:.0f}")])
+                     experiment.mean_and_range([run["cpu_seconds"] for run in runs], "{:.0f}")])
     return experiment.markdown_table(
-        ["", "error before", f"after {settings['inner_steps']} steps", "95 % interval, ±", "seconds"], rows)
+        ["", "error before", f"after {settings['inner_steps']} steps", "95 % interval, ±", "CPU seconds"], rows)
 
 
 def plot(by_seed, settings, path):
