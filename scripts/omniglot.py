@@ -69,7 +69,7 @@ def define_flags():
 def network(settings):
     body = meta.convolutional_body(
         filters=settings["filters"], downsampling=settings["downsampling"],
-        normalize_features=settings.get("normalize_features", False))
+        normalize_features=settings["normalize_features"])
     if settings["algorithm"] in ("protonet", "hyper_representation"):
         return body
     return meta.few_shot_classifier(settings["ways"], body)
@@ -88,13 +88,13 @@ def make_learner(settings, model, transductive):
     if algorithm == "imaml":
         return meta.IMAML(model, rate, steps, settings["proximal"], **common,
                           linear_solver=farhox.ConjugateGradient(max_steps=settings["linear_solver_steps"]),
-                          damping=settings.get("damping", 0.0))
+                          damping=settings["damping"])
     if algorithm == "reptile":
         dynamics = farhox.KerasDynamics(keras.optimizers.Adam(rate, beta_1=0.0))
         return meta.Reptile(model, dynamics, steps, settings["inner_batch_size"], **common)
     if algorithm == "hyper_representation":
         head = keras.layers.Dense(settings["ways"], activation="softmax")
-        bound = settings.get("greatest_inner_learning_rate")
+        bound = settings["greatest_inner_learning_rate"]
         rate = farhox.Hyperparameter(rate, low=0.0, high=bound, log=bound is None, name="inner_learning_rate")
         return meta.HyperRepresentation(model, head, rate, steps, **common)
     if algorithm == "joint":
@@ -110,7 +110,7 @@ def compile_learner(learner, settings):
         rate = keras.optimizers.schedules.CosineDecay(rate, settings["meta_steps"])
     sgd = settings["algorithm"] == "reptile"
     make = keras.optimizers.SGD if sgd else keras.optimizers.Adam
-    optimizer = make(rate, global_clipnorm=settings.get("clipnorm"))
+    optimizer = make(rate, global_clipnorm=settings["clipnorm"])
     if isinstance(learner, meta.PrototypicalNetwork):
         learner.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
         optimizer.build(learner.trainable_variables)  # Before a saved state is read.

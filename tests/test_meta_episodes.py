@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import farhox
 from farhox import meta
 
 # Every image is its own number, so that what was drawn can be told.
@@ -222,3 +223,22 @@ def test_networks_have_the_size_of_the_papers(downsampling):
     assert meta.few_shot_classifier(3, meta.residual_body(filters=(4, 8), features=6)).output_shape == (None, 3)
     with pytest.raises(ValueError, match="downsampling must be 'stride' or 'pool'. Received: 'none'"):
         meta.convolutional_body(downsampling="none")
+
+
+@pytest.mark.parametrize("normalize_features", [True, False])
+def test_inner_training_on_normalized_features_never_rises_at_a_rate_below_two(normalize_features):
+    keras.utils.set_random_seed(0)
+    body = meta.convolutional_body(filters=4, normalize_features=normalize_features)
+    body.layers[-3 - normalize_features].gamma.assign(np.full(4, 30.0))  # Long features, as meta-training makes them.
+    model = keras.Sequential([body, keras.layers.Dense(2, activation="softmax")])
+    rate = farhox.Hyperparameter(1.99, low=0.0, high=2.0, name="rate")
+    problem = farhox.supervised_problem(
+        model, dynamics=farhox.GradientDescent(rate), representation=[body], outer_variables=[rate])
+    # The same image in both classes: the curvature is greatest where probabilities are even, and that is the minimum.
+    image = np.random.default_rng(0).normal(size=[1, 28, 28, 1])
+    batch = np.repeat(image, 2, axis=0).astype("float32"), np.array([0, 1])
+    model.layers[-1].bias.assign([1.0, -1.0])
+    losses = farhox.ReverseHG().evaluate(problem, farhox.repeat(batch, 50), batch).inner_losses
+    rises = np.max(np.diff(losses))
+    assert rises <= 1e-6 if normalize_features else rises > 0.1
+    assert not normalize_features or losses[-1] < losses[0] - 0.1

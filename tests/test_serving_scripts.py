@@ -210,7 +210,7 @@ def test_what_is_exported_is_the_state_of_a_training_that_goes_on(tmp_path, scri
     settings = {
         "algorithm": "maml", "ways": 3, "inner_steps": 1, "evaluation_steps": None, "inner_learning_rate": 0.1,
         "learn_learning_rates": False, "transductive": True, "filters": 2, "downsampling": "stride",
-        "outer_learning_rate": 1e-3, "decay": "none", "meta_steps": 4}
+        "normalize_features": False, "outer_learning_rate": 1e-3, "decay": "none", "clipnorm": None, "meta_steps": 4}
     learner = omniglot.make_learner(settings, omniglot.network(settings), True)
     omniglot.compile_learner(learner, settings)
     for variable in learner.problem.outer_variables:
