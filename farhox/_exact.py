@@ -5,7 +5,7 @@ made for it:
 
 - `tf.nn.moments` computes the variance around `stop_gradient(mean)`. The first derivative is right, the second is not:
   batch, layer and group normalisation would be off by up to several hundred percent. Replaced by the same formula
-  without the `stop_gradient`.
+  with its whole derivative.
 - `tf.nn.softmax_cross_entropy_with_logits` has no mixed derivative with respect to logits and labels, so that learned
   soft labels would get a gradient of zero. Replaced by -sum(labels * log_softmax(logits)).
 - `tf.image.resize` with interpolation loses its second derivative. It stays, but its second derivative is an error that
@@ -45,12 +45,28 @@ def _exact_moments(x, axes, shift=None, keepdims=False, name=None):
     del shift  # Unused by TensorFlow as well.
     with tf.name_scope(name or "moments"):
         x = tf.convert_to_tensor(x)
-        values = tf.cast(x, tf.float32) if x.dtype == tf.float16 else x
-        mean = tf.reduce_mean(values, axes, keepdims=True)
-        variance = tf.reduce_mean(tf.math.squared_difference(values, mean), axes, keepdims=keepdims)
-        if not keepdims:
-            mean = tf.squeeze(mean, axes)
-        return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
+        moments = _mean_and_variance(tf.cast(x, tf.float32) if x.dtype == tf.float16 else x, axes)
+        return tuple(tf.cast(moment if keepdims else tf.squeeze(moment, axes), x.dtype) for moment in moments)
+
+
+def _mean_and_variance(x, axes):
+    """Both with the axes kept.
+
+    Their derivative is written down: a line in x, fewer and cheaper operations than TensorFlow makes of the formulas.
+    """
+    @tf.custom_gradient
+    def moments(x):
+        mean = tf.reduce_mean(x, axes, keepdims=True)
+        variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axes, keepdims=True)
+
+        def gradient(of_mean, of_variance):
+            count = tf.cast(tf.size(x), x.dtype) / tf.cast(tf.size(mean), x.dtype)
+            slope = 2.0 / count * of_variance
+            return slope * x + (of_mean / count - slope * mean)
+
+        return (mean, variance), gradient
+
+    return moments(x)
 
 
 def _exact_softmax_cross_entropy_with_logits(labels, logits, axis=-1, name=None):

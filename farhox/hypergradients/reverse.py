@@ -77,6 +77,7 @@ class ReverseHG(HyperGradient):
         most = steps - self._first_differentiated_step(steps)
         walk = _Walk(problem, outer, inner_batches, outer_batch, self._weights_at_states(problem, steps),
                      self._segment_length(most), most, _gradients_are_kept(state.variables, most))
+        walk.left_out = walk.has_no_effect(state)
         losses = new_losses(problem, steps)
         if problem.stop_tolerance is not None and self.truncation is not None:
             # Which steps are the last ones shows only at the end: the inner training runs once more.
@@ -156,11 +157,11 @@ class _Walk:
     segment: Any
     most: Any
     keep_gradients: bool
-    # Set at the end of the training: which outer variables anything depends on, whether steps back go through ∇L, and
-    # whether there is anything to do in them.
+    # Whether steps back leave the adjoint and the gradients as they are: nothing is stored, and none is taken.
+    left_out: bool = dataclasses.field(init=False, default=False)
+    # Set at the end of the training: which outer variables anything depends on, and whether steps back go through ∇L.
     reached: list = dataclasses.field(init=False)
     through_gradient: bool = dataclasses.field(init=False)
-    passes_on: bool = dataclasses.field(init=False)
 
     def _run(self, state, losses, start, stop, store=None, **kwargs):
         return run_inner(self.problem, state, self.outer, self.inner_batches, start, stop, losses, store, **kwargs)
@@ -177,6 +178,8 @@ class _Walk:
 
     def forward(self, run, first, steps):
         """The run from step `first` on, and the store of its steps or of each segment's first state."""
+        if self.left_out:
+            return self._run(run.state, run.losses, first, steps, norm=run.gradient_norm), None
         if self.segment is None:
             store = self._record_store(run.state, self.most)
             run = self._run(run.state, run.losses, first, steps, store, norm=run.gradient_norm)
@@ -204,23 +207,40 @@ class _Walk:
         if self.weights is not None:
             weight = self.weights[steps]
             adjoint, gradients = _weighted(weight, adjoint), _weighted(weight, gradients)
-        self.passes_on = self.weights is None and not self.through_gradient and self._updates_pass_on(state, adjoint)
         return at_end, adjoint, gradients
 
-    def _updates_pass_on(self, state, adjoint):
-        """Whether a step back leaves the adjoint as it is: first-order gradient descent at a fixed rate, for one."""
-        if self.problem.dynamics.needs_objective:
+    def has_no_effect(self, state):
+        """Whether steps back leave adjoint and gradients as they are: first-order gradient descent at a fixed rate.
+
+        What the outer objective depends on shows in its trace alone. It is traced into a function that is never called,
+        before the steps that then need no storing; without a graph around it that would cost more than it saves.
+        """
+        if tf.executing_eagerly() or self.weights is not None or not self._updates_pass_on(state):
             return False
-        # How the update depends on its inputs does not depend on their values: any stand in for the gradients.
-        count, statistics = len(state.variables), len(float_leaves(state.state_variables))
-        products = self._update_product(state.variables, state, None, adjoint)[count:]
-        # The update sees no statistics, of which the adjoint is zero here.
-        passed_on = adjoint[:count] + [None] * statistics + adjoint[count + statistics:] + [None] * len(self.outer)
-        return all(product is part for product, part in zip(products, passed_on))
+        seen = []
+
+        def look():
+            at_state = self.problem.outer_gradients(state, self.outer, self.outer_batch)
+            seen.append(_statistics_matter(state, at_state.state))
+
+        tf.function(look, autograph=False).get_concrete_function()
+        return not seen[-1]
+
+    def _updates_pass_on(self, state):
+        """Whether the update of first-order dynamics passes the adjoint on, and depends on no outer variable."""
+        if not self.problem.dynamics.first_order or self.problem.dynamics.needs_objective:
+            return False
+        # How the update depends on its inputs does not depend on their values: any stand in for gradients and adjoint.
+        leaves, count = float_leaves(state), len(state.variables)
+        after_statistics = count + len(float_leaves(state.state_variables))
+        products = self._update_product(state.variables, state, None, leaves)[count:]
+        # The update sees no statistics.
+        passed_on = leaves[:count] + [None] * (after_statistics - count) + leaves[after_statistics:]
+        return all(product is part for product, part in zip(products, passed_on + [None] * len(self.outer)))
 
     def back(self, store, first, steps, adjoint, gradients):
         """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
-        if self.passes_on:
+        if self.left_out:
             return adjoint, gradients
 
         # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds
