@@ -8,7 +8,7 @@ import unrolled
 from problems import assert_close, assert_identical, variable
 
 import farhox
-from farhox import _exact, _functional
+from farhox import _autodiff, _exact, _functional
 
 MODES = {"eager": lambda function: function, "graph": lambda function: tf.function(function, autograph=False)}
 modes = pytest.mark.parametrize("mode", list(MODES))
@@ -45,10 +45,28 @@ def test_moments_of_tensorflow_have_a_wrong_second_derivative():
     assert np.max(np.abs(product - truth)) > 1e-2
 
 
-def test_moments_inside_an_objective_have_the_right_second_derivative():
+def variance_slope(x):
+    """The derivative of `variance_objective` along `V`."""
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = variance_objective(x)
+    return tf.reduce_sum(tape.gradient(value, x) * V)
+
+
+@pytest.mark.parametrize("function", [variance_objective, variance_slope], ids=["second", "third"])
+@modes
+def test_moments_inside_an_objective_have_the_right_derivatives(function, mode):
     with _exact.exact_derivatives():
-        product, truth = second_derivative(variance_objective, X, V)
-    np.testing.assert_allclose(product, truth, rtol=1e-8, atol=1e-8)
+        product, truth = MODES[mode](lambda: second_derivative(function, X, V))()
+    np.testing.assert_allclose(product, truth, rtol=1e-7, atol=1e-7)
+
+
+def test_moments_inside_an_objective_have_the_right_derivative_in_forward_mode():
+    with _exact.exact_derivatives():
+        _, (slope,) = _autodiff.forward_product(lambda inputs: [variance_objective(inputs[0])], [X], [V])
+        _, (curvature,) = _autodiff.forward_product(lambda inputs: [variance_slope(inputs[0])], [X], [V])
+        assert_close([slope], [variance_slope(X)], 1e-12)
+        assert_close([curvature], [tf.reduce_sum(second_derivative(variance_objective, X, V)[0] * V)], 1e-12)
 
 
 @pytest.mark.parametrize("keepdims", [False, True])
