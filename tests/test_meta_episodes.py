@@ -139,6 +139,22 @@ def test_wrong_arguments_are_errors_that_state_the_rule(call, message):
 def test_only_sources_of_episodes_are_judged_by_the_protocol():
     with pytest.raises(TypeError, match="must come from a farhox.meta.EpisodeSource.*Received: list"):
         meta.evaluate_episodes(lambda batch: {}, [])
+    with pytest.raises(ValueError, match="The number of episodes must be a positive integer. Received: 0"):
+        meta.evaluate_episodes(lambda batch: {}, source(), 0)
+
+
+def test_every_episode_is_judged_once_whatever_the_meta_batches():
+    for meta_batch_size in (1, 3, 7, 10):
+        sizes = []
+
+        def judge(batch):
+            sizes.append(batch.query[0].shape[0])
+            return {"sum": tf.reduce_sum(batch.query[0], axis=[1, 2])}
+
+        result = meta.evaluate_episodes(judge, source(), 7, meta_batch_size)
+        sums = [tf.reduce_sum(source().draw(tf.constant(index, tf.int64)).query[0]) for index in range(7)]
+        assert sum(sizes) == result["episodes"] == 7 and max(sizes) <= meta_batch_size
+        np.testing.assert_allclose(result["sum"], np.mean(sums))
 
 
 def test_intervals_are_two_standard_errors_wide():

@@ -47,8 +47,8 @@ class EpisodeSource(abc.ABC):
         Raises:
             ValueError: If an argument is out of range.
         """
-        _check_positive("meta_batch_size", meta_batch_size)
-        _check_positive("shards", shards)
+        check_positive("meta_batch_size", meta_batch_size)
+        check_positive("shards", shards)
         if isinstance(shard, bool) or int(shard) != shard or not 0 <= shard < shards:
             raise ValueError(f"shard must be a non-negative integer below shards={shards}. Received: {shard!r}")
         if isinstance(start, bool) or int(start) != start or start < 0:
@@ -56,7 +56,7 @@ class EpisodeSource(abc.ABC):
         if count is None:
             numbers = tf.data.Dataset.counter(start)
         else:
-            _check_positive("count", count)
+            check_positive("count", count)
             if count % meta_batch_size:
                 raise ValueError("count must be a multiple of meta_batch_size, so that all elements have one shape. "
                                  f"Received: count={count}, meta_batch_size={meta_batch_size}")
@@ -93,7 +93,7 @@ class ClassificationEpisodes(EpisodeSource):
     def __init__(self, images, labels, ways=5, shots=1, queries=15, seed=0):
         images, labels = np.asarray(images), np.asarray(labels)
         for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
-            _check_positive(name, value)
+            check_positive(name, value)
         if isinstance(seed, bool) or int(seed) != seed or seed < 0:
             raise ValueError(f"seed must be a non-negative integer. Received: {seed!r}")
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
@@ -155,8 +155,8 @@ class SinusoidEpisodes(EpisodeSource):
     """
 
     def __init__(self, shots=10, queries=10, seed=0):
-        _check_positive("shots", shots)
-        _check_positive("queries", queries)
+        check_positive("shots", shots)
+        check_positive("queries", queries)
         self.shots, self.queries, self.seed = int(shots), int(queries), int(seed)
 
     def draw(self, index):
@@ -196,7 +196,7 @@ def split_classes(images, labels, sizes, seed=0):
     classes = np.unique(labels)
     given = [size for size in sizes if size is not None]
     for size in given:
-        _check_positive("A size", size)
+        check_positive("A size", size)
     if sum(given) + (None in sizes) > len(classes) or None in sizes[:-1]:
         raise ValueError("sizes must be numbers of classes, no more in all than there are; only the last may be None. "
                          f"Received: {list(sizes)} for {len(classes)} classes")
@@ -237,6 +237,7 @@ def _first_of_shuffled(keys, count):
     return tf.argsort(keys, axis=-1, stable=True)[..., :count]
 
 
-def _check_positive(name, value):
+def check_positive(name, value):
+    """Raises a ValueError unless `value` is a positive int."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be a positive integer. Received: {value!r}")

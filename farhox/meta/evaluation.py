@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from farhox.meta.episodes import EpisodeSource
+from farhox.meta.episodes import EpisodeSource, check_positive
 
 
 def evaluate_episodes(judge, episodes, count=600, meta_batch_size=10):
@@ -12,7 +12,7 @@ def evaluate_episodes(judge, episodes, count=600, meta_batch_size=10):
         judge: Callable, `Episode` with a leading axis of episodes -> dictionary of tensors [episodes].
         episodes: An `EpisodeSource`.
         count: Positive int, the number of episodes.
-        meta_batch_size: Positive int, episodes in a call; divides `count`.
+        meta_batch_size: Positive int, episodes in a call; the last call takes what is left.
 
     Returns:
         Dictionary: for each entry its mean, and under `<name>_interval` half the width of its 95 % interval, 1.96
@@ -20,15 +20,18 @@ def evaluate_episodes(judge, episodes, count=600, meta_batch_size=10):
 
     Raises:
         TypeError: If `episodes` is not an `EpisodeSource`.
-        ValueError: If `count` is not a multiple of `meta_batch_size`.
+        ValueError: If `count` or `meta_batch_size` is not a positive integer.
     """
     if not isinstance(episodes, EpisodeSource):
         raise TypeError("Episodes must come from a farhox.meta.EpisodeSource, for example ClassificationEpisodes. "
                         f"Received: {type(episodes).__name__}")
-    values = {}
-    for batch in episodes.dataset(meta_batch_size, count=count):
-        for name, value in judge(batch).items():
-            values.setdefault(name, []).append(value.numpy())
+    check_positive("The number of episodes", count)
+    check_positive("meta_batch_size", meta_batch_size)
+    values, left = {}, count % meta_batch_size
+    for start, size, number in ((0, meta_batch_size, count - left), (count - left, left, left)):
+        for batch in episodes.dataset(size, start, number) if number else ():
+            for name, value in judge(batch).items():
+                values.setdefault(name, []).append(value.numpy())
     result = {}
     for name, parts in values.items():
         result[name], result[f"{name}_interval"] = mean_and_interval(np.concatenate(parts))

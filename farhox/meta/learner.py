@@ -68,7 +68,7 @@ class Learner(HyperOptimizer):
         Args:
             x: An `EpisodeSource`; its first `episodes` episodes are used, the same for every learner. A data set of
                 episodes is evaluated as by `keras.Model.evaluate`.
-            episodes: Positive int, a multiple of `meta_batch_size`.
+            episodes: Positive int, their number.
             meta_batch_size: Positive int, episodes taken at a time; without influence on the result.
             **kwargs: Of `keras.Model.evaluate`, for a data set.
 
