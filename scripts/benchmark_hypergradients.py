@@ -43,7 +43,7 @@ from absl import app, flags
 
 import farhox
 from farhox import meta
-from farhox.batches import RepeatedBatch, batch_at, num_steps
+from farhox.data.batches import RepeatedBatch, batch_at, num_steps
 
 METHODS = {"W1": ["reverse", "reverse_sqrt", "naive"], "W2": ["reverse", "reverse_sqrt", "forward", "naive"],
            "W3": ["maml", "fomaml", "imaml", "hyper_representation"], "W4": ["implicit", "naive"]}

@@ -23,7 +23,7 @@ import tensorflow as tf
 
 import farhox
 from farhox import meta
-from farhox.batches import batch_at
+from farhox.data.batches import batch_at
 from farhox.hypergradients.base import Evaluation
 
 SETTINGS = ("classes", "inner_steps", "ridge", "inner_learning_rate", "hyper_iterations", "outer_learning_rate",

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 
 import farhox
-from farhox import _functional, stn
+from farhox import stn
+from farhox._core import functional
 
 IMAGES, STEPS, TOKENS = (6, 5, 4), (7, 3), (5,)
 
@@ -58,5 +59,5 @@ def gated(layer):
 
 def with_draws(layer, x, draws, training=False):
     """The outputs while gates see a row of `draws` per example."""
-    return _functional.call(lambda: layer(x, training=training), bindings=[],
+    return functional.call(lambda: layer(x, training=training), bindings=[],
                             draws=[(gated(layer).gate.input_of_gates.variable, draws)]).value

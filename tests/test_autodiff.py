@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from farhox import _autodiff
+from farhox._core import autodiff
 
 
 def function(inputs):
@@ -12,20 +12,20 @@ def function(inputs):
 
 
 def reverse(inputs):
-    return _autodiff.transposed_product(function, inputs, [tf.constant(1.0)])
+    return autodiff.transposed_product(function, inputs, [tf.constant(1.0)])
 
 
 def scalar(inputs):
-    return _autodiff.gradients(lambda inputs: (function(inputs)[0], ()), inputs)[2]
+    return autodiff.gradients(lambda inputs: (function(inputs)[0], ()), inputs)[2]
 
 
 def linearized(inputs):
-    linearization = _autodiff.Linearization(function, inputs[:1], inputs[1:])
+    linearization = autodiff.Linearization(function, inputs[:1], inputs[1:])
     return linearization.input_product([tf.constant(1.0)]) + linearization.parameter_product([tf.constant(1.0)])
 
 
 def forward(inputs):
-    return [_autodiff.forward_product(function, inputs, [tf.constant(a), tf.constant(b)])[1][0]
+    return [autodiff.forward_product(function, inputs, [tf.constant(a), tf.constant(b)])[1][0]
             for a, b in ((1.0, 0.0), (0.0, 1.0))]
 
 

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import farhox
-from farhox import batches
+from farhox.data import batches
 
 X = np.arange(24.0).reshape(4, 6)
 Y = np.arange(4)

@@ -9,7 +9,7 @@ import tensorflow as tf
 from problems import variable
 
 import farhox
-from farhox.callbacks import HyperparameterTrace, read_trace
+from farhox.training.callbacks import HyperparameterTrace, read_trace
 
 PER_EPOCH = 4
 

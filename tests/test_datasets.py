@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import farhox
-from farhox.batches import batch_at, num_steps
+from farhox.data.batches import batch_at, num_steps
 
 X, Y = np.arange(30.0).reshape(30, 1), np.arange(30)
 X_VAL, Y_VAL = -np.arange(8.0).reshape(8, 1), np.arange(8)

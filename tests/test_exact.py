@@ -8,7 +8,7 @@ import unrolled
 from problems import assert_close, assert_identical, variable
 
 import farhox
-from farhox import _autodiff, _exact, _functional
+from farhox._core import autodiff, exact, functional
 
 MODES = {"eager": lambda function: function, "graph": lambda function: tf.function(function, autograph=False)}
 modes = pytest.mark.parametrize("mode", list(MODES))
@@ -40,7 +40,7 @@ V = tf.constant([[1.0, 0.5], [-0.3, 0.8], [0.2, -1.0]], tf.float64)
 
 
 def test_moments_of_tensorflow_have_a_wrong_second_derivative():
-    """Once this fails TensorFlow is right, and `_exact._exact_moments` can go."""
+    """Once this fails TensorFlow is right, and `exact._exact_moments` can go."""
     product, truth = second_derivative(variance_objective, X, V)
     assert np.max(np.abs(product - truth)) > 1e-2
 
@@ -56,15 +56,15 @@ def variance_slope(x):
 @pytest.mark.parametrize("function", [variance_objective, variance_slope], ids=["second", "third"])
 @modes
 def test_moments_inside_an_objective_have_the_right_derivatives(function, mode):
-    with _exact.exact_derivatives():
+    with exact.exact_derivatives():
         product, truth = MODES[mode](lambda: second_derivative(function, X, V))()
     np.testing.assert_allclose(product, truth, rtol=1e-7, atol=1e-7)
 
 
 def test_moments_inside_an_objective_have_the_right_derivative_in_forward_mode():
-    with _exact.exact_derivatives():
-        _, (slope,) = _autodiff.forward_product(lambda inputs: [variance_objective(inputs[0])], [X], [V])
-        _, (curvature,) = _autodiff.forward_product(lambda inputs: [variance_slope(inputs[0])], [X], [V])
+    with exact.exact_derivatives():
+        _, (slope,) = autodiff.forward_product(lambda inputs: [variance_objective(inputs[0])], [X], [V])
+        _, (curvature,) = autodiff.forward_product(lambda inputs: [variance_slope(inputs[0])], [X], [V])
         assert_close([slope], [variance_slope(X)], 1e-12)
         assert_close([curvature], [tf.reduce_sum(second_derivative(variance_objective, X, V)[0] * V)], 1e-12)
 
@@ -74,7 +74,7 @@ def test_moments_inside_an_objective_have_the_right_derivative_in_forward_mode()
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_moments_keep_their_values_shapes_and_types(dtype, axes, keepdims):
     x = tf.cast(X, dtype)
-    moments = _exact._exact_moments(x, axes, keepdims=keepdims)
+    moments = exact._exact_moments(x, axes, keepdims=keepdims)
     for mine, theirs in zip(moments, tf.nn.moments(x, axes, keepdims=keepdims)):
         assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
         np.testing.assert_allclose(mine, theirs, rtol=1e-6)
@@ -92,7 +92,7 @@ def mixed_derivative(cross_entropy):
 
 
 def test_cross_entropy_of_tensorflow_has_no_mixed_derivative_in_labels_and_logits():
-    """Once this fails TensorFlow is right, and `_exact._exact_softmax_cross_entropy_with_logits` can go."""
+    """Once this fails TensorFlow is right, and `exact._exact_softmax_cross_entropy_with_logits` can go."""
     derivative = mixed_derivative(tf.nn.softmax_cross_entropy_with_logits)
     assert derivative is None or not np.any(derivative)
 
@@ -100,7 +100,7 @@ def test_cross_entropy_of_tensorflow_has_no_mixed_derivative_in_labels_and_logit
 def test_cross_entropy_inside_an_objective_has_its_mixed_derivative():
     logits = np.array([0.2, -1.0, 0.5])
     probabilities = np.exp(logits) / np.exp(logits).sum()
-    with _exact.exact_derivatives():
+    with exact.exact_derivatives():
         derivative = mixed_derivative(tf.nn.softmax_cross_entropy_with_logits)
     np.testing.assert_allclose(derivative[0, :, 0, :], probabilities[:, np.newaxis] - np.eye(3), rtol=1e-12)
 
@@ -110,7 +110,7 @@ def test_cross_entropy_keeps_its_values():
     labels, logits = tf.constant(random.uniform(size=(4, 3))), tf.constant(30 * random.normal(size=(4, 3)))
     for axis in (-1, 0):
         np.testing.assert_allclose(
-            _exact._exact_softmax_cross_entropy_with_logits(labels, logits, axis),
+            exact._exact_softmax_cross_entropy_with_logits(labels, logits, axis),
             tf.nn.softmax_cross_entropy_with_logits(labels, logits, axis), rtol=1e-12)
 
 
@@ -198,23 +198,23 @@ def test_upsampling_by_nearest_neighbours_is_exact(method, mode, float64):
 
 
 def test_replacements_are_in_place_inside_an_objective_only():
-    originals = [getattr(module, name) for module, name, *_ in _exact.exact_derivatives._replacements]
+    originals = [getattr(module, name) for module, name, *_ in exact.exact_derivatives._replacements]
     seen = []
-    _functional.call(lambda: seen.append(tf.nn.moments), bindings=[])
-    assert seen == [_exact._exact_moments]
+    functional.call(lambda: seen.append(tf.nn.moments), bindings=[])
+    assert seen == [exact._exact_moments]
     with pytest.raises(RuntimeError):
-        with _exact.exact_derivatives():
+        with exact.exact_derivatives():
             raise RuntimeError("the objective failed")
-    assert [getattr(module, name) for module, name, *_ in _exact.exact_derivatives._replacements] == originals
+    assert [getattr(module, name) for module, name, *_ in exact.exact_derivatives._replacements] == originals
 
 
 def test_replacements_stay_until_the_last_of_several_threads_leaves():
-    first, second = _exact.exact_derivatives(), _exact.exact_derivatives()
+    first, second = exact.exact_derivatives(), exact.exact_derivatives()
     original = tf.nn.moments
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert tf.nn.moments is _exact._exact_moments
+    assert tf.nn.moments is exact._exact_moments
     second.__exit__(None, None, None)
     assert tf.nn.moments is original
 
@@ -224,5 +224,5 @@ def test_plain_keras_training_outside_is_left_alone():
     x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
     layer = keras.layers.LayerNormalization()
     before = layer(x)
-    _functional.call(layer, tf.constant(x), bindings=[])
+    functional.call(layer, tf.constant(x), bindings=[])
     assert_identical(layer(x), before)

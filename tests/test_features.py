@@ -7,7 +7,7 @@ import tensorflow as tf
 from problems import assert_close, variable
 
 import farhox
-from farhox.features import with_shared_features
+from farhox.problem.features import with_shared_features
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.normal(size=[6, 3])

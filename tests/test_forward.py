@@ -8,7 +8,7 @@ import unrolled
 from problems import TOLERANCE, assert_close, heavy_ball, proximal_quadratic, scalar_quadratic, variable
 
 import farhox
-from farhox import _autodiff
+from farhox._core import autodiff
 
 dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
 
@@ -117,7 +117,7 @@ def test_learned_initial_value_with_proximal_term_agrees_with_the_tape():
 
 @pytest.mark.parametrize("layer", ["LSTM", "GRU"])
 def test_accumulator_still_fails_in_the_loop_of_a_recurrent_layer(layer, float64):
-    """Without this failure of TensorFlow, `_autodiff.forward_product` needs no second formulation."""
+    """Without this failure of TensorFlow, `autodiff.forward_product` needs no second formulation."""
     recurrent = getattr(keras.layers, layer)(2)
     x = tf.ones([2, 3, 2], tf.float64)
     recurrent(x)
@@ -142,13 +142,13 @@ def test_forward_linearization_gives_the_numbers_of_the_accumulator():
 
     inputs = [tf.constant([1.0, 2.0], tf.float64), tf.constant([3.0, 4.0], tf.float64), tf.ones([3], tf.float64)]
     tangents = [tf.constant([0.5, -1.0], tf.float64), tf.constant([2.0, 1.0], tf.float64), tf.ones([3], tf.float64)]
-    outputs, accumulated = _autodiff.forward_product(function, inputs, tangents)
-    linearization = _autodiff.ForwardLinearization(lambda inputs: (function(inputs), "auxiliary"), inputs)
+    outputs, accumulated = autodiff.forward_product(function, inputs, tangents)
+    linearization = autodiff.ForwardLinearization(lambda inputs: (function(inputs), "auxiliary"), inputs)
     assert_close(linearization.product(tangents), accumulated, 1e-15)
     assert_close(linearization.product([tangents[0], None, None])[0], tangents[0] * inputs[1], 1e-15)
     assert_close(linearization.outputs, outputs, 0.0)
     assert (linearization.auxiliary, linearization.depends) == ("auxiliary", [True, True, False])
-    for none_depends in (linearization.product([None] * 3), _autodiff.ForwardLinearization(
+    for none_depends in (linearization.product([None] * 3), autodiff.ForwardLinearization(
             lambda inputs: ([tf.ones([2])], ()), inputs).product(tangents)):
         np.testing.assert_array_equal(none_depends[0], [0.0, 0.0])
 

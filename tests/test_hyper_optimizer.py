@@ -297,7 +297,7 @@ def test_memory_stays_flat_over_hyper_iterations():
     assert psutil.Process().memory_info().rss - before < 20 * 2 ** 20
 
 
-@pytest.mark.skipif(farhox.datasets.KERAS_IS_OLD, reason="needs Keras 3.9")
+@pytest.mark.skipif(farhox.data.datasets.KERAS_IS_OLD, reason="needs Keras 3.9")
 @pytest.mark.parametrize("diverges", [False, True], ids=["update", "skip"])
 def test_replicas_apply_the_mean_of_their_hypergradients(diverges):
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
@@ -317,7 +317,7 @@ def test_replicas_apply_the_mean_of_their_hypergradients(diverges):
 
 
 def test_an_old_keras_is_told_that_it_cannot_train_on_several_replicas(monkeypatch):
-    monkeypatch.setattr(farhox.datasets, "KERAS_IS_OLD", True)
+    monkeypatch.setattr(farhox.data.datasets, "KERAS_IS_OLD", True)
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         mirrored = make()
     with pytest.raises(ValueError, match="several replicas needs Keras 3.9 or newer. Received: 2 replicas"):

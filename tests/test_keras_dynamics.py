@@ -11,8 +11,8 @@ from problems import assert_close, variable
 from unrolled import finite_differences
 
 import farhox
-from farhox import _exact
-from farhox.keras_dynamics import learnable_settings
+from farhox._core import exact
+from farhox.dynamics.keras_optimizers import learnable_settings
 
 OPTIMIZERS = keras.optimizers
 STEPS = 4
@@ -681,7 +681,7 @@ def test_roots_powers_and_quotients_are_finite_at_zero_and_unchanged_elsewhere(r
         return value, tape.gradient(value, x)
 
     zero, positive = tf.zeros(3), tf.constant([0.5, 1.0, 2.0])
-    with _exact.finite_roots():
+    with exact.finite_roots():
         value, gradient = with_gradient(zero)
         positive_value, positive_gradient = with_gradient(positive)
     assert np.all(np.isfinite(gradient))
@@ -696,7 +696,7 @@ def test_quotients_and_powers_of_integers_and_numbers_keep_their_types():
     cases = [lambda: integers / 2, lambda: 3 / integers, lambda: integers / integers, lambda: integers ** 2,
              lambda: tf.pow(2.0, tf.constant(3.0)), lambda: tf.constant(2.0) ** 2, lambda: 1 / tf.constant(4.0)]
     plain = [case() for case in cases]
-    with _exact.finite_roots():
+    with exact.finite_roots():
         inside = [case() for case in cases]
     for a, b in zip(inside, plain):
         assert a.dtype == b.dtype

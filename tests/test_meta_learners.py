@@ -357,7 +357,7 @@ def test_reptile_refuses_what_it_cannot_learn():
     problem = farhox.supervised_problem(network(), dynamics=farhox.GradientDescent(rate), outer_variables=[rate],
                                         learn_initialization=True)
     _, episodes = images()
-    data = (farhox.batches.RepeatedBatch(episodes.support, tf.range(2)), episodes.query)
+    data = (farhox.data.batches.RepeatedBatch(episodes.support, tf.range(2)), episodes.query)
     with pytest.raises(ValueError, match="depends on .*rate.*initial values alone"):
         farhox.ReptileHG().compute(problem, *data)
     problem = farhox.supervised_problem(network(), learn_initialization=True)

@@ -12,7 +12,7 @@ from problems import variable
 
 import farhox
 from farhox import plots
-from farhox.diagnostics import HypergradientComparison, MethodReport
+from farhox.insight.diagnostics import HypergradientComparison, MethodReport
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402

@@ -7,7 +7,7 @@ import tensorflow as tf
 from problems import variable
 
 import farhox
-from farhox import problem as problem_module
+from farhox.problem import bilevel as problem_module
 
 
 def make(inner_objective=None, outer_objective=None, inner=None, outer=None, **arguments):

@@ -10,7 +10,7 @@ from problems import (
     network_problem, proximal_quadratic, scalar_quadratic, variable)
 
 import farhox
-from farhox.batches import batch_at
+from farhox.data.batches import batch_at
 
 dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
 checkpoints = pytest.mark.parametrize("checkpoint_every", [None, 1, 2, 3, 7, 20, "sqrt"])
@@ -187,7 +187,7 @@ def test_the_way_back_is_left_out_where_steps_pass_the_adjoint_on(dynamics, read
     problem = farhox.supervised_problem(
         model, keras.losses.SparseCategoricalCrossentropy(from_logits=True), dynamics, learn_initialization=True,
         training_at_outer=not reads_statistics)
-    inner_batches = farhox.batches.as_inner_batches(inner_batches)
+    inner_batches = farhox.data.batches.as_inner_batches(inner_batches)
 
     def graph_of(method):
         graph = tf.function(lambda: method.compute(problem, inner_batches, outer_batch).gradients, autograph=False)
@@ -247,7 +247,7 @@ def explicit_problem():
 @pytest.mark.parametrize("checkpoint_every", [None, 3])
 def test_weights_of_steps_give_the_hypergradient_of_the_weighted_outer_losses(make, checkpoint_every, float64):
     problem, inner_batches, outer_batch = make()
-    inner_batches = farhox.batches.as_inner_batches(inner_batches)
+    inner_batches = farhox.data.batches.as_inner_batches(inner_batches)
     weights = (0.1, 0.0, 0.3, 0.6)
     outer = problem.outer_values()
     with tf.GradientTape() as tape:

@@ -7,7 +7,8 @@ import tensorflow as tf
 from stn_cases import LAYERS, PLAIN, TOKENS, gated, hyperparameters, inputs, layer_and_input, with_draws
 
 import farhox
-from farhox import _autodiff, _functional, stn
+from farhox import stn
+from farhox._core import autodiff, functional
 
 DRAWS = np.random.default_rng(5).normal(size=(4, 3))
 
@@ -241,7 +242,7 @@ def test_forward_product_in_the_draws_is_the_derivative_of_finite_differences(na
     def outputs(draws):
         return [with_draws(layer, x, draws[0])]
 
-    _, (product,) = _autodiff.forward_product(outputs, [tf.constant(DRAWS)], [tf.constant(tangent)])
+    _, (product,) = autodiff.forward_product(outputs, [tf.constant(DRAWS)], [tf.constant(tangent)])
     step = 1e-6
     difference = (outputs([DRAWS + step * tangent])[0] - outputs([DRAWS - step * tangent])[0]) / (2 * step)
     np.testing.assert_allclose(product, difference, atol=1e-8)
@@ -283,7 +284,7 @@ def test_an_embedding_is_also_the_output_with_its_elementary_table(float64):
     expected = features @ layer.embeddings.numpy().T
     np.testing.assert_allclose(layer(features, reverse=True, training=True), expected, atol=1e-12)
     draws = [(layer.gate.input_of_gates.variable, tf.constant(DRAWS))]
-    logits = _functional.call(lambda: layer(features, reverse=True), bindings=[], draws=draws).value
+    logits = functional.call(lambda: layer(features, reverse=True), bindings=[], draws=draws).value
     np.testing.assert_allclose(logits, expected, atol=1e-12)
     tokens = keras.Input(TOKENS)
     model = keras.Model(tokens, layer(layer(tokens), reverse=True))

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 import farhox
-from farhox import _functional, stn
+from farhox import stn
+from farhox._core import functional
 
 STRENGTHS = np.array([0.05, 0.2, 0.4, 0.8])
 
@@ -21,7 +22,7 @@ def unconstrained(entry, values):
 
 def perturbed(layer, entry, x, values):
     """The outputs in training when every example has its own value of a hyperparameter."""
-    return np.asarray(_functional.call(
+    return np.asarray(functional.call(
         lambda: layer(x, training=True), bindings=[], draws=[(entry.variable, unconstrained(entry, values))]).value)
 
 
@@ -174,7 +175,7 @@ def test_activity_regularization_weighs_each_example_in_training_alone():
         return tf.add_n(layer.losses)
 
     weights = np.array([0.1, 2.0])
-    value = _functional.call(penalty, bindings=[], draws=[
+    value = functional.call(penalty, bindings=[], draws=[
         (l2.variable, unconstrained(l2, weights)), (temporal.variable, unconstrained(temporal, weights[::-1]))]).value
     expected = (0.5 * np.mean(np.abs(x)) + np.mean(weights * np.mean(x ** 2, axis=(1, 2)))
                 + np.mean(weights[::-1] * np.mean(np.diff(x, axis=1) ** 2, axis=(1, 2))))
@@ -194,7 +195,7 @@ def test_labels_are_smoothed_example_by_example(sparse):
     one_hot = np.eye(3, dtype="float32")[labels]
     loss = stn.LabelSmoothing(smoothing, sparse=sparse, reduction=None)
     targets = labels if sparse else one_hot
-    values = _functional.call(lambda: loss(targets, logits), bindings=[], draws=[
+    values = functional.call(lambda: loss(targets, logits), bindings=[], draws=[
         (smoothing.variable, unconstrained(smoothing, STRENGTHS))]).value
     for i, value in enumerate(STRENGTHS):
         plain = keras.losses.CategoricalCrossentropy(True, label_smoothing=value, reduction=None)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from farhox import _tree
+from farhox._core import tree
 
 FIRST = {"a": np.array([[1.0, -2.0], [0.5, 3.0]]), "b": (np.array(2.0), [np.array([4.0])])}
 SECOND = {"a": np.array([[0.5, 1.0], [-1.0, 2.0]]), "b": (np.array(-3.0), [np.array([0.25])])}
@@ -20,33 +20,33 @@ def flat(values):
 
 def test_arithmetic_on_nests_is_that_of_their_flat_vectors():
     first, second = nest(FIRST), nest(SECOND)
-    np.testing.assert_array_equal(flat(_tree.add(first, second)), flat(FIRST) + flat(SECOND))
-    np.testing.assert_array_equal(flat(_tree.subtract(first, second)), flat(FIRST) - flat(SECOND))
-    np.testing.assert_array_equal(flat(_tree.zeros_like(first)), np.zeros(6))
-    np.testing.assert_allclose(_tree.dot(first, second), flat(FIRST) @ flat(SECOND), rtol=1e-15)
-    np.testing.assert_allclose(_tree.norm(first), np.linalg.norm(flat(FIRST)), rtol=1e-15)
-    tf.nest.assert_same_structure(_tree.add(first, second), first)
+    np.testing.assert_array_equal(flat(tree.add(first, second)), flat(FIRST) + flat(SECOND))
+    np.testing.assert_array_equal(flat(tree.subtract(first, second)), flat(FIRST) - flat(SECOND))
+    np.testing.assert_array_equal(flat(tree.zeros_like(first)), np.zeros(6))
+    np.testing.assert_allclose(tree.dot(first, second), flat(FIRST) @ flat(SECOND), rtol=1e-15)
+    np.testing.assert_allclose(tree.norm(first), np.linalg.norm(flat(FIRST)), rtol=1e-15)
+    tf.nest.assert_same_structure(tree.add(first, second), first)
 
 
 def test_select_takes_the_whole_nest_by_a_scalar_condition():
     first, second = nest(FIRST), nest(SECOND)
-    np.testing.assert_array_equal(flat(_tree.select(tf.constant(True), first, second)), flat(FIRST))
-    np.testing.assert_array_equal(flat(_tree.select(tf.constant(False), first, second)), flat(SECOND))
+    np.testing.assert_array_equal(flat(tree.select(tf.constant(True), first, second)), flat(FIRST))
+    np.testing.assert_array_equal(flat(tree.select(tf.constant(False), first, second)), flat(SECOND))
 
 
 def test_dot_and_ravel_take_the_widest_type():
     mixed = [tf.constant([1.0], tf.float32), tf.constant([1e-12], tf.float64)]
-    assert _tree.dot(mixed, mixed).dtype == tf.float64
-    assert _tree.ravel(mixed).dtype == tf.float64
-    assert _tree.ravel(mixed, tf.float32).dtype == tf.float32
-    assert _tree.dot([], []).numpy() == 0.0
+    assert tree.dot(mixed, mixed).dtype == tf.float64
+    assert tree.ravel(mixed).dtype == tf.float64
+    assert tree.ravel(mixed, tf.float32).dtype == tf.float32
+    assert tree.dot([], []).numpy() == 0.0
 
 
 def test_norm_has_the_derivative_zero_at_zero():
     point = tf.zeros([3], tf.float64)
     with tf.GradientTape() as tape:
         tape.watch(point)
-        value = _tree.norm([point])
+        value = tree.norm([point])
     np.testing.assert_array_equal(tape.gradient(value, point), np.zeros(3))
 
 
@@ -54,22 +54,22 @@ def test_norm_has_the_derivative_of_the_euclidean_norm_elsewhere():
     point = tf.constant([3.0, -4.0], tf.float64)
     with tf.GradientTape() as tape:
         tape.watch(point)
-        value = _tree.norm([point])
+        value = tree.norm([point])
     np.testing.assert_allclose(tape.gradient(value, point), [0.6, -0.8], rtol=1e-15)
 
 
 @pytest.mark.parametrize("entry, finite", [(1.0, True), (np.nan, False), (np.inf, False), (-np.inf, False)])
 def test_one_entry_that_is_not_finite_makes_the_nest_not_finite(entry, finite):
-    assert bool(_tree.is_finite({"a": tf.constant([1.0, entry]), "seed": tf.constant([1, 2])})) is finite
+    assert bool(tree.is_finite({"a": tf.constant([1.0, entry]), "seed": tf.constant([1, 2])})) is finite
 
 
 def test_integers_are_finite():
-    assert bool(_tree.is_finite([tf.constant([1, 2])]))
+    assert bool(tree.is_finite([tf.constant([1, 2])]))
 
 
 def test_unravel_undoes_ravel_with_shapes_and_types():
     like = {"a": tf.constant([[1.0, 2.0]], tf.float32), "b": [tf.constant(3.0, tf.float64), tf.zeros([0, 2])]}
-    back = _tree.unravel(_tree.ravel(like), like)
+    back = tree.unravel(tree.ravel(like), like)
     tf.nest.map_structure(np.testing.assert_array_equal, back, like)
     assert [leaf.dtype for leaf in tf.nest.flatten(back)] == [leaf.dtype for leaf in tf.nest.flatten(like)]
 
@@ -77,7 +77,7 @@ def test_unravel_undoes_ravel_with_shapes_and_types():
 def test_unravel_works_with_shapes_that_are_unknown_while_tracing():
     @tf.function(input_signature=[tf.TensorSpec([None, 2], tf.float64)])
     def there_and_back(x):
-        return _tree.unravel(_tree.ravel([x, 2.0 * x]), [x, x])
+        return tree.unravel(tree.ravel([x, 2.0 * x]), [x, x])
 
     back = there_and_back(np.ones([3, 2]))
     np.testing.assert_array_equal(back[1], 2.0 * np.ones([3, 2]))

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from farhox.batches import as_inner_batches, batch_at, num_steps
+from farhox.data.batches import as_inner_batches, batch_at, num_steps
 
 
 def outer_loss(problem, outer, inner_batches, outer_batch):

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from farhox import _autodiff, _tree
-from farhox.batches import as_inner_batches, batch_at, num_steps
-from farhox.features import with_shared_features
-from farhox.inner_state import float_leaves
-from farhox.problem import BilevelProblem, variable_names
+from farhox._core import autodiff, tree
+from farhox._core.inner_state import float_leaves
+from farhox.data.batches import as_inner_batches, batch_at, num_steps
+from farhox.problem.bilevel import BilevelProblem, variable_names
+from farhox.problem.features import with_shared_features
 
 
 class HyperGradientResult(NamedTuple):
@@ -236,7 +236,7 @@ def new_losses(problem, steps):
 def reached_by_step(problem, state, outer, batch):
     """Which outer variables one inner step depends on: a list of bools. In a graph its operations are never run."""
     leaves = float_leaves(state)
-    products = _autodiff.transposed_product(
+    products = autodiff.transposed_product(
         lambda inputs: float_leaves(problem.step(state, inputs, batch).state), list(outer), leaves)
     return [product is not None for product in products]
 
@@ -263,7 +263,7 @@ def gradients_or_error(problem, gradients, reached, reason):
 
 def add_initial_dynamics(problem, outer, adjoint, gradients, reached):
     """gradients + (∂Φ_0/∂λ)' adjoint; `reached` is updated in place with the variables that Φ_0 depends on."""
-    products = _autodiff.transposed_product(
+    products = autodiff.transposed_product(
         lambda inputs: float_leaves(problem.initial_state(inputs)), list(outer), adjoint)
     for i, product in enumerate(products):
         reached[i] = reached[i] or product is not None
@@ -283,5 +283,5 @@ def common_diagnostics(gradients, outer_loss, run):
 
 def gradient_diagnostics(gradients, outer_loss):
     """The diagnostics of the hypergradient alone."""
-    return {"finite": tf.logical_and(_tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
-            "hypergradient_norm": _tree.norm(gradients)}
+    return {"finite": tf.logical_and(tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
+            "hypergradient_norm": tree.norm(gradients)}

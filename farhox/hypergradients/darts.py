@@ -5,12 +5,20 @@ import numbers
 
 import tensorflow as tf
 
-from farhox import _autodiff, _tree
-from farhox.batches import batch_at, num_steps
+from farhox._core import autodiff, tree
+from farhox._core.inner_state import InnerState
+from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, InnerRun, common_diagnostics, gradients_or_error, new_losses, run_inner,
-    stacked_losses, zeros_for_none)
-from farhox.inner_state import InnerState
+    HyperGradient,
+    HyperGradientResult,
+    InnerRun,
+    common_diagnostics,
+    gradients_or_error,
+    new_losses,
+    run_inner,
+    stacked_losses,
+    zeros_for_none,
+)
 
 _SEES = ("DartsHG sees what the objectives and the last inner step depend on. An initial value without a proximal term "
          "acts through all steps: use ReverseHG or ForwardHG for it.")
@@ -64,7 +72,7 @@ class DartsHG(HyperGradient):
 
         count = len(variables)
         adjoint = zeros_for_none(at_end.state[:count], variables)
-        products = _autodiff.transposed_product(
+        products = autodiff.transposed_product(
             lambda inputs: problem.updated(inputs[:count], before, inputs[count:], batch)[0],
             inner_gradients + outer, adjoint)
         parts = [at_end.outer, products[count:]]
@@ -77,19 +85,19 @@ class DartsHG(HyperGradient):
         gradients = gradients_or_error(problem, gradients, reached, _SEES)
 
         run = InnerRun(after, run.losses.write(steps - 1, tf.cast(loss, problem.loss_dtype)),
-                       tf.cast(_tree.norm(inner_gradients), problem.loss_dtype), run.steps + 1, None)
+                       tf.cast(tree.norm(inner_gradients), problem.loss_dtype), run.steps + 1, None)
         return HyperGradientResult(
             gradients, at_end.loss, stacked_losses(problem, run), after, [],
             common_diagnostics(gradients, at_end.loss, run))
 
     def _mixed_product(self, problem, state, outer, batch, direction):
         """(∂g/∂λ)' direction by a central difference; None where the inner objective does not depend."""
-        length = _tree.norm(direction)
+        length = tree.norm(direction)
         distance = self.epsilon / tf.where(length > 0, length, tf.ones_like(length))
 
         def gradients(sign):
             moved = [w + tf.cast(sign * distance, w.dtype) * d for w, d in zip(state.variables, direction)]
-            return _autodiff.gradients(
+            return autodiff.gradients(
                 lambda outer: problem.inner_loss(moved, state.state_variables, outer, batch), outer)[2]
 
         return [None if plus is None else (plus - minus) / tf.cast(2.0 * distance, plus.dtype)

@@ -5,8 +5,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox import _tree
-from farhox.batches import GatheredBatches, RepeatedBatch
+from farhox._core import tree
+from farhox.data.batches import GatheredBatches, RepeatedBatch
 from farhox.hypergradients.base import HyperGradient, HyperGradientResult
 
 
@@ -54,7 +54,7 @@ class EpisodesHG(HyperGradient):
             inner_losses=episodes.inner_losses,
             state=episodes.state,
             carry=episodes.carry,
-            diagnostics=_tree.map(_over_episodes, episodes.diagnostics))
+            diagnostics=tree.map(_over_episodes, episodes.diagnostics))
 
     def evaluate(self, problem, inner_batches, outer_batch):
         def one(inner_batches, outer_batch, _):

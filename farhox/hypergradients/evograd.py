@@ -5,11 +5,17 @@ import numbers
 
 import tensorflow as tf
 
-from farhox import _autodiff
-from farhox.batches import batch_at, num_steps
+from farhox._core import autodiff
+from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, common_diagnostics, gradients_or_error, new_losses, run_inner,
-    stacked_losses)
+    HyperGradient,
+    HyperGradientResult,
+    common_diagnostics,
+    gradients_or_error,
+    new_losses,
+    run_inner,
+    stacked_losses,
+)
 
 _SEES = ("EvoGradHG sees what the inner and the outer objective depend on, at the end of the inner training. A "
          "learning rate or another setting of the dynamics, and an initial value without a proximal term, act through "
@@ -92,7 +98,7 @@ class EvoGradHG(HyperGradient):
                        for w, e in zip(run.state.variables, noise)]
             return problem.outer_loss(run.state._replace(variables=mixture), outer, outer_batch), ()
 
-        loss, _, gradients = _autodiff.gradients(mixture_loss, outer)
+        loss, _, gradients = autodiff.gradients(mixture_loss, outer)
         reached = _reached(problem, run.state, outer, batch, outer_batch)
         gradients = gradients_or_error(problem, gradients, reached, _SEES)
         outer_loss = problem.outer_loss(run.state, outer, outer_batch)
@@ -125,9 +131,9 @@ def _reached(problem, state, outer, batch, outer_batch):
     The loop over perturbations gives a gradient of zero to all that enters it, so it cannot tell.
     """
     seen = [
-        _autodiff.gradients(lambda outer: problem.inner_loss(
+        autodiff.gradients(lambda outer: problem.inner_loss(
             state.variables, state.state_variables, outer, batch), outer)[2],
-        _autodiff.gradients(lambda outer: (problem.outer_loss(state, outer, outer_batch), ()), outer)[2]]
+        autodiff.gradients(lambda outer: (problem.outer_loss(state, outer, outer_batch), ()), outer)[2]]
     return [any(gradient is not None for gradient in gradients) for gradients in zip(*seen)]
 
 

@@ -4,12 +4,21 @@ import dataclasses
 
 import tensorflow as tf
 
-from farhox import _autodiff
-from farhox.batches import batch_at, num_steps
+from farhox._core import autodiff
+from farhox._core.inner_state import float_leaves, with_float_leaves
+from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, InnerRun, common_diagnostics, goes_on, gradients_or_error, new_losses,
-    norm_before_first_step, reached_by_step, stacked_losses)
-from farhox.inner_state import float_leaves, with_float_leaves
+    HyperGradient,
+    HyperGradientResult,
+    InnerRun,
+    common_diagnostics,
+    goes_on,
+    gradients_or_error,
+    new_losses,
+    norm_before_first_step,
+    reached_by_step,
+    stacked_losses,
+)
 
 # Outer variables that have a loop each over their directions, at most: each is traced on its own.
 _MOST_LOOPS = 8
@@ -60,7 +69,7 @@ class ForwardHG(HyperGradient):
                 result = problem.step(at_state, inputs[len(leaves):], batch)
                 return float_leaves(result.state), result
 
-            linearization = _autodiff.ForwardLinearization(step, leaves + list(outer))
+            linearization = autodiff.ForwardLinearization(step, leaves + list(outer))
             result = linearization.auxiliary
             arrays = _step_of_tangents(linearization, arrays, outer)
             return t + 1, result.state, arrays, losses.write(t, result.loss), result.gradient_norm
@@ -139,7 +148,7 @@ def _initial_tangents(problem, outer, reached):
     def initial(inputs):
         return float_leaves(problem.initial_state(inputs)), ()
 
-    linearization = _autodiff.ForwardLinearization(initial, list(outer))
+    linearization = autodiff.ForwardLinearization(initial, list(outer))
     leaves, count = linearization.outputs, _num_directions(outer)
     reached[:] = [a or b for a, b in zip(reached, linearization.depends)]
     everything = range(len(outer))

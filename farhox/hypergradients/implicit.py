@@ -6,13 +6,19 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox import _autodiff, _tree
-from farhox.batches import batch_at, num_steps
+from farhox._core import autodiff, tree
+from farhox._core.inner_state import float_leaves, with_float_leaves
+from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, common_diagnostics, gradients_or_error, new_losses, run_inner,
-    stacked_losses)
-from farhox.linear_solvers import ConjugateGradient, LinearSolver
-from farhox.inner_state import float_leaves, with_float_leaves
+    HyperGradient,
+    HyperGradientResult,
+    common_diagnostics,
+    gradients_or_error,
+    new_losses,
+    run_inner,
+    stacked_losses,
+)
+from farhox.linear_solvers.solvers import ConjugateGradient, LinearSolver
 
 _SEES = ("ImplicitHG sees what the inner and the outer objective depend on, at the end of the inner training. A "
          "learning rate or another setting of the dynamics, and an initial value without a proximal term, act through "
@@ -77,17 +83,17 @@ class ImplicitHG(HyperGradient):
 
         unknowns = system.inputs
         rhs_parts = at_end.state if self.linear_solver.on_dynamics else at_end.state[:len(unknowns)]
-        rhs = _tree.ravel([tf.zeros_like(leaf) if part is None else part for part, leaf in zip(rhs_parts, unknowns)])
+        rhs = tree.ravel([tf.zeros_like(leaf) if part is None else part for part, leaf in zip(rhs_parts, unknowns)])
 
         def matvec(vector):
-            product = _tree.ravel(system.input_product(_tree.unravel(vector, unknowns)))
+            product = tree.ravel(system.input_product(tree.unravel(vector, unknowns)))
             if self.linear_solver.on_dynamics:
                 product = vector - product
             return product + self.damping * vector
 
         start, iteration = (None, tf.constant(0, tf.int64)) if not carry else carry
         solution = self.linear_solver.solve(matvec, rhs, start if self.warm_start else None, iteration)
-        products = system.parameter_product(_tree.unravel(solution.vector, unknowns))
+        products = system.parameter_product(tree.unravel(solution.vector, unknowns))
         sign = 1.0 if self.linear_solver.on_dynamics else -1.0
         gradients = [_sum(explicit, product, sign, value)
                      for explicit, product, value in zip(at_end.outer, products, outer)]
@@ -100,7 +106,7 @@ class ImplicitHG(HyperGradient):
     def initial_carry(self, problem):
         state = problem.initial_state()
         unknowns = float_leaves(state) if self.linear_solver.on_dynamics else state.variables
-        return [tf.zeros_like(_tree.ravel(unknowns)), tf.constant(0, tf.int64)]
+        return [tf.zeros_like(tree.ravel(unknowns)), tf.constant(0, tf.int64)]
 
 
 def _gradient_system(problem, state, outer, batch):
@@ -110,7 +116,7 @@ def _gradient_system(problem, state, outer, batch):
     def gradient(inputs):
         return problem.inner_gradients(inputs[:count], state.state_variables, inputs[count:], batch)[2]
 
-    return _autodiff.Linearization(gradient, list(state.variables), list(outer))
+    return autodiff.Linearization(gradient, list(state.variables), list(outer))
 
 
 def _dynamics_system(problem, state, outer, batch):
@@ -121,7 +127,7 @@ def _dynamics_system(problem, state, outer, batch):
         at_state = with_float_leaves(state, inputs[:len(leaves)])
         return float_leaves(problem.step(at_state, inputs[len(leaves):], batch).state)
 
-    return _autodiff.Linearization(step, leaves, list(outer))
+    return autodiff.Linearization(step, leaves, list(outer))
 
 
 def _sum(explicit, product, sign, like):

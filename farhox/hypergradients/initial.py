@@ -4,9 +4,15 @@ import dataclasses
 
 import tensorflow as tf
 
+from farhox._core.inner_state import float_leaves
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, add_initial_dynamics, gradient_diagnostics, gradients_or_error, zeros_for_none)
-from farhox.inner_state import float_leaves
+    HyperGradient,
+    HyperGradientResult,
+    add_initial_dynamics,
+    gradient_diagnostics,
+    gradients_or_error,
+    zeros_for_none,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox import _tree
+from farhox._core import tree
 from farhox.hypergradients.base import HyperGradient
 
 
@@ -60,7 +60,7 @@ class ObjectivesHG(HyperGradient):
         own = results[-1]
         diagnostics = dict(own.diagnostics)
         diagnostics["finite"] = tf.reduce_all([result.diagnostics["finite"] for result in results])
-        diagnostics["hypergradient_norm"] = _tree.norm(gradients)
+        diagnostics["hypergradient_norm"] = tree.norm(gradients)
         outer_loss = own.outer_loss
         if len(parts) == len(self.objectives):
             # No variable is left for the problem's own objective: it is still what is reported.

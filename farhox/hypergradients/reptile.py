@@ -5,13 +5,19 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox import _tree
-from farhox.batches import batch_at, num_steps
+from farhox._core import tree
+from farhox._core.inner_state import float_leaves
+from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, add_initial_dynamics, gradient_diagnostics, gradients_or_error, new_losses)
+    HyperGradient,
+    HyperGradientResult,
+    add_initial_dynamics,
+    gradient_diagnostics,
+    gradients_or_error,
+    new_losses,
+)
 from farhox.hypergradients.episodes import EpisodesHG, episode_at, num_episodes
 from farhox.hypergradients.initial import InitialHG
-from farhox.inner_state import float_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +102,7 @@ class ReptileHG(HyperGradient):
 
         def body(t, state, direction, losses, _):
             result = problem.step(state, outer, batch_at(batches, t))
-            moved = _tree.subtract(state.variables, result.state.variables)
+            moved = tree.subtract(state.variables, result.state.variables)
             if weights is not None:
                 moved = [tf.cast(weights[t], part.dtype) * part for part in moved]
             return (t + 1, result.state, [a + b for a, b in zip(direction, moved)], losses.write(t, result.loss),

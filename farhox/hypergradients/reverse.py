@@ -7,12 +7,24 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox import _autodiff
-from farhox.batches import batch_at, num_steps
+from farhox._core import autodiff
+from farhox._core.inner_state import float_leaves, with_float_leaves
+from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, InnerRecord, InnerRun, StateStore, add_initial_dynamics, common_diagnostics,
-    goes_on, gradients_or_error, new_losses, run_inner, stacked_losses, zeros_for_none)
-from farhox.inner_state import float_leaves, with_float_leaves
+    HyperGradient,
+    HyperGradientResult,
+    InnerRecord,
+    InnerRun,
+    StateStore,
+    add_initial_dynamics,
+    common_diagnostics,
+    goes_on,
+    gradients_or_error,
+    new_losses,
+    run_inner,
+    stacked_losses,
+    zeros_for_none,
+)
 
 # Inner gradients are kept for the way back as long as those of all steps fit in this many bytes.
 _KEPT_BYTES = 128 * 2**20
@@ -310,7 +322,7 @@ class _Walk:
             _, state_variables, gradients = problem.step_gradients(at_state, inputs[len(leaves):], batch)
             return gradients + float_leaves(state_variables)
 
-        inner_gradient = _autodiff.Linearization(gradient, leaves, list(outer))
+        inner_gradient = autodiff.Linearization(gradient, leaves, list(outer))
         products = self._update_product(record.gradients or inner_gradient.outputs[:count], state, batch, adjoint)
         through_gradient = inner_gradient.product(products[:count] + adjoint[count:after_statistics])
         return [a if b is None else b if a is None else a + b for a, b in zip(products[count:], through_gradient)]
@@ -325,7 +337,7 @@ class _Walk:
             at_state = with_float_leaves(state, inputs[:len(leaves)])
             return float_leaves(self.problem.updated(gradients, at_state, inputs[len(leaves):], batch))
 
-        return _autodiff.transposed_product(
+        return autodiff.transposed_product(
             update, gradients + leaves + list(self.outer), adjoint[:count] + adjoint[after_statistics:])
 
 

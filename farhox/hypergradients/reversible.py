@@ -7,14 +7,25 @@ import numbers
 import numpy as np
 import tensorflow as tf
 
-from farhox import _autodiff, _functional, _tree
-from farhox.batches import batch_at, num_steps
-from farhox.dynamics import Momentum, setting_per_variable
+from farhox._core import autodiff, functional, tree
+from farhox._core.inner_state import InnerState, float_leaves, with_float_leaves
+from farhox.data.batches import batch_at, num_steps
+from farhox.dynamics.base import Momentum, setting_per_variable
 from farhox.hypergradients.base import (
-    HyperGradient, HyperGradientResult, InnerRun, StateStore, add_initial_dynamics, common_diagnostics, goes_on,
-    gradients_or_error, new_losses, norm_before_first_step, stacked_losses, zeros_for_none)
-from farhox.inner_state import InnerState, float_leaves, with_float_leaves
-from farhox.problem import variable_names
+    HyperGradient,
+    HyperGradientResult,
+    InnerRun,
+    StateStore,
+    add_initial_dynamics,
+    common_diagnostics,
+    goes_on,
+    gradients_or_error,
+    new_losses,
+    norm_before_first_step,
+    stacked_losses,
+    zeros_for_none,
+)
+from farhox.problem.bilevel import variable_names
 
 _LARGEST_DENOMINATOR = 10 ** 4
 _WORD = 2 ** 63
@@ -167,7 +178,7 @@ class _ReversibleTraining:
         """The position of the state that the training starts from."""
         variables, _ = self.fixed.encode(self.start.variables)
         momenta, _ = self.fixed.encode(self.start.slots)
-        return variables, momenta, _tree.zeros_like(variables)
+        return variables, momenta, tree.zeros_like(variables)
 
     def forward(self, begin, steps):
         """The inner training.
@@ -187,9 +198,9 @@ class _ReversibleTraining:
             fresh = tf.equal(t % self.steps_per_word, 0)
             digits = [tf.where(fresh, tf.zeros_like(i), i) for i in digits]
             momenta, digits = self.fixed.multiply(momenta, digits)
-            momenta = _tree.add(momenta, gradients)
+            momenta = tree.add(momenta, gradients)
             moves, moves_valid = self._moves(momenta, t)
-            variables = _tree.subtract(variables, moves)
+            variables = tree.subtract(variables, moves)
             # Each step writes the current word anew; only the last version of it is read.
             words_arrays = words.with_arrays(words_arrays).write(t // self.steps_per_word, digits).arrays
             valid = tf.reduce_all([valid, gradients_valid, moves_valid, self._in_range(variables + momenta)])
@@ -217,10 +228,10 @@ class _ReversibleTraining:
         def body(t, position, adjoint, gradients):
             variables, momenta, digits = position
             state_variables = extras.read(t)
-            variables = _tree.add(variables, self._moves(momenta, t)[0])
+            variables = tree.add(variables, self._moves(momenta, t)[0])
             state = self._state((variables, momenta, digits), state_variables, t)
             _, _, inner_gradients, _ = self._inner_gradients(state, t)
-            momenta = _tree.subtract(momenta, self.fixed.encode(inner_gradients)[0])
+            momenta = tree.subtract(momenta, self.fixed.encode(inner_gradients)[0])
             momenta, digits = self.fixed.divide(momenta, digits)
             state = self._state((variables, momenta, digits), state_variables, t)
             adjoint, gradients = self._step_back(state, t, adjoint, gradients, reached)
@@ -261,7 +272,7 @@ class _ReversibleTraining:
         loss, state_variables, gradients = self.problem.step_gradients(
             state, self.outer, batch_at(self.inner_batches, t))
         dtype = self.problem.loss_dtype
-        return [tf.cast(loss, dtype), tf.cast(_tree.norm(gradients), dtype), *gradients, *state_variables]
+        return [tf.cast(loss, dtype), tf.cast(tree.norm(gradients), dtype), *gradients, *state_variables]
 
     def _moves(self, momenta, t):
         """The integers [learning_rate M], and whether all are in range."""
@@ -270,7 +281,7 @@ class _ReversibleTraining:
             for rate, m in zip(self._rates(t), momenta)])
 
     def _rates(self, t):
-        return _functional.call(
+        return functional.call(
             setting_per_variable, self.problem.dynamics.learning_rate, self.start.variables,
             self.start.step + tf.cast(t, tf.int64), bindings=zip(self.problem.outer_variables, self.outer)).value
 
@@ -287,7 +298,7 @@ class _ReversibleTraining:
             result = self.problem.step(at_state, inputs[len(leaves):], batch_at(self.inner_batches, t))
             return float_leaves(result.state)
 
-        products = _autodiff.transposed_product(step, leaves + list(self.outer), adjoint)
+        products = autodiff.transposed_product(step, leaves + list(self.outer), adjoint)
         for i, product in enumerate(products[len(leaves):]):
             reached[i] = reached[i] or product is not None
         return (zeros_for_none(products[:len(leaves)], leaves),

@@ -2,7 +2,13 @@
 
 from farhox.meta.distributed import fit_distributed, is_chief
 from farhox.meta.episodes import (
-    ClassificationEpisodes, Episode, EpisodeSource, SinusoidEpisodes, split_classes, with_rotations)
+    ClassificationEpisodes,
+    Episode,
+    EpisodeSource,
+    SinusoidEpisodes,
+    split_classes,
+    with_rotations,
+)
 from farhox.meta.evaluation import evaluate_episodes, mean_and_interval
 from farhox.meta.learner import Learner
 from farhox.meta.learners import ANIL, IMAML, MAML, HyperRepresentation, JointTraining, Reptile

@@ -4,16 +4,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox.batches import RepeatedBatch
-from farhox.datasets import pair
-from farhox.features import with_shared_features
-from farhox.hyper_optimizer import HyperOptimizer
+from farhox.data.batches import RepeatedBatch
+from farhox.data.datasets import pair
 from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
 from farhox.hypergradients.episodes import map_episodes
 from farhox.meta.episodes import EpisodeSource
 from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.statistics import support_statistics
-from farhox.supervised import takes_class_numbers
+from farhox.problem.features import with_shared_features
+from farhox.problem.supervised import takes_class_numbers
+from farhox.training.hyper_optimizer import HyperOptimizer
 
 
 class Learner(HyperOptimizer):

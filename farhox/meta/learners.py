@@ -4,14 +4,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox.dynamics import GradientDescent
+from farhox.dynamics.base import GradientDescent
+from farhox.dynamics.keras_optimizers import KerasDynamics
 from farhox.hypergradients import EpisodesHG, HyperGradient, ImplicitHG, InitialHG, ReptileHG, ReverseHG
-from farhox.hyperparameters import Hyperparameter
-from farhox.keras_dynamics import KerasDynamics
-from farhox.linear_solvers import ConjugateGradient
+from farhox.linear_solvers.solvers import ConjugateGradient
 from farhox.meta.learner import Learner
 from farhox.meta.statistics import query_call
-from farhox.supervised import can_share_representation, supervised_problem
+from farhox.outer.hyperparameters import Hyperparameter
+from farhox.problem.supervised import can_share_representation, supervised_problem
 
 _LOSS = "sparse_categorical_crossentropy"
 

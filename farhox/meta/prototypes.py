@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from farhox.datasets import pair
+from farhox.data.datasets import pair
 from farhox.meta.episodes import EpisodeSource
 from farhox.meta.evaluation import evaluate_episodes
 

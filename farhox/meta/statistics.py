@@ -4,7 +4,7 @@ import contextlib
 
 import keras
 
-from farhox import _functional
+from farhox._core import functional
 
 
 def query_call(model, transductive):
@@ -62,7 +62,7 @@ def support_statistics(model, inputs, values):
         with _without_memory(layers):
             model(inputs, training=True)
 
-    result = _functional.call(run, bindings=bindings)
+    result = functional.call(run, bindings=bindings)
     return {id(v): value for v, value in zip(statistics, result.values[len(result.values) - len(statistics):])}
 
 

@@ -2,12 +2,24 @@
 
 from farhox.stn.conversion import bake, convert, summary
 from farhox.stn.images import (
-    RandomBrightness, RandomContrast, RandomHue, RandomRotation, RandomSaturation, RandomTranslation)
+    RandomBrightness,
+    RandomContrast,
+    RandomHue,
+    RandomRotation,
+    RandomSaturation,
+    RandomTranslation,
+)
 from farhox.stn.layers import Conv1D, Conv2D, Dense, DepthwiseConv2D, Embedding
 from farhox.stn.losses import LabelSmoothing
 from farhox.stn.model import SelfTuningModel
 from farhox.stn.perturbations import (
-    ActivityRegularization, Cutout, Dropout, GaussianNoise, PerturbationLayer, RandomScale)
+    ActivityRegularization,
+    Cutout,
+    Dropout,
+    GaussianNoise,
+    PerturbationLayer,
+    RandomScale,
+)
 from farhox.stn.recurrent import GRU, LSTM, GRUCell, LSTMCell
 from farhox.stn.schedules import ScheduleRecorder, ScheduleReplay
 

@@ -5,8 +5,8 @@ import numpy as np
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
-from farhox.hyperparameters import Hyperparameter
-from farhox.regularizers import L1L2
+from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.regularizers import L1L2
 from farhox.stn import layers, recurrent
 from farhox.stn.gates import as_hyperparameters, unconstrained
 from farhox.stn.layers import SelfTuning

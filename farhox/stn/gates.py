@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox.hyperparameters import Hyperparameter
+from farhox.outer.hyperparameters import Hyperparameter
 
 
 class GateInput:

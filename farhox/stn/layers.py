@@ -19,8 +19,8 @@ import math
 import keras
 import tensorflow as tf
 
-from farhox._serialization import deserialized, serialized
-from farhox.hyperparameters import Hyperparameter
+from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform, Gate
 from farhox.stn.strengths import checked_strength, strength_value
 

@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from farhox._serialization import deserialized, serialized
+from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.strengths import checked_strength, strength_value
 
 

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox import _logs
-from farhox._serialization import deserialized, serialized
+from farhox._core.logs import log_values
+from farhox.outer.serialization import deserialized, serialized
 from farhox.stn import conversion
 from farhox.stn.alternation import alternate, as_dataset, unpack
 from farhox.stn.draws import Perturbation
@@ -347,7 +347,7 @@ class SelfTuningModel(keras.Model):
             while name in named or name in logs:
                 name, count = f"{entry.name}_{count}", count + 1
             named[name] = entry
-        return {**logs, **_logs.values(named)}
+        return {**logs, **log_values(named)}
 
 
 def _done(step, *arguments):

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from farhox import _functional
-from farhox.hyperparameters import Hyperparameter
-from farhox.regularizers import L1L2
+from farhox._core import functional
+from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.regularizers import L1L2
 from farhox.stn.layers import Embedding, SelfTuning
 from farhox.stn.recurrent import GRUCell, LSTMCell
 
@@ -76,7 +76,7 @@ class Network:
         if gates is not None:
             draws += [(gate_input.variable, gates(gate_input)) for gate_input in self.gate_inputs]
         bindings = [(v, tf.convert_to_tensor(v)) for v in state] + list(weights)
-        result = _functional.call(
+        result = functional.call(
             lambda: function(self.model(x, training=training)), bindings=bindings, draws=draws)
         assigned = {id(v) for v in result.assigned}
         updates = [(v, value) for v, value in zip(state, result.values) if id(v) in assigned]

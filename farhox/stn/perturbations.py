@@ -12,8 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox._serialization import deserialized, serialized
-from farhox.hyperparameters import Hyperparameter
+from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.strengths import checked_strength, strength_value
 
 

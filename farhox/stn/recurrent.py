@@ -14,8 +14,8 @@ Keras' has one.
 import keras
 import tensorflow as tf
 
-from farhox._serialization import deserialized, serialized
-from farhox.hyperparameters import Hyperparameter
+from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform
 from farhox.stn.layers import SelfTuning
 from farhox.stn.strengths import checked_strength, strength_value

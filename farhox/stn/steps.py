@@ -10,7 +10,7 @@ from typing import Any, Callable, NamedTuple
 
 import tensorflow as tf
 
-from farhox import _autodiff
+from farhox._core import autodiff
 
 
 class TrainingStep(NamedTuple):
@@ -91,7 +91,7 @@ class Method(abc.ABC):
             return loss - tf.cast(self.entropy_weight * entropy, loss.dtype), loss
 
         scales = [] if noise is None else [tf.convert_to_tensor(perturbation.raw_scales)]
-        _, loss, gradients = _autodiff.gradients(function, variables + scales)
+        _, loss, gradients = autodiff.gradients(function, variables + scales)
         return ValidationStep(loss, gradients[:len(variables)], None if noise is None else gradients[-1])
 
     def draws(self, noise):
@@ -117,7 +117,7 @@ class Method(abc.ABC):
                 x, True, list(zip(weights, tensors)), draws, gates)
             return self.scale_loss(result.value[0]), result
 
-        _, result, gradients = _autodiff.gradients(function, [tf.convert_to_tensor(v) for v in weights])
+        _, result, gradients = autodiff.gradients(function, [tf.convert_to_tensor(v) for v in weights])
         return (*result.value, result, gradients)
 
 
@@ -174,7 +174,7 @@ class DeltaSTN(Method):
                                 x, True, weights, values, self.gates(difference)).value
             return self.scale_loss(value), later
 
-        _, later, response = _autodiff.gradients(function, [tf.convert_to_tensor(v) for v in network.response])
+        _, later, response = autodiff.gradients(function, [tf.convert_to_tensor(v) for v in network.response])
         updates = {id(v): (v, value) for v, value in result.updates}
         updates.update({id(v): (v, value) for v, value in later if not v.dtype.startswith("float")})
         return TrainingStep(loss, predictions, general, response, list(updates.values()), result.read)
@@ -197,6 +197,6 @@ class DeltaSTN(Method):
             structure[:], updates[:] = [result.value], result.updates
             return tf.nest.flatten(result.value)
 
-        outputs, tangents = _autodiff.forward_product(forward, [tf.zeros_like(difference)], [difference])
+        outputs, tangents = autodiff.forward_product(forward, [tf.zeros_like(difference)], [difference])
         linear = [output + tangent for output, tangent in zip(outputs, tangents)]
         return tf.nest.pack_sequence_as(structure[0], linear), updates

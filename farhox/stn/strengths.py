@@ -5,7 +5,7 @@ import numbers
 
 import tensorflow as tf
 
-from farhox.hyperparameters import Hyperparameter
+from farhox.outer.hyperparameters import Hyperparameter
 
 
 def strength_value(strength):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from farhox import _exact
+from farhox._core import exact
 
 
 class FunctionalResult(NamedTuple):
@@ -62,7 +62,7 @@ def call(function, *arguments, bindings, draws=()):
         A `FunctionalResult`. No variable changes.
     """
     bindings = list(bindings)
-    with _exact.exact_derivatives(), _Scope(bindings, draws) as scope:
+    with exact.exact_derivatives(), _Scope(bindings, draws) as scope:
         value = function(*arguments)
         read = set(scope.read)
         value = tf.nest.map_structure(

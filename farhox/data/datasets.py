@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox.batches import GatheredBatches, RepeatedBatch, as_inner_batches
+from farhox.data.batches import GatheredBatches, RepeatedBatch, as_inner_batches
 
 KERAS_IS_OLD = keras.__version__.startswith("3.8.")
 

@@ -13,8 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from farhox import _tree
-from farhox.hyperparameters import Hyperparameter
+from farhox._core import tree
+from farhox.outer.hyperparameters import Hyperparameter
 
 
 class InnerDynamics(abc.ABC):
@@ -124,7 +124,7 @@ class Momentum(InnerDynamics):
         check_setting("momentum", self.momentum)
 
     def initial_slots(self, variables):
-        return _tree.zeros_like(variables)
+        return tree.zeros_like(variables)
 
     def update(self, gradients, variables, slots, step):
         rates = setting_per_variable(self.learning_rate, variables, step)
@@ -172,7 +172,7 @@ class Adam(InnerDynamics):
             check_setting(name, getattr(self, name))
 
     def initial_slots(self, variables):
-        return [_tree.zeros_like(variables), _tree.zeros_like(variables)]
+        return [tree.zeros_like(variables), tree.zeros_like(variables)]
 
     def update(self, gradients, variables, slots, step):
         rates = setting_per_variable(self.learning_rate, variables, step)

@@ -1,9 +1,9 @@
 """Features that all inner steps share: computed once per inner training instead of in each step."""
 
-from farhox import _autodiff
-from farhox.batches import RepeatedBatch
-from farhox.inner_state import float_leaves, with_float_leaves
-from farhox.problem import BilevelProblem
+from farhox._core import autodiff
+from farhox._core.inner_state import float_leaves, with_float_leaves
+from farhox.data.batches import RepeatedBatch
+from farhox.problem.bilevel import BilevelProblem
 
 
 def with_shared_features(problem, inner_batches):
@@ -35,7 +35,7 @@ class _SharedFeatures(BilevelProblem):
             self._like = problem.features(batch, outer)
             return float_leaves(self._like)
 
-        self._linearization = _autodiff.Linearization(leaves, [], problem.outer_values())
+        self._linearization = autodiff.Linearization(leaves, [], problem.outer_values())
 
     def outer_values(self):
         return super().outer_values() + self._linearization.outputs

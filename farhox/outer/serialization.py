@@ -2,7 +2,7 @@
 
 import keras
 
-from farhox.hyperparameters import Hyperparameter
+from farhox.outer.hyperparameters import Hyperparameter
 
 
 def serialized(value):

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from farhox import meta
-from farhox.hyper_optimizer import HyperOptimizer
+from farhox.training.hyper_optimizer import HyperOptimizer
 
 
 @dataclasses.dataclass(frozen=True)

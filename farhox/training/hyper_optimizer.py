@@ -4,14 +4,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox import _logs, _tree
-from farhox.batches import as_inner_batches, num_steps
-from farhox.datasets import as_hyper_iterations, as_tensors, pair
+from farhox._core import tree
+from farhox._core.inner_state import InnerState
+from farhox._core.logs import log_names, log_values
+from farhox.data.batches import as_inner_batches, num_steps
+from farhox.data.datasets import as_hyper_iterations, as_tensors, pair
 from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
-from farhox.inner_state import InnerState
-from farhox.problem import BilevelProblem, variable_names
-from farhox.supervised import LABEL_RULE
+from farhox.problem.bilevel import BilevelProblem, variable_names
+from farhox.problem.supervised import LABEL_RULE
 
 _ADVICE = (
     "Try a smaller inner learning rate or tighter bounds on it, fewer inner steps, a smaller outer learning rate or "
@@ -77,7 +78,7 @@ class HyperOptimizer(keras.Model):
         # Tracked by Keras, so that save_weights and BackupAndRestore hold all there is to go on from.
         self._outer = list(problem.outer_variables)
         self._inner = list(problem.inner_variables) + list(problem.state_variables)
-        self._log_names = _logs.names(problem)
+        self._log_names = log_names(problem)
         self._outer_loss = keras.metrics.Mean(name="outer_loss")
         self._inner_loss = keras.metrics.Mean(name="inner_loss")
         self._skipped = _counter(0, "skipped_updates")
@@ -273,7 +274,7 @@ class HyperOptimizer(keras.Model):
         if self.online:
             kept += zip(self._inner + self._slots, tf.nest.flatten(
                 [result.state.variables, result.state.state_variables, result.state.slots, result.state.step]))
-        flags = [tf.logical_not(_tree.is_finite(part)) for part in [
+        flags = [tf.logical_not(tree.is_finite(part)) for part in [
             result.inner_losses, result.outer_loss, [leaf for _, leaf in kept], *result.gradients]]
         flags = tf.cast(tf.stack(flags), tf.int32)
         context = tf.distribute.get_replica_context()
@@ -350,7 +351,7 @@ class HyperOptimizer(keras.Model):
             values = self.compute_metrics(None, targets, predictions, sample_weight=weights)
             own = {metric.name for metric in (self._outer_loss, self._inner_loss)} | {"loss"}
             logs.update({name: value for name, value in values.items() if name not in own})
-        logs.update(_logs.values(self._log_names))
+        logs.update(log_values(self._log_names))
         logs["skipped_updates"] = tf.convert_to_tensor(self._skipped)
         return logs
 

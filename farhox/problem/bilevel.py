@@ -5,10 +5,10 @@ import numbers
 import keras
 import tensorflow as tf
 
-from farhox import _autodiff, _exact, _functional, _tree
-from farhox.dynamics import GradientDescent, InnerDynamics
-from farhox.hyperparameters import Hyperparameter, OuterVariable
-from farhox.inner_state import InnerState, OuterGradients, StepResult, float_leaves, with_float_leaves
+from farhox._core import autodiff, exact, functional, tree
+from farhox._core.inner_state import InnerState, OuterGradients, StepResult, float_leaves, with_float_leaves
+from farhox.dynamics.base import GradientDescent, InnerDynamics
+from farhox.outer.hyperparameters import Hyperparameter, OuterVariable
 
 
 class BilevelProblem:
@@ -158,7 +158,7 @@ class BilevelProblem:
         """
         outer = self.outer_values() if outer is None else outer
         variables = self._anchors(outer)
-        slots = _functional.call(
+        slots = functional.call(
             self.dynamics.initial_slots, variables, bindings=zip(self.outer_variables, outer)).value
         state_variables = [tf.convert_to_tensor(variable) for variable in self.state_variables]
         return InnerState(variables, state_variables, slots, tf.constant(0, tf.int64))
@@ -174,7 +174,7 @@ class BilevelProblem:
         Raises:
             ValueError: If the objective is not a scalar or assigns a variable that is not a state variable.
         """
-        return _autodiff.gradients(
+        return autodiff.gradients(
             lambda variables: self.inner_loss(variables, state_variables, outer, batch), variables)
 
     def inner_loss(self, variables, state_variables, outer, batch):
@@ -185,7 +185,7 @@ class BilevelProblem:
         """
         if self.has_features:
             batch = self.features(batch, outer)
-        result = _functional.call(
+        result = functional.call(
             self._inner_objective, batch, bindings=self._bindings(variables, state_variables, outer))
         stray = [variable for variable in result.assigned if not any(variable is v for v in self.state_variables)]
         if stray:
@@ -197,9 +197,9 @@ class BilevelProblem:
         if self.proximal is not None:
             strength = self.proximal
             if isinstance(strength, Hyperparameter):
-                strength = _functional.call(strength, bindings=zip(self.outer_variables, outer)).value
-            distance = _tree.subtract(variables, self._anchors(outer))
-            loss += tf.cast(0.5 * strength * _tree.dot(distance, distance), loss.dtype)
+                strength = functional.call(strength, bindings=zip(self.outer_variables, outer)).value
+            distance = tree.subtract(variables, self._anchors(outer))
+            loss += tf.cast(0.5 * strength * tree.dot(distance, distance), loss.dtype)
         count = len(self.state_variables)
         return loss, (result.values[len(result.values) - count:] if count else [])
 
@@ -210,7 +210,7 @@ class BilevelProblem:
             ValueError: If the features depend on an inner variable.
         """
         statistics = [(variable, tf.convert_to_tensor(variable)) for variable in self.state_variables]
-        result = _functional.call(self._features, batch, bindings=[*zip(self.outer_variables, outer), *statistics])
+        result = functional.call(self._features, batch, bindings=[*zip(self.outer_variables, outer), *statistics])
         read = [variable for variable in self.inner_variables if id(variable) in result.read]
         if read:
             raise ValueError("features must not depend on inner variables, which change from step to step. "
@@ -241,7 +241,7 @@ class BilevelProblem:
         return StepResult(
             state=InnerState(variables, state_variables, slots, state.step + 1),
             loss=tf.cast(loss, self.loss_dtype),
-            gradient_norm=tf.cast(_tree.norm(gradients), self.loss_dtype),
+            gradient_norm=tf.cast(tree.norm(gradients), self.loss_dtype),
             gradients=gradients)
 
     def step_gradients(self, state, outer, batch):
@@ -271,11 +271,11 @@ class BilevelProblem:
                 gradients, state.variables, state.slots, state.step, *objective)
             return variables if self.dynamics.applies_constraints else self._constrained(variables), slots
 
-        return _functional.call(update, bindings=zip(self.outer_variables, outer)).value
+        return functional.call(update, bindings=zip(self.outer_variables, outer)).value
 
     def outer_loss(self, state, outer, batch):
         """The outer objective E(s, λ), a scalar. What it assigns is dropped."""
-        result = _functional.call(
+        result = functional.call(
             self._outer_objective, batch, bindings=self._bindings(state.variables, state.state_variables, outer))
         return _checked_scalar("outer_objective", result.value)
 
@@ -287,18 +287,18 @@ class BilevelProblem:
             at_state = with_float_leaves(state, inputs[:len(leaves)])
             return self.outer_loss(at_state, inputs[len(leaves):], batch), ()
 
-        loss, _, gradients = _autodiff.gradients(objective, leaves + list(outer))
+        loss, _, gradients = autodiff.gradients(objective, leaves + list(outer))
         return OuterGradients(loss, gradients[:len(leaves)], gradients[len(leaves):])
 
     def predict_outer(self, state, outer, batch):
         """Targets, predictions and sample weights of the outer batch at the state `state`, for metrics."""
-        return _functional.call(
+        return functional.call(
             self.outer_predictions, batch,
             bindings=self._bindings(state.variables, state.state_variables, outer)).value
 
     def _constrained(self, values):
         """The inner variables' constraints, as a Keras optimizer applies them after each step."""
-        with _exact.finite_roots():
+        with exact.finite_roots():
             return [value if variable.constraint is None else tf.convert_to_tensor(variable.constraint(value))
                     for variable, value in zip(self.inner_variables, values)]
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from farhox import _tree
-from farhox.batches import as_inner_batches, num_steps
-from farhox.health import inner_convergence, report_on
+from farhox._core import tree
+from farhox.data.batches import as_inner_batches, num_steps
 from farhox.hypergradients.base import HyperGradient, new_losses, run_inner
+from farhox.insight.health import inner_convergence, report_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _report(name, method, problem, inner_batches, outer_batch, repeats, referenc
     def timed():
         start = time.perf_counter()
         result = compute()
-        vector = _tree.ravel(result.gradients, tf.float64).numpy()
+        vector = tree.ravel(result.gradients, tf.float64).numpy()
         return time.perf_counter() - start, result, vector
 
     with _ResidentMemory() as memory:

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from farhox import _autodiff, _tree
-from farhox.batches import as_inner_batches, batch_at
+from farhox._core import autodiff, tree
+from farhox._core.inner_state import float_leaves, with_float_leaves
+from farhox.data.batches import as_inner_batches, batch_at
 from farhox.hypergradients.base import HyperGradient
 from farhox.hypergradients.episodes import EpisodesHG
 from farhox.hypergradients.forward import ForwardHG
 from farhox.hypergradients.implicit import ImplicitHG
 from farhox.hypergradients.reverse import ReverseHG
-from farhox.inner_state import float_leaves, with_float_leaves
 
 _CONVERGED = 1e-3
 _RESIDUAL = 1e-2
@@ -162,7 +162,7 @@ def report_on(problem, hypergradient, result, inner):
 
 def _gradient_norm(problem, state, batch):
     gradients = problem.inner_gradients(state.variables, state.state_variables, problem.outer_values(), batch)[2]
-    return float(_tree.norm([gradient for gradient in gradients if gradient is not None]))
+    return float(tree.norm([gradient for gradient in gradients if gradient is not None]))
 
 
 def _contraction(problem, state, batch, power_steps):
@@ -175,16 +175,16 @@ def _contraction(problem, state, batch, power_steps):
         def step(inputs):
             return float_leaves(problem.step(with_float_leaves(state, inputs[:len(leaves)]), outer, batch).state)
 
-        system = _autodiff.Linearization(step, leaves, [])
+        system = autodiff.Linearization(step, leaves, [])
         start = [tf.cast(tf.random.stateless_normal(tf.shape(leaf), [i, 1]), leaf.dtype)
                  for i, leaf in enumerate(leaves)]
 
         def body(k, vector, growth):
-            length = _tree.norm(vector)
+            length = tree.norm(vector)
             vector = [leaf / tf.cast(tf.where(length > 0, length, tf.ones_like(length)), leaf.dtype)
                       for leaf in vector]
             product = system.input_product(vector)
-            return k + 1, product, tf.cast(_tree.norm(product), tf.float64)
+            return k + 1, product, tf.cast(tree.norm(product), tf.float64)
 
         return tf.while_loop(lambda k, *_: k < power_steps, body,
                              [tf.constant(0), start, tf.constant(0.0, tf.float64)], parallel_iterations=1)[2]

@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 
-def names(problem):
+def log_names(problem):
     """Dictionary from unique names to the problem's hyperparameters and other scalar outer variables."""
     owned = {id(entry.variable) for entry in problem.hyperparameters}
     entries = problem.hyperparameters + [
@@ -18,7 +18,7 @@ def names(problem):
     return named
 
 
-def values(named):
+def log_values(named):
     """Scalars by name, in natural units: the entries of arrays of up to 16, the mean of larger ones."""
     logs = {}
     for name, entry in named.items():

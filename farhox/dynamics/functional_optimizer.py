@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
-from farhox import _functional
+from farhox._core import functional
 
 
 class _Operand(abc.ABC):
@@ -293,7 +293,7 @@ class _Functional(keras.optimizers.Optimizer):
     def _choose(self, condition, first, second):
         """Runs one of two functions that assign variables."""
         bindings = [(variable, tf.convert_to_tensor(variable)) for variable in self.assignable]
-        values = tf.cond(condition, lambda: _functional.call(first, bindings=bindings).values,
-                         lambda: _functional.call(second, bindings=bindings).values)
+        values = tf.cond(condition, lambda: functional.call(first, bindings=bindings).values,
+                         lambda: functional.call(second, bindings=bindings).values)
         for (variable, _), value in zip(bindings, values):
             variable.assign(value)

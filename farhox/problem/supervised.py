@@ -4,8 +4,8 @@ import keras
 import tensorflow as tf
 from keras.src.losses.losses import LossFunctionWrapper
 
-from farhox.hyperparameters import ExampleWeights, Hyperparameter
-from farhox.problem import BilevelProblem
+from farhox.outer.hyperparameters import ExampleWeights, Hyperparameter
+from farhox.problem.bilevel import BilevelProblem
 
 LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox.constraints import CappedSimplex
+from farhox.outer.constraints import CappedSimplex
 
 
 class OuterVariable(abc.ABC):

@@ -15,11 +15,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox import _exact, _functional
-from farhox._functional_optimizer import (
-    Setting, Slot, functional_copy, optimizer_config, use_weight_decay_as, view_of)
-from farhox.dynamics import InnerDynamics, check_setting, setting_per_variable
-from farhox.hyperparameters import Hyperparameter, OuterVariable
+from farhox._core import exact, functional
+from farhox.dynamics.base import InnerDynamics, check_setting, setting_per_variable
+from farhox.dynamics.functional_optimizer import (
+    Setting,
+    Slot,
+    functional_copy,
+    optimizer_config,
+    use_weight_decay_as,
+    view_of,
+)
+from farhox.outer.hyperparameters import Hyperparameter, OuterVariable
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 # Settings of every Keras optimizer that are floats if given and None by default.
@@ -162,7 +168,7 @@ class _Part:
         del vars(view)["_tracker"]  # Neither Keras nor, by the last attribute, TensorFlow keeps track of a view.
         vars(view).update(built=False, recreated=iter(self.optimizer.created), _trainable_variables_indices={},
                           _self_setattr_tracking=False)
-        return _functional.call(view.build, self.variables, bindings=[
+        return functional.call(view.build, self.variables, bindings=[
             *zip(self.variables, variables), *zip(self.slots, self._constant_slots())])
 
     def update(self, gradients, variables, slots, step):
@@ -170,10 +176,10 @@ class _Part:
         view = self._view(variables, step)
 
         def apply():
-            with _exact.finite_roots():
+            with exact.finite_roots():
                 view.apply(gradients, self.variables)
 
-        result = _functional.call(apply, bindings=zip(
+        result = functional.call(apply, bindings=zip(
             view.assignable, [*variables, *slots, tf.cast(step, view._iterations.dtype)]))
         known = {id(variable) for variable in view.assignable}
         stray = [repr(variable.path) for variable in result.assigned if id(variable) not in known]

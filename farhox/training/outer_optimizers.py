@@ -2,7 +2,7 @@
 
 import keras
 
-from farhox.hyperparameters import OuterVariable
+from farhox.outer.hyperparameters import OuterVariable
 
 
 class OptimizerGroups(keras.optimizers.Optimizer):

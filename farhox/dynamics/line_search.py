@@ -6,8 +6,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox import _tree
-from farhox.dynamics import InnerDynamics, check_setting, setting_per_variable
+from farhox._core import tree
+from farhox.dynamics.base import InnerDynamics, check_setting, setting_per_variable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class BacktrackingGradientDescent(InnerDynamics):
 
     def _backtracks(self, gradients, variables, moves, objective):
         start = objective(variables)
-        promised = tf.cast(self.decrease * _tree.dot(gradients, moves), start.dtype)
+        promised = tf.cast(self.decrease * tree.dot(gradients, moves), start.dtype)
 
         def refused(k):
             moved = objective([w - self._factor(k, move.dtype) * move for w, move in zip(variables, moves)])

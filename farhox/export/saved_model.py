@@ -8,8 +8,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from farhox import _functional, stn
-from farhox._signatures import checked, from_examples, network_of, signatures_of
+from farhox import stn
+from farhox._core import functional
+from farhox.export.signatures import checked, from_examples, network_of, signatures_of
 
 _EXISTS = "A version is never overwritten. Received: version={version}, which exists in {directory}"
 _LABELS = "labels.txt"
@@ -198,7 +199,7 @@ def _graph_function(name, signature, bindings, jit_compile):
     """
     def compute(*tensors):
         values = [(variable, tf.cast(half, variable.dtype)) for variable, half in bindings]
-        return _functional.call(signature.function, *tensors, bindings=values).value
+        return functional.call(signature.function, *tensors, bindings=values).value
 
     # XLA drops assertions: they stay outside of what it compiles.
     compute = tf.function(compute, autograph=False, jit_compile=True) if jit_compile else compute

@@ -1,0 +1,1 @@
+"""Mechanics that know nothing of bilevel problems: pure functions of Keras code, tapes, nests of tensors."""

@@ -1,0 +1,6 @@
+"""Checks, comparisons, reports and pictures of hypergradients and of what was learned."""
+
+from farhox.insight.diagnostics import check_hypergradient, compare_hypergradients
+from farhox.insight.health import health
+
+__all__ = ["check_hypergradient", "compare_hypergradients", "health"]

@@ -1,0 +1,6 @@
+"""The bilevel problem: who depends on what, as pure functions of tensors."""
+
+from farhox.problem.bilevel import BilevelProblem
+from farhox.problem.supervised import supervised_problem
+
+__all__ = ["BilevelProblem", "supervised_problem"]
