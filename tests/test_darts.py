@@ -95,5 +95,5 @@ def test_explicit_dependence_of_the_outer_objective_is_exact():
 
 @pytest.mark.parametrize("epsilon", [0.0, -0.1, float("inf"), "small"])
 def test_epsilon_must_be_positive(epsilon):
-    with pytest.raises(ValueError, match="epsilon must be a positive number"):
+    with pytest.raises(ValueError, match="epsilon must be a positive finite number"):
         farhox.DartsHG(epsilon)

@@ -78,7 +78,7 @@ def test_compare_takes_names(quadratic):
 
 @pytest.mark.parametrize("arguments, error, message", [
     ({"max_entries": 0}, ValueError, "max_entries must be a positive integer"),
-    ({"step_size": -1.0}, ValueError, "step_size must be positive"),
+    ({"step_size": -1.0}, ValueError, "step_size must be a positive"),
     ({"hypergradient": "reverse"}, TypeError, "must be one of farhox' hypergradients"),
 ])
 def test_check_refuses_bad_input(quadratic, arguments, error, message):

@@ -166,10 +166,10 @@ def test_explicit_dependence_of_the_outer_objective_counts():
 @pytest.mark.parametrize("argument, value, rule", [
     ("perturbations", 1, "perturbations must be an integer of at least 2"),
     ("perturbations", 2.0, "perturbations must be an integer of at least 2"),
-    ("sigma", 0.0, "sigma must be a positive number"),
-    ("sigma", "small", "sigma must be a positive number"),
-    ("temperature", -1.0, "temperature must be a positive number"),
-    ("temperature", float("inf"), "temperature must be a positive number"),
+    ("sigma", 0.0, "sigma must be a positive finite number"),
+    ("sigma", "small", "sigma must be a positive finite number"),
+    ("temperature", -1.0, "temperature must be a positive finite number"),
+    ("temperature", float("inf"), "temperature must be a positive finite number"),
     ("seed", 0.5, "seed must be an integer"),
 ])
 def test_arguments_out_of_range_are_errors(argument, value, rule):

@@ -217,5 +217,5 @@ def test_linear_solver_must_be_one(solver):
 
 @pytest.mark.parametrize("damping", [-1.0, "1", None])
 def test_damping_must_be_a_non_negative_number(damping):
-    with pytest.raises(ValueError, match="damping must be a non-negative number"):
+    with pytest.raises(ValueError, match="damping must be a non-negative finite number"):
         farhox.ImplicitHG(damping=damping)

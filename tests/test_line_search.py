@@ -105,9 +105,9 @@ def test_other_dynamics_are_not_given_the_objective():
 
 
 @pytest.mark.parametrize("argument, value, rule", [
-    ("decrease", 0.0, "decrease must be strictly between 0 and 1"),
-    ("decrease", "half", "decrease must be strictly between 0 and 1"),
-    ("shrink", 1.0, "shrink must be strictly between 0 and 1"),
+    ("decrease", 0.0, "decrease must be a number strictly between 0 and 1"),
+    ("decrease", "half", "decrease must be a number strictly between 0 and 1"),
+    ("shrink", 1.0, "shrink must be a number strictly between 0 and 1"),
     ("max_backtracks", -1, "max_backtracks must be a non-negative integer"),
     ("max_backtracks", 2.0, "max_backtracks must be a non-negative integer"),
 ])

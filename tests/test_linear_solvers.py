@@ -268,7 +268,7 @@ def test_step_size_must_be_positive(step_size):
 
 @pytest.mark.parametrize("rho", [0.0, -1.0])
 def test_damping_of_nystrom_must_be_positive(rho):
-    with pytest.raises(ValueError, match="rho must be positive"):
+    with pytest.raises(ValueError, match="rho must be a positive"):
         farhox.Nystrom(rho=rho)
 
 

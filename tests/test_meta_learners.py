@@ -342,7 +342,7 @@ def test_inner_batches_take_all_support_examples_before_any_comes_again():
     (lambda m: meta.Reptile(m, batch_size=0), ValueError, "batch_size must be a positive"),
     (lambda m: meta.ANIL(m, head=[keras.layers.Dense(3)]), ValueError, "head must hold layers of the model"),
     (lambda m: meta.IMAML(m, proximal=0.0), ValueError, "proximal must be positive"),
-    (lambda m: meta.IMAML(m, damping=-1.0), ValueError, "damping must be a non-negative number. Received: -1.0"),
+    (lambda m: meta.IMAML(m, damping=-1.0), ValueError, "damping must be a non-negative finite number. Received: -1.0"),
     (lambda m: meta.HyperRepresentation(keras.Sequential(m.layers), m.layers[-1]), ValueError, "body must be built"),
     (lambda m: meta.HyperRepresentation(m, "head"), TypeError, "body must be a keras.Model and head"),
     (lambda m: meta.HyperRepresentation(m, keras.layers.Dense(2), hypergradient=3), TypeError, "must be a method"),

@@ -393,7 +393,7 @@ def tuned(**arguments):
     (lambda: tuned(method="exact"), ValueError, "method must be one of"),
     (lambda: tuned(training_steps=0), ValueError, "training_steps must be an integer of at least 1"),
     (lambda: tuned(warmup_steps=-1), ValueError, "warmup_steps must be an integer of at least 0"),
-    (lambda: tuned(initial_scale=0.0), ValueError, "initial_scale must be positive"),
+    (lambda: tuned(initial_scale=0.0), ValueError, "initial_scale must be a positive"),
     (lambda: tuned().compile("sgd", "adam"), ValueError, "must be compiled with a loss"),
     (lambda: tuned().compile("sgd", "adam", loss=3), TypeError, "A loss must be the name"),
     (lambda: tuned().compile("sgd", "adam", loss="mse", response_optimizer="sgd"), ValueError, "Only method=\"delta\""),

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from farhox._core import checks
+
 
 class RepeatedBatch(NamedTuple):
     """One batch used in each of T inner steps. Made by `repeat`.
@@ -48,8 +50,7 @@ def repeat(batch, steps):
     Raises:
         ValueError: If `steps` is not a positive integer.
     """
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise ValueError(f"The number of inner steps must be a positive integer. Received: steps={steps!r}")
+    checks.positive_integer("The number of inner steps", steps)
     return RepeatedBatch(tf.nest.map_structure(tf.convert_to_tensor, batch), tf.range(steps))
 
 

@@ -1,11 +1,10 @@
 """Data sets of hyper-iterations: elements (inner_batches, outer_batch) from arrays or `tf.data`."""
 
-import numbers
-
 import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core import checks
 from farhox.data.batches import GatheredBatches, RepeatedBatch, as_inner_batches
 
 KERAS_IS_OLD = keras.__version__.startswith("3.8.")
@@ -37,10 +36,8 @@ def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch
     """
     for name, value in (("inner_steps", inner_steps), ("batch_size", batch_size),
                         ("outer_batch_size", outer_batch_size)):
-        if value is None and name != "inner_steps":
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(f"{name} must be a positive integer. Received: {value!r}")
+        if value is not None or name == "inner_steps":
+            checks.positive_integer(name, value)
     train, num_train = _arrays("train", train)
     validation, num_validation = _arrays("validation", validation)
     if index:
@@ -136,10 +133,8 @@ def k_fold_dataset(data, folds, inner_steps, batch_size=None, seed=0):
     """
     data, count = _arrays("data", data)
     for name, value, least in (("folds", folds, 2), ("inner_steps", inner_steps, 1), ("batch_size", batch_size, 1)):
-        if value is None and name == "batch_size":
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}. Received: {value!r}")
+        if value is not None or name != "batch_size":
+            checks.integer_of_at_least(name, value, least)
     if count < folds:
         raise ValueError(f"There must be at least one example per fold. Received: folds={folds} for {count} examples")
     order = np.random.default_rng(seed).permutation(count)[:count - count % folds].reshape(folds, -1)

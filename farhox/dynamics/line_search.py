@@ -1,12 +1,11 @@
 """Gradient descent that finds its step size by a line search, as inner dynamics."""
 
 import dataclasses
-import numbers
 from typing import Any
 
 import tensorflow as tf
 
-from farhox._core import tree
+from farhox._core import checks, tree
 from farhox.dynamics.base import InnerDynamics, check_setting, setting_per_variable
 
 
@@ -49,12 +48,8 @@ class BacktrackingGradientDescent(InnerDynamics):
     def __post_init__(self):
         check_setting("learning_rate", self.learning_rate, per_variable=True)
         for name in ("decrease", "shrink"):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or not 0 < value < 1:
-                raise ValueError(f"{name} must be strictly between 0 and 1. Received: {value!r}")
-        if not isinstance(self.max_backtracks, numbers.Integral) or isinstance(self.max_backtracks, bool) or (
-                self.max_backtracks < 0):
-            raise ValueError(f"max_backtracks must be a non-negative integer. Received: {self.max_backtracks!r}")
+            checks.number_between(name, getattr(self, name), 0, 1)
+        checks.non_negative_integer("max_backtracks", self.max_backtracks)
 
     def initial_slots(self, variables):
         return [tf.constant(0)]

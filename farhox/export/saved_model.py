@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from farhox import stn
-from farhox._core import functional
+from farhox._core import checks, functional
 from farhox.export.signatures import checked, from_examples, network_of, signatures_of
 
 _EXISTS = "A version is never overwritten. Received: version={version}, which exists in {directory}"
@@ -64,8 +64,8 @@ def saved_model(learner_or_model, directory, version=None, labels=None, serializ
         ImportError: If `warmup` needs a package that is not installed.
     """
     directory = pathlib.Path(directory)
-    if version is not None and (isinstance(version, bool) or not isinstance(version, (int, np.integer)) or version < 1):
-        raise ValueError(f"version must be a positive integer. Received: {version!r}")
+    if version is not None:
+        checks.positive_integer("version", version)
     if version is not None and (directory / str(version)).exists():
         raise FileExistsError(_EXISTS.format(version=version, directory=directory))
     if isinstance(learner_or_model, stn.SelfTuningModel):

@@ -1,11 +1,10 @@
 """DartsHG: the last inner step differentiated, with a finite difference in the place of second derivatives."""
 
 import dataclasses
-import numbers
 
 import tensorflow as tf
 
-from farhox._core import autodiff, tree
+from farhox._core import autodiff, checks, tree
 from farhox._core.inner_state import InnerState
 from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
@@ -51,8 +50,7 @@ class DartsHG(HyperGradient):
     epsilon: float = 0.01
 
     def __post_init__(self):
-        if not isinstance(self.epsilon, numbers.Real) or not 0 < self.epsilon < float("inf"):
-            raise ValueError(f"epsilon must be a positive number. Received: {self.epsilon!r}")
+        checks.positive_number("epsilon", self.epsilon)
 
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
         outer = problem.outer_values()

@@ -1,11 +1,10 @@
 """EvoGradHG: the hypergradient from perturbed copies of the inner variables, without second derivatives."""
 
 import dataclasses
-import numbers
 
 import tensorflow as tf
 
-from farhox._core import autodiff
+from farhox._core import autodiff, checks
 from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
     HyperGradient,
@@ -64,15 +63,12 @@ class EvoGradHG(HyperGradient):
     carry_outlives_state = True
 
     def __post_init__(self):
-        if not _is_integer(self.perturbations) or self.perturbations < 2:
+        if not checks.is_integer(self.perturbations) or self.perturbations < 2:
             raise ValueError("perturbations must be an integer of at least 2, because a single copy always has the "
                              f"weight 1. Received: {self.perturbations!r}")
         for name in ("sigma", "temperature"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive number. Received: {value!r}")
-        if not _is_integer(self.seed):
-            raise ValueError(f"seed must be an integer. Received: {self.seed!r}")
+            checks.positive_number(name, getattr(self, name))
+        checks.integer("seed", self.seed)
 
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
         outer = problem.outer_values()
@@ -135,7 +131,3 @@ def _reached(problem, state, outer, batch, outer_batch):
             state.variables, state.state_variables, outer, batch), outer)[2],
         autodiff.gradients(lambda outer: (problem.outer_loss(state, outer, outer_batch), ()), outer)[2]]
     return [any(gradient is not None for gradient in gradients) for gradients in zip(*seen)]
-
-
-def _is_integer(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,12 +1,11 @@
 """ImplicitHG: the implicit function theorem at the end of the inner training."""
 
 import dataclasses
-import numbers
 from typing import Any
 
 import tensorflow as tf
 
-from farhox._core import autodiff, tree
+from farhox._core import autodiff, checks, tree
 from farhox._core.inner_state import float_leaves, with_float_leaves
 from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
@@ -64,8 +63,7 @@ class ImplicitHG(HyperGradient):
         if not isinstance(self.linear_solver, LinearSolver):
             raise TypeError("linear_solver must be one of farhox' solvers, for example farhox.ConjugateGradient(). "
                             f"Received: {self.linear_solver!r}")
-        if not isinstance(self.damping, numbers.Real) or self.damping < 0:
-            raise ValueError(f"damping must be a non-negative number. Received: {self.damping!r}")
+        checks.non_negative_number("damping", self.damping)
 
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
         outer = problem.outer_values()

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox._core import tree
+from farhox._core import checks, tree
 from farhox._core.inner_state import float_leaves
 from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
@@ -47,7 +47,7 @@ class ReptileHG(HyperGradient):
 
     def __post_init__(self):
         if self.step_weights is not None and (not isinstance(self.step_weights, tuple) or not all(
-                isinstance(weight, (int, float)) for weight in self.step_weights)):
+                checks.is_number(weight) for weight in self.step_weights)):
             raise TypeError(f"step_weights must be a tuple of numbers or None. Received: {self.step_weights!r}")
 
     def _compute(self, problem, inner_batches, outer_batch, state, carry):

@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import numbers
 from typing import Any
 
 import tensorflow as tf
 
-from farhox._core import autodiff
+from farhox._core import autodiff, checks
 from farhox._core.inner_state import float_leaves, with_float_leaves
 from farhox.data.batches import batch_at, num_steps
 from farhox.hypergradients.base import (
@@ -64,10 +63,10 @@ class ReverseHG(HyperGradient):
     shares_features = True
 
     def __post_init__(self):
-        if self.truncation is not None and (not _is_integer(self.truncation) or self.truncation < 0):
+        if self.truncation is not None and not (checks.is_integer(self.truncation) and self.truncation >= 0):
             raise ValueError(f"truncation must be a non-negative integer or None. Received: {self.truncation!r}")
         if self.checkpoint_every not in (None, "sqrt") and (
-                not _is_integer(self.checkpoint_every) or self.checkpoint_every < 1):
+                not checks.is_integer(self.checkpoint_every) or self.checkpoint_every < 1):
             raise ValueError("checkpoint_every must be a positive integer, 'sqrt' or None. "
                              f"Received: {self.checkpoint_every!r}")
         if self.step_weights is None:
@@ -360,10 +359,5 @@ def _weighted(weight, tensors):
 
 
 def _is_distribution(weights):
-    numbers_alone = isinstance(weights, tuple) and all(
-        isinstance(weight, numbers.Real) and not isinstance(weight, bool) for weight in weights)
+    numbers_alone = isinstance(weights, tuple) and all(checks.is_number(weight) for weight in weights)
     return numbers_alone and min(weights, default=-1) >= 0 and abs(sum(weights) - 1) < 1e-5
-
-
-def _is_integer(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -2,12 +2,11 @@
 
 import dataclasses
 import fractions
-import numbers
 
 import numpy as np
 import tensorflow as tf
 
-from farhox._core import autodiff, functional, tree
+from farhox._core import autodiff, checks, functional, tree
 from farhox._core.inner_state import InnerState, float_leaves, with_float_leaves
 from farhox.data.batches import batch_at, num_steps
 from farhox.dynamics.base import Momentum, setting_per_variable
@@ -74,9 +73,7 @@ class ReversibleHG(HyperGradient):
     fractional_bits: int = 40
 
     def __post_init__(self):
-        bits = self.fractional_bits
-        if not isinstance(bits, numbers.Integral) or isinstance(bits, bool) or not 10 <= bits <= 52:
-            raise ValueError(f"fractional_bits must be an integer from 10 to 52. Received: {bits!r}")
+        checks.integer_in_range("fractional_bits", self.fractional_bits, 10, 52)
 
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
         ratio = _momentum_ratio(problem.dynamics)
@@ -324,7 +321,7 @@ def _momentum_ratio(dynamics):
         raise ValueError("ReversibleHG undoes farhox.Momentum without nesterov. Received: "
                          f"{dynamics!r}. For other dynamics use ReverseHG(checkpoint_every='sqrt').")
     momentum = dynamics.momentum
-    if not isinstance(momentum, numbers.Real) or not 0 < momentum < 1:
+    if not checks.is_number(momentum) or not 0 < momentum < 1:
         raise ValueError("ReversibleHG needs a float strictly between 0 and 1 for the momentum, because it multiplies "
                          f"by a fixed ratio of integers. Received: momentum={momentum!r}. To learn the momentum, or "
                          "without any, use ReverseHG(checkpoint_every='sqrt').")

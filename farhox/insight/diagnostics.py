@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from farhox._core import tree
+from farhox._core import checks, tree
 from farhox.data.batches import as_inner_batches, num_steps
 from farhox.hypergradients.base import HyperGradient, new_losses, run_inner
 from farhox.insight.health import inner_convergence, report_on
@@ -142,10 +142,9 @@ def check_hypergradient(problem, inner_batches, outer_batch, hypergradient, max_
         ValueError: If `max_entries` or `step_size` is not positive.
         TypeError: If `hypergradient` is not a method.
     """
-    if max_entries < 1:
-        raise ValueError(f"max_entries must be a positive integer. Received: {max_entries}")
-    if step_size is not None and not step_size > 0:
-        raise ValueError(f"step_size must be positive. Received: {step_size}")
+    checks.positive_integer("max_entries", max_entries)
+    if step_size is not None:
+        checks.positive_number("step_size", step_size)
     _check_method(hypergradient)
     inner_batches = as_inner_batches(inner_batches)
     gradients = tf.function(
@@ -208,8 +207,7 @@ def compare_hypergradients(problem, inner_batches, outer_batch, methods, repeats
         methods = {_method_name(method): method for method in methods}
     if not methods:
         raise ValueError("compare_hypergradients needs at least one method. Received none.")
-    if repeats < 1:
-        raise ValueError(f"repeats must be a positive integer. Received: {repeats}")
+    checks.positive_integer("repeats", repeats)
     inner_batches = as_inner_batches(inner_batches)
     reports, reference, inner = [], None, None
     for name, method in methods.items():

@@ -5,10 +5,11 @@ A is symmetric except for `FixedPoint` and `GMRES`; vectors are flat tensors. Al
 
 import abc
 import dataclasses
-import numbers
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+
+from farhox._core import checks
 
 
 class LinearSolution(NamedTuple):
@@ -136,9 +137,9 @@ class Neumann(LinearSolver):
 
     def __post_init__(self):
         _check_steps_and_tolerance(self)
-        _check_positive_integer("power_steps", self.power_steps)
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size must be positive or None. Received: {self.step_size}")
+        checks.positive_integer("power_steps", self.power_steps)
+        if self.step_size is not None and not (checks.is_number(self.step_size) and self.step_size > 0):
+            raise ValueError(f"step_size must be positive or None. Received: {self.step_size!r}")
 
     def solve(self, matvec, rhs, initial=None, iteration=0):
         extra_steps = 0
@@ -266,9 +267,9 @@ class Nystrom(LinearSolver):
     seed: int = 0
 
     def __post_init__(self):
-        _check_positive_integer("rank", self.rank)
-        if not self.rho > 0:
-            raise ValueError(f"rho must be positive. Received: {self.rho}")
+        checks.positive_integer("rank", self.rank)
+        checks.positive_number("rho", self.rho)
+        checks.integer("seed", self.seed)
 
     def solve(self, matvec, rhs, initial=None, iteration=0):
         dimension = rhs.shape[0]
@@ -304,7 +305,7 @@ class Dense(LinearSolver):
     max_dimension: int = 5000
 
     def __post_init__(self):
-        _check_positive_integer("max_dimension", self.max_dimension)
+        checks.positive_integer("max_dimension", self.max_dimension)
 
     def solve(self, matvec, rhs, initial=None, iteration=0):
         dimension = rhs.shape[0]
@@ -409,14 +410,9 @@ def _tolerance(tolerance, iteration, dtype):
     return tf.cast(tolerance(iteration) if callable(tolerance) else tolerance, dtype)
 
 
-def _check_positive_integer(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be a positive integer. Received: {value!r}")
-
-
 def _check_steps_and_tolerance(settings):
-    _check_positive_integer("max_steps", settings.max_steps)
+    checks.positive_integer("max_steps", settings.max_steps)
     tolerance = settings.tolerance
-    if not callable(tolerance) and not (isinstance(tolerance, numbers.Real) and tolerance >= 0):
+    if not callable(tolerance) and not (checks.is_number(tolerance) and tolerance >= 0):
         raise ValueError("tolerance must be a non-negative number or a callable hyper-iteration -> number. "
                          f"Received: {tolerance!r}")

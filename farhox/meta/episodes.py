@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from farhox._core import checks
+
 
 class Episode(NamedTuple):
     """One task, or several along a leading axis of episodes.
@@ -47,16 +49,15 @@ class EpisodeSource(abc.ABC):
         Raises:
             ValueError: If an argument is out of range.
         """
-        check_positive("meta_batch_size", meta_batch_size)
-        check_positive("shards", shards)
-        if isinstance(shard, bool) or int(shard) != shard or not 0 <= shard < shards:
+        checks.positive_integer("meta_batch_size", meta_batch_size)
+        checks.positive_integer("shards", shards)
+        if not checks.is_integer(shard) or not 0 <= shard < shards:
             raise ValueError(f"shard must be a non-negative integer below shards={shards}. Received: {shard!r}")
-        if isinstance(start, bool) or int(start) != start or start < 0:
-            raise ValueError(f"start must be a non-negative integer. Received: {start!r}")
+        checks.non_negative_integer("start", start)
         if count is None:
             numbers = tf.data.Dataset.counter(start)
         else:
-            check_positive("count", count)
+            checks.positive_integer("count", count)
             if count % meta_batch_size:
                 raise ValueError("count must be a multiple of meta_batch_size, so that all elements have one shape. "
                                  f"Received: count={count}, meta_batch_size={meta_batch_size}")
@@ -93,9 +94,8 @@ class ClassificationEpisodes(EpisodeSource):
     def __init__(self, images, labels, ways=5, shots=1, queries=15, seed=0):
         images, labels = np.asarray(images), np.asarray(labels)
         for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
-            check_positive(name, value)
-        if isinstance(seed, bool) or int(seed) != seed or seed < 0:
-            raise ValueError(f"seed must be a non-negative integer. Received: {seed!r}")
+            checks.positive_integer(name, value)
+        checks.non_negative_integer("seed", seed)
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError("labels must be integers of shape [examples]. "
                              f"Received: {labels.dtype} of shape {labels.shape}")
@@ -155,8 +155,8 @@ class SinusoidEpisodes(EpisodeSource):
     """
 
     def __init__(self, shots=10, queries=10, seed=0):
-        check_positive("shots", shots)
-        check_positive("queries", queries)
+        checks.positive_integer("shots", shots)
+        checks.positive_integer("queries", queries)
         self.shots, self.queries, self.seed = int(shots), int(queries), int(seed)
 
     def draw(self, index):
@@ -196,7 +196,7 @@ def split_classes(images, labels, sizes, seed=0):
     classes = np.unique(labels)
     given = [size for size in sizes if size is not None]
     for size in given:
-        check_positive("A size", size)
+        checks.positive_integer("A size", size)
     if sum(given) + (None in sizes) > len(classes) or None in sizes[:-1]:
         raise ValueError("sizes must be numbers of classes, no more in all than there are; only the last may be None. "
                          f"Received: {list(sizes)} for {len(classes)} classes")
@@ -235,9 +235,3 @@ def with_rotations(images, labels):
 def _first_of_shuffled(keys, count):
     """Places of the `count` least keys along the last axis, in their order: int32."""
     return tf.argsort(keys, axis=-1, stable=True)[..., :count]
-
-
-def check_positive(name, value):
-    """Raises a ValueError unless `value` is a positive int."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be a positive integer. Received: {value!r}")

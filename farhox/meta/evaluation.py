@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from farhox.meta.episodes import EpisodeSource, check_positive
+from farhox._core import checks
+from farhox.meta.episodes import EpisodeSource
 
 
 def evaluate_episodes(judge, episodes, count=600, meta_batch_size=10):
@@ -25,8 +26,8 @@ def evaluate_episodes(judge, episodes, count=600, meta_batch_size=10):
     if not isinstance(episodes, EpisodeSource):
         raise TypeError("Episodes must come from a farhox.meta.EpisodeSource, for example ClassificationEpisodes. "
                         f"Received: {type(episodes).__name__}")
-    check_positive("The number of episodes", count)
-    check_positive("meta_batch_size", meta_batch_size)
+    checks.positive_integer("The number of episodes", count)
+    checks.positive_integer("meta_batch_size", meta_batch_size)
     values, left = {}, count % meta_batch_size
     for start, size, number in ((0, meta_batch_size, count - left), (count - left, left, left)):
         for batch in episodes.dataset(size, start, number) if number else ():

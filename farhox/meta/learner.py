@@ -1,9 +1,9 @@
 """What the learners share: episodes as hyper-iterations, adaptation, prediction, evaluation."""
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+from farhox._core import checks
 from farhox.data.batches import RepeatedBatch
 from farhox.data.datasets import pair
 from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
@@ -48,8 +48,7 @@ class Learner(HyperOptimizer):
         evaluation_steps = inner_steps if evaluation_steps is None else evaluation_steps
         for label, value in (("inner_steps", inner_steps), ("evaluation_steps", evaluation_steps),
                              ("batch_size", 1 if batch_size is None else batch_size)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{label} must be a positive integer. Received: {value!r}")
+            checks.positive_integer(label, value)
         self.model = model
         self.inner_steps, self.evaluation_steps = int(inner_steps), int(evaluation_steps)
         self.batch_size = batch_size

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core import checks
 from farhox.dynamics.base import GradientDescent
 from farhox.dynamics.keras_optimizers import KerasDynamics
 from farhox.hypergradients import EpisodesHG, HyperGradient, ImplicitHG, InitialHG, ReptileHG, ReverseHG
@@ -177,7 +178,7 @@ class IMAML(Learner):
 
     def __init__(self, model, inner_learning_rate=0.1, inner_steps=16, proximal=2.0, linear_solver=None, damping=0.0,
                  dynamics=None, loss=_LOSS, transductive=True, evaluation_steps=None, name="imaml"):
-        if isinstance(proximal, (int, float)) and not isinstance(proximal, bool) and proximal <= 0:
+        if checks.is_number(proximal) and proximal <= 0:
             raise ValueError(f"proximal must be positive. Received: {proximal}")
         dynamics = GradientDescent(inner_learning_rate) if dynamics is None else dynamics
         solver = ConjugateGradient(max_steps=5) if linear_solver is None else linear_solver

@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from farhox._core import checks
 from farhox.data.datasets import pair
 from farhox.meta.episodes import EpisodeSource
 from farhox.meta.evaluation import evaluate_episodes
@@ -43,9 +44,7 @@ class PrototypicalNetwork(keras.Model):
             raise TypeError(f"embedding must be a keras.Model. Received: {embedding!r}")
         if not embedding.built:
             raise ValueError(f"embedding must be built: give it an Input. Received the unbuilt {embedding.name!r}")
-        if isinstance(ways, bool) or not isinstance(ways, int) or ways < 1:
-            raise ValueError(f"ways must be a positive integer. Received: {ways!r}")
-        self.embedding, self.ways = embedding, ways
+        self.embedding, self.ways = embedding, checks.positive_integer("ways", ways)
         self.built = True
         self._judge_function = None
 

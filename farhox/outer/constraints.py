@@ -4,11 +4,10 @@ Each one is the Euclidean projection on a convex set: the nearest point that obe
 variable (`variable.constraint = farhox.Simplex()`), since the constructor of `keras.Variable` ignores the argument.
 """
 
-import math
-import numbers
-
 import keras
 import tensorflow as tf
+
+from farhox._core import checks
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -25,7 +24,7 @@ class Box(keras.constraints.Constraint):
 
     def __init__(self, low=None, high=None):
         for name, bound in (("low", low), ("high", high)):
-            if bound is not None and not _is_finite_number(bound):
+            if bound is not None and not checks.is_number(bound):
                 raise ValueError(f"{name} must be a finite number or None. Received: {name}={bound!r}")
         if low is None and high is None:
             raise ValueError("A box needs a bound. Received: low=None, high=None")
@@ -63,7 +62,7 @@ class Simplex(keras.constraints.Constraint):
     """
 
     def __init__(self, total=1.0, at_most=False):
-        self.total = _positive("total", total)
+        self.total = checks.positive_number("total", total)
         self.at_most = bool(at_most)
 
     def __call__(self, w):
@@ -96,7 +95,7 @@ class CappedSimplex(keras.constraints.Constraint):
     """
 
     def __init__(self, budget):
-        self.budget = _positive("budget", budget)
+        self.budget = checks.positive_number("budget", budget)
 
     def __call__(self, w):
         values = tf.convert_to_tensor(w)
@@ -126,13 +125,3 @@ def _shift_to_sum(flat, total, capped=False):
     sums = tf.concat([tf.zeros([1], flat.dtype), tf.cumsum(slopes[:-1] * (falls[1:] - falls[:-1]))], axis=0)
     piece = tf.searchsorted(sums, tf.constant([total], flat.dtype), side="left")[0] - 1
     return -(falls[piece] + tf.math.divide_no_nan(total - sums[piece], slopes[piece]))
-
-
-def _is_finite_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _positive(name, value):
-    if not _is_finite_number(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive finite number. Received: {name}={value!r}")
-    return float(value)

@@ -2,12 +2,12 @@
 
 import abc
 import math
-import numbers
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core import checks
 from farhox.outer.constraints import CappedSimplex
 
 
@@ -165,7 +165,7 @@ class ExampleWeights(OuterVariable):
     """
 
     def __init__(self, num_examples, initial=None, budget=None, name="example_weights", dtype=None):
-        self.num_examples = _positive_integer("num_examples", num_examples)
+        self.num_examples = checks.positive_integer("num_examples", num_examples)
         if budget is not None and not budget > 0:
             raise ValueError(f"budget must be positive. Received: budget={budget}")
         if initial is None:
@@ -213,7 +213,7 @@ class LearnedSchedule(OuterVariable):
     """
 
     def __init__(self, steps, initial=0.1, name="schedule", dtype=None):
-        self.steps = _positive_integer("steps", steps)
+        self.steps = checks.positive_integer("steps", steps)
         values = _number_array(initial, name)
         if values.shape not in ((), (steps,)) or not np.all(np.isfinite(values)) or np.any(values <= 0):
             raise ValueError("The initial value of a schedule must be positive, a number or one per step. "
@@ -257,16 +257,10 @@ def _number_array(value, name):
     return array.astype("float64")
 
 
-def _positive_integer(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be a positive integer. Received: {name}={value!r}")
-    return int(value)
-
-
 def _bound(kind, bound, name):
     if bound is None:
         return None
-    if isinstance(bound, bool) or not isinstance(bound, numbers.Real) or not math.isfinite(bound):
+    if not checks.is_number(bound):
         raise ValueError(f"{kind} must be a finite number or None. Received for {name!r}: {kind}={bound!r}")
     return float(bound)
 

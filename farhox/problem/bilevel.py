@@ -5,7 +5,7 @@ import numbers
 import keras
 import tensorflow as tf
 
-from farhox._core import autodiff, exact, functional, tree
+from farhox._core import autodiff, checks, exact, functional, tree
 from farhox._core.inner_state import InnerState, OuterGradients, StepResult, float_leaves, with_float_leaves
 from farhox.dynamics.base import GradientDescent, InnerDynamics
 from farhox.outer.hyperparameters import Hyperparameter, OuterVariable
@@ -80,8 +80,7 @@ class BilevelProblem:
             raise TypeError(f"proximal must be a float, a farhox.Hyperparameter or None. Received: {proximal!r}")
         if isinstance(proximal, numbers.Real) and not 0 <= proximal < float("inf"):
             raise ValueError(f"proximal must be finite and not negative. Received: {proximal}")
-        if stop_tolerance is not None and (isinstance(stop_tolerance, bool) or not isinstance(
-                stop_tolerance, numbers.Real) or not 0 < stop_tolerance < float("inf")):
+        if stop_tolerance is not None and not (checks.is_number(stop_tolerance) and stop_tolerance > 0):
             raise ValueError(f"stop_tolerance must be a positive number or None. Received: {stop_tolerance!r}")
         self.inner_variables = _checked_variables("inner_variables", inner_variables)
         self.outer_variables = _checked_variables("outer_variables", outer_variables)

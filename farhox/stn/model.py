@@ -3,9 +3,9 @@
 import sys
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+from farhox._core import checks
 from farhox._core.logs import log_values
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn import conversion
@@ -93,11 +93,9 @@ class SelfTuningModel(keras.Model):
             raise ValueError(f"method must be one of {_METHODS}. Received: method={method!r}")
         for name, value, least in (("training_steps", training_steps, 1), ("validation_steps", validation_steps, 1),
                                    ("warmup_steps", warmup_steps, 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}. Received: {name}={value!r}")
-        if not initial_scale > 0 or not entropy_weight >= 0:
-            raise ValueError("initial_scale must be positive and entropy_weight at least 0. Received: "
-                             f"initial_scale={initial_scale}, entropy_weight={entropy_weight}")
+            checks.integer_of_at_least(name, value, least)
+        checks.positive_number("initial_scale", initial_scale)
+        checks.non_negative_number("entropy_weight", entropy_weight)
         self.model = model
         self.method = method
         self.training_steps, self.validation_steps = int(training_steps), int(validation_steps)

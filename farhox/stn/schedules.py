@@ -5,6 +5,7 @@ import json
 import keras
 import numpy as np
 
+from farhox._core import checks
 from farhox.stn.gates import as_hyperparameters
 
 
@@ -26,9 +27,7 @@ class ScheduleRecorder(keras.callbacks.Callback):
 
     def __init__(self, every=1, path=None):
         super().__init__()
-        if every < 1:
-            raise ValueError(f"every must be a positive integer. Received: every={every}")
-        self.every, self.path = int(every), path
+        self.every, self.path = checks.positive_integer("every", every), path
         self.schedule = {"steps": [], "values": {}}
 
     def on_train_begin(self, logs=None):

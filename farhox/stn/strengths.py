@@ -1,10 +1,10 @@
 """Strengths of perturbations: a hyperparameter, of which no derivative is taken, or a number."""
 
 import math
-import numbers
 
 import tensorflow as tf
 
+from farhox._core import checks
 from farhox.outer.hyperparameters import Hyperparameter
 
 
@@ -19,7 +19,7 @@ def checked_strength(strength, name, least, greatest):
         low, high, shape = strength.low, strength.high, tuple(strength.variable.shape)
         if shape:
             raise ValueError(f"{name} must be a scalar hyperparameter. Received: {strength!r}")
-    elif isinstance(strength, numbers.Real) and not isinstance(strength, bool):
+    elif checks.is_number(strength):
         low, high = strength, strength
     else:
         raise TypeError(f"{name} must be a number or a farhox.Hyperparameter. Received: {strength!r}")

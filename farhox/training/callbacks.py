@@ -2,13 +2,13 @@
 
 import csv
 import importlib.util
-import numbers
 import os
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core import checks
 from farhox._core.logs import log_names, log_values
 from farhox.training.hyper_optimizer import HyperOptimizer
 
@@ -48,8 +48,7 @@ class HyperparameterTrace(keras.callbacks.Callback):
 
     def __init__(self, csv_path=None, log_dir=None, every=1):
         super().__init__()
-        if every != "epoch" and (
-                isinstance(every, bool) or not isinstance(every, numbers.Integral) or every < 1):
+        if every != "epoch" and not (checks.is_integer(every) and every >= 1):
             raise ValueError(f'every must be a positive integer or "epoch". Received: every={every!r}')
         if log_dir is not None and importlib.util.find_spec("tensorboard") is None:
             raise ImportError("log_dir needs the package tensorboard, which is not installed: pip install tensorboard")

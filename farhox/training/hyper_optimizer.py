@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox._core import tree
+from farhox._core import checks, tree
 from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
 from farhox.data.batches import as_inner_batches, num_steps
@@ -69,12 +69,10 @@ class HyperOptimizer(keras.Model):
             raise ValueError("online=True goes on from the last inner state, so the initial state must not matter. "
                              "Received a problem with "
                              f"{'a proximal term' if problem.proximal is not None else 'learned initial values'}.")
-        if isinstance(max_skipped_updates, bool) or int(max_skipped_updates) < 1:
-            raise ValueError(f"max_skipped_updates must be a positive integer. Received: {max_skipped_updates!r}")
         self.problem = problem
         self.hypergradient = hypergradient
         self.online = bool(online)
-        self.max_skipped_updates = int(max_skipped_updates)
+        self.max_skipped_updates = checks.positive_integer("max_skipped_updates", max_skipped_updates)
         # Tracked by Keras, so that save_weights and BackupAndRestore hold all there is to go on from.
         self._outer = list(problem.outer_variables)
         self._inner = list(problem.inner_variables) + list(problem.state_variables)
