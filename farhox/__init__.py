@@ -37,7 +37,16 @@ from farhox.linear_solvers import (  # noqa: E402
     NormalConjugateGradient,
     Nystrom,
 )
-from farhox.outer import L1L2, Box, CappedSimplex, ExampleWeights, Hyperparameter, LearnedSchedule, Simplex  # noqa: E402
+from farhox.outer import (  # noqa: E402
+    L1L2,
+    Box,
+    CappedSimplex,
+    ExampleWeights,
+    Hyperparameter,
+    LearnedSchedule,
+    OuterVariable,
+    Simplex,
+)
 from farhox.problem import BilevelProblem, supervised_problem  # noqa: E402
 from farhox.training import HyperOptimizer, OptimizerGroups  # noqa: E402
 
@@ -48,7 +57,7 @@ __all__ = [
     "Dense", "EpisodesHG", "EvoGradHG", "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES", "GradientDescent",
     "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG", "InitialHG",
     "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann",
-    "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "ReptileHG", "ReverseHG", "ReversibleHG",
+    "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "OuterVariable", "ReptileHG", "ReverseHG", "ReversibleHG",
     "Simplex", "bilevel_dataset", "callbacks", "check_hypergradient", "compare_hypergradients", "constraints", "export",
     "gather", "health", "k_fold_dataset", "linear_solvers", "meta", "plots", "repeat", "stack", "stn",
     "supervised_problem",

@@ -173,8 +173,8 @@ def test_a_budget_is_spread_over_the_examples_and_kept_by_the_outer_optimizer():
     ((True,), "num_examples must be a positive integer"),
     ((3, 0.0), "strictly between 0 and 1"),
     ((3, 1.0), "strictly between 0 and 1"),
-    ((3, None, 0.0), "budget must be positive"),
-    ((3, None, float("nan")), "budget must be positive"),
+    ((3, None, 0.0), "budget must be a positive finite number"),
+    ((3, None, float("nan")), "budget must be a positive finite number"),
     ((3, 0.5, 1.0), "within the budget"),
     ((3, -0.1, 1.0), "within the budget"),
 ])

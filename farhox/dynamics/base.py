@@ -1,7 +1,7 @@
 """Differentiable inner optimizers: one step of inner training as a pure function.
 
 A setting of the dynamics (a learning rate, a momentum) is a float, a `keras.Variable`, a `Hyperparameter`, a
-`LearnedSchedule`, a Keras `LearningRateSchedule` or any callable `step -> tensor`; a learning rate may also be a list
+`LearnedSchedule` or another `OuterVariable`, a Keras `LearningRateSchedule` or any callable `step -> tensor`; a learning rate may also be a list
 with one of these per inner variable.
 """
 
@@ -14,7 +14,8 @@ import keras
 import tensorflow as tf
 
 from farhox._core import tree
-from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.hyperparameters import ExampleWeights
+from farhox.outer.outer_variable import OuterVariable, value_of
 
 
 class InnerDynamics(abc.ABC):
@@ -195,8 +196,8 @@ def check_setting(name, setting, per_variable=False):
     if per_variable and isinstance(setting, (list, tuple)):
         for entry in setting:
             check_setting(name, entry)
-    elif isinstance(setting, bool) or not (
-            isinstance(setting, (numbers.Real, keras.Variable, Hyperparameter)) or callable(setting)):
+    elif isinstance(setting, (bool, ExampleWeights)) or not (
+            isinstance(setting, (numbers.Real, keras.Variable, OuterVariable)) or callable(setting)):
         raise TypeError(
             f"{name} must be a float, a keras.Variable, a farhox.Hyperparameter, a Keras LearningRateSchedule or a "
             f"callable step -> tensor{', or a list of these' if per_variable else ''}. "
@@ -205,13 +206,7 @@ def check_setting(name, setting, per_variable=False):
 
 def setting_value(setting, step, dtype):
     """The value of a setting at the inner step `step` as a tensor of type `dtype`."""
-    if isinstance(setting, Hyperparameter):
-        setting = setting()
-    elif callable(setting) and not isinstance(setting, keras.Variable):
-        setting = setting(step)
-    if isinstance(setting, numbers.Real):
-        return tf.constant(float(setting), dtype)
-    return tf.cast(tf.convert_to_tensor(setting), dtype)
+    return value_of(setting, step, dtype)
 
 
 def setting_per_variable(setting, variables, step):

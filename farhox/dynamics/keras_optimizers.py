@@ -25,7 +25,8 @@ from farhox.dynamics.functional_optimizer import (
     use_weight_decay_as,
     view_of,
 )
-from farhox.outer.hyperparameters import Hyperparameter, OuterVariable
+from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.outer_variable import OuterVariable
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 # Settings of every Keras optimizer that are floats if given and None by default.

@@ -13,7 +13,8 @@ import tensorflow as tf
 from farhox.data.batches import as_inner_batches
 from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.insight.diagnostics import HypergradientComparison
-from farhox.outer.hyperparameters import Hyperparameter, OuterVariable
+from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.outer_variable import OuterVariable
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00"

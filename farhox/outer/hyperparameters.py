@@ -1,6 +1,5 @@
 """Outer variables that a person reads and sets in natural units: hyperparameters, example weights, schedules."""
 
-import abc
 import math
 
 import keras
@@ -9,35 +8,7 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox.outer.constraints import CappedSimplex
-
-
-class OuterVariable(abc.ABC):
-    """A quantity in natural units that is a function of one unconstrained Keras variable.
-
-    Attributes:
-        variable: The `keras.Variable` that outer optimizers update.
-        name: Name in logs and errors.
-    """
-
-    def __init__(self, unconstrained, name, dtype=None):
-        dtype = keras.backend.standardize_dtype(dtype)
-        if not keras.backend.is_float_dtype(dtype):
-            raise ValueError(f"The dtype of {name!r} must be floating-point. Received: {dtype}")
-        self.name = name
-        self.variable = keras.Variable(np.asarray(unconstrained), dtype=dtype, name=name, trainable=True)
-
-    @abc.abstractmethod
-    def natural_value(self):
-        """The whole value in natural units as a differentiable tensor of the variable's shape."""
-
-    def numpy(self):
-        """The current value in natural units as a NumPy array."""
-        return keras.ops.convert_to_numpy(self.natural_value())
-
-    def __repr__(self):
-        shape = tuple(self.variable.shape)
-        value = f"value={self.numpy():.6g}" if not shape else f"shape={shape}"
-        return f"<{type(self).__name__} {self.name!r}, {value}>"
+from farhox.outer.outer_variable import OuterVariable
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -62,13 +33,13 @@ class Hyperparameter(OuterVariable):
 
     Raises:
         ValueError: If the bounds are the wrong way round, the initial value is not strictly inside them, or `log` is
-            given with other bounds than `low=0.0`, or the dtype is not floating-point.
-        TypeError: If the initial value is not a number or an array of numbers.
+            given with other bounds than `low=0.0`, or the dtype is not floating-point, or cannot hold a bound, or the
+            initial value strictly inside the bounds.
+        TypeError: If the initial value is not a number or an array of numbers, or the name not a string.
     """
 
     def __init__(self, initial, low=None, high=None, log=False, discrete=False, name="hyperparameter", dtype=None):
-        self.low = _bound("low", low, name)
-        self.high = _bound("high", high, name)
+        self.low, self.high = _bound("low", low, name), _bound("high", high, name)
         self.log = bool(log)
         self.discrete = bool(discrete)
         if self.low is not None and self.high is not None and self.low >= self.high:
@@ -76,15 +47,24 @@ class Hyperparameter(OuterVariable):
         if self.log and (self.low != 0.0 or self.high is not None):
             raise ValueError(
                 f"log=True needs low=0.0 and no high bound. Received for {name!r}: low={low}, high={high}")
-        super().__init__(self._unconstrained(_number_array(initial, name), name), name, dtype)
+        unconstrained = self._unconstrained(_number_array(initial, name), name)
+        super().__init__(unconstrained, name, dtype, low=self.low, high=self.high)
+        self._check_held(unconstrained)
 
     def __call__(self):
         """The value as a differentiable tensor; floored, without derivative, for a discrete hyperparameter."""
         value = self.natural_value()
         return tf.floor(value) if self.discrete else value
 
+    def value(self, step=None):
+        """The value as a setting: that of a call."""
+        del step
+        return self()
+
     def natural_value(self):
-        u = tf.convert_to_tensor(self.variable)
+        return self._natural(tf.convert_to_tensor(self.variable))
+
+    def _natural(self, u):
         if self.log:
             return tf.exp(u)
         if self.low is not None and self.high is not None:
@@ -99,13 +79,22 @@ class Hyperparameter(OuterVariable):
         """Sets the value in natural units.
 
         Raises:
-            ValueError: If it is outside the bounds or has another shape.
+            ValueError: If it is outside the bounds, the type cannot hold it, or it has another shape.
         """
         value = _number_array(value, self.name)
         if value.shape != tuple(self.variable.shape):
             raise ValueError(f"A value for {self.name!r} must have shape {tuple(self.variable.shape)}. "
                              f"Received shape: {value.shape}")
-        self.variable.assign(self._unconstrained(value, self.name))
+        unconstrained = self._unconstrained(value, self.name)
+        self._check_held(unconstrained)
+        self.variable.assign(unconstrained)
+
+    def _check_held(self, unconstrained):
+        with tf.init_scope():  # Values, also while a graph is traced.
+            self._check_representable(self._natural(tf.constant(unconstrained, self.variable.dtype)))
+
+    def __tf_tensor__(self, dtype=None, name=None):
+        return tf.convert_to_tensor(self(), dtype, name=name)
 
     def get_config(self):
         """Settings and the current unconstrained value, for layers that hold a hyperparameter and are saved."""
@@ -118,8 +107,11 @@ class Hyperparameter(OuterVariable):
         settings = {key: value for key, value in config.items() if key != "unconstrained"}
         low, high = settings["low"], settings["high"]
         inside = 0.5 * (low + high) if low is not None and high is not None else (
-            low + 1.0 if low is not None else high - 1.0 if high is not None else 0.0)
-        unconstrained = np.asarray(config["unconstrained"])
+            low + max(1.0, abs(low)) if low is not None else high - max(1.0, abs(high)) if high is not None else 0.0)
+        unconstrained = _number_array(config["unconstrained"], settings["name"])
+        if not np.all(np.isfinite(unconstrained)):
+            raise ValueError(f"The unconstrained value of {settings['name']!r} must be finite. "
+                             f"Received: {config['unconstrained']}")
         hyperparameter = cls(np.full(unconstrained.shape, inside), **settings)
         # The natural value may have been rounded to a bound, which the constructor refuses.
         hyperparameter.variable.assign(unconstrained)
@@ -158,7 +150,7 @@ class ExampleWeights(OuterVariable):
         dtype: Floating-point type of the variable; default: `keras.config.floatx()`.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the dtype cannot hold the initial weight.
 
     Reference:
         [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785), section 5.1 (data hyper-cleaning).
@@ -166,8 +158,10 @@ class ExampleWeights(OuterVariable):
 
     def __init__(self, num_examples, initial=None, budget=None, name="example_weights", dtype=None):
         self.num_examples = checks.positive_integer("num_examples", num_examples)
-        if budget is not None and not budget > 0:
-            raise ValueError(f"budget must be positive. Received: budget={budget}")
+        if initial is not None:
+            checks.finite_number("initial", initial)
+        if budget is not None:
+            checks.positive_number("budget", budget)
         if initial is None:
             initial = 0.5 if budget is None else min(1.0, budget / num_examples)
         if budget is None and not 0.0 < initial < 1.0:
@@ -177,8 +171,11 @@ class ExampleWeights(OuterVariable):
                              f"Received: initial={initial}, num_examples={num_examples}, budget={budget}")
         self.budget = budget
         start = math.log(initial) - math.log1p(-initial) if budget is None else initial
-        super().__init__(np.full([num_examples], start), name, dtype)
-        if budget is not None:
+        super().__init__(np.full([num_examples], start), name, dtype, low=0.0, high=1.0)
+        if budget is None:
+            with tf.init_scope():
+                self._check_representable(tf.sigmoid(tf.constant(start, self.variable.dtype)))
+        else:
             # A constraint given to the constructor of keras.Variable is ignored.
             self.variable.constraint = CappedSimplex(budget)
 
@@ -198,6 +195,15 @@ class ExampleWeights(OuterVariable):
         value = tf.convert_to_tensor(self.variable)
         return tf.sigmoid(value) if self.budget is None else tf.identity(value)
 
+    def value(self, step=None):
+        """Weights belong to examples: they are no setting.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f"Weights of examples are no setting: they are asked for by their index, {self.name}(indices). "
+                        f"Received: {self!r} in the place of one.")
+
 
 class LearnedSchedule(OuterVariable):
     """One positive value for each inner step, a learning rate for example; the last one holds beyond the end.
@@ -209,7 +215,8 @@ class LearnedSchedule(OuterVariable):
         dtype: Floating-point type of the variable; default: `keras.config.floatx()`.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the dtype cannot hold a value.
+        TypeError: If the initial value is not a number or an array of numbers.
     """
 
     def __init__(self, steps, initial=0.1, name="schedule", dtype=None):
@@ -218,7 +225,10 @@ class LearnedSchedule(OuterVariable):
         if values.shape not in ((), (steps,)) or not np.all(np.isfinite(values)) or np.any(values <= 0):
             raise ValueError("The initial value of a schedule must be positive, a number or one per step. "
                              f"Received for {name!r}: {initial}")
-        super().__init__(np.log(np.broadcast_to(values, [self.steps])), name, dtype)
+        start = np.log(np.broadcast_to(values, [self.steps]))
+        super().__init__(start, name, dtype, low=0.0)
+        with tf.init_scope():
+            self._check_representable(tf.exp(tf.constant(start, self.variable.dtype)))
 
     def __call__(self, step):
         """The value at the inner step `step`, a scalar integer tensor."""
@@ -226,6 +236,17 @@ class LearnedSchedule(OuterVariable):
 
     def natural_value(self):
         return tf.exp(tf.convert_to_tensor(self.variable))
+
+    def value(self, step=None):
+        """The value at an inner step.
+
+        Raises:
+            ValueError: If there is none: outside of inner training a schedule has no one value.
+        """
+        if step is None:
+            raise ValueError(f"A schedule has a value at each inner step, and no step is known here. "
+                             f"Received: {self!r} in the place of a setting that does not change.")
+        return self(step)
 
     def to_keras(self):
         """The current values as a schedule of Keras, for training that goes on without farhox.

@@ -8,7 +8,8 @@ import tensorflow as tf
 from farhox._core import autodiff, checks, exact, functional, tree
 from farhox._core.inner_state import InnerState, OuterGradients, StepResult, float_leaves, with_float_leaves
 from farhox.dynamics.base import GradientDescent, InnerDynamics
-from farhox.outer.hyperparameters import Hyperparameter, OuterVariable
+from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
+from farhox.outer.outer_variable import OuterVariable, value_of
 
 
 class BilevelProblem:
@@ -32,13 +33,13 @@ class BilevelProblem:
         inner_objective: Callable `batch -> scalar`, minimised by the dynamics.
         outer_objective: Callable `batch -> scalar`, minimised over the outer variables.
         inner_variables: List of floating-point `keras.Variable`.
-        outer_variables: List of floating-point `keras.Variable`, `Hyperparameter`, `ExampleWeights`,
-            `LearnedSchedule`.
+        outer_variables: List of floating-point `keras.Variable` and `OuterVariable`: `Hyperparameter`,
+            `ExampleWeights`, `LearnedSchedule` and your own.
         dynamics: An `InnerDynamics`. Settings that are hyperparameters must be named in `outer_variables` too if they
             are to be learned.
         state_variables: List of `keras.Variable` that the inner objective assigns: batch-norm statistics, seeds of
             dropout. They are part of the inner state. Default: none.
-        proximal: Float or `Hyperparameter` ρ, adds ρ/2 ||w - w_0||^2 to the inner objective. Default: none.
+        proximal: Float or `OuterVariable` ρ, adds ρ/2 ||w - w_0||^2 to the inner objective. Default: none.
         outer_predictions: Callable `batch -> (targets, predictions, sample_weight or None)` of the outer objective's
             model, for metrics. Default: none.
         features: Callable `inner batch -> nest of tensors`, the part of the inner objective that depends on the batch
@@ -75,8 +76,8 @@ class BilevelProblem:
             raise TypeError("dynamics must be one of farhox' dynamics, for example farhox.GradientDescent(0.1) or "
                             "farhox.KerasDynamics(optimizer). "
                             f"Received: {dynamics!r} of type {type(dynamics).__name__}")
-        if proximal is not None and not isinstance(proximal, Hyperparameter) and (
-                isinstance(proximal, bool) or not isinstance(proximal, numbers.Real)):
+        if proximal is not None and (isinstance(proximal, (bool, ExampleWeights, LearnedSchedule)) or not isinstance(
+                proximal, (numbers.Real, OuterVariable))):
             raise TypeError(f"proximal must be a float, a farhox.Hyperparameter or None. Received: {proximal!r}")
         if isinstance(proximal, numbers.Real) and not 0 <= proximal < float("inf"):
             raise ValueError(f"proximal must be finite and not negative. Received: {proximal}")
@@ -195,8 +196,8 @@ class BilevelProblem:
         loss = _checked_scalar("inner_objective", result.value)
         if self.proximal is not None:
             strength = self.proximal
-            if isinstance(strength, Hyperparameter):
-                strength = functional.call(strength, bindings=zip(self.outer_variables, outer)).value
+            if isinstance(strength, OuterVariable):
+                strength = functional.call(value_of, strength, bindings=zip(self.outer_variables, outer)).value
             distance = tree.subtract(variables, self._anchors(outer))
             loss += tf.cast(0.5 * strength * tree.dot(distance, distance), loss.dtype)
         count = len(self.state_variables)

@@ -4,7 +4,8 @@ import keras
 import tensorflow as tf
 from keras.src.losses.losses import LossFunctionWrapper
 
-from farhox.outer.hyperparameters import ExampleWeights, Hyperparameter
+from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
+from farhox.outer.outer_variable import OuterVariable
 from farhox.problem.bilevel import BilevelProblem
 
 LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
@@ -68,7 +69,8 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
                          f"model.build(input_shape) or give it an Input. Received the unbuilt model {model.name!r}")
     if example_weights is not None and not isinstance(example_weights, ExampleWeights):
         raise TypeError(f"example_weights must be a farhox.ExampleWeights. Received: {example_weights!r}")
-    if class_weights is not None and not isinstance(class_weights, Hyperparameter):
+    if class_weights is not None and (isinstance(class_weights, (ExampleWeights, LearnedSchedule)) or not isinstance(
+            class_weights, OuterVariable)):
         raise TypeError(f"class_weights must be a farhox.Hyperparameter. Received: {class_weights!r}")
     if class_weights is not None and len(class_weights.variable.shape) != 1:
         raise ValueError("class_weights must have shape [classes]. "
@@ -93,7 +95,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         if sparse:
             targets = _checked_labels(targets, predictions, ignored)
         if by_class is not None:
-            of_class = _weights_of_classes(by_class(), targets, predictions)
+            of_class = _weights_of_classes(tf.convert_to_tensor(by_class.value()), targets, predictions)
             weights = of_class if weights is None else of_class * tf.cast(weights, of_class.dtype)
         return loss_function(targets, predictions, sample_weight=weights)
 

@@ -2,7 +2,7 @@
 
 import keras
 
-from farhox.outer.hyperparameters import OuterVariable
+from farhox.outer.outer_variable import OuterVariable
 
 
 class OptimizerGroups(keras.optimizers.Optimizer):

@@ -1,0 +1,189 @@
+"""What is learned, in natural units: the protocol of outer variables, and what a setting is worth at an inner step."""
+
+import abc
+import numbers
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+class OuterVariable(abc.ABC):
+    """A quantity in natural units that is a function of one unconstrained Keras variable.
+
+    A subclass says how: `natural_value` is the whole of it, and `value` what it is worth at an inner step. It can then
+    be named in `outer_variables` and stand wherever farhox takes a `Hyperparameter` as a setting: a learning rate or
+    another setting of the dynamics, a proximal strength, the strength of a regularizer, weights of classes.
+
+    ```python
+    class Decaying(farhox.OuterVariable):
+        def __init__(self, initial):
+            super().__init__(np.log(initial), "decaying", low=0.0)
+
+        def natural_value(self):
+            return keras.ops.exp(self.variable)
+
+        def value(self, step=None):
+            return self.natural_value() if step is None else self.natural_value() * 0.9 ** tf.cast(step, "float32")
+    ```
+
+    `float(h)`, `format(h, ".3f")` and `numpy()` give the current value in natural units, and arithmetic and TensorFlow
+    operations take it as a differentiable tensor, as with a `keras.Variable`.
+
+    Args:
+        unconstrained: Number or array, the initial value of the variable.
+        name: Name in logs and errors.
+        dtype: Floating-point type of the variable; default: `keras.config.floatx()`.
+        low: Float or None, no value is below it.
+        high: Float or None, no value is above it.
+
+    Attributes:
+        variable: The `keras.Variable` that outer optimizers update.
+        name, low, high: As given.
+
+    Raises:
+        ValueError: If the dtype is not floating-point, or cannot hold the value or a bound.
+        TypeError: If the name is not a string.
+    """
+
+    # NumPy's numbers leave arithmetic to the methods below.
+    __array_ufunc__ = None
+
+    def __init__(self, unconstrained, name, dtype=None, low=None, high=None):
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string. Received: {name!r}")
+        dtype = keras.backend.standardize_dtype(dtype)
+        if not keras.backend.is_float_dtype(dtype):
+            raise ValueError(f"The dtype of {name!r} must be floating-point. Received: {dtype}")
+        self.name, self.low, self.high = name, low, high
+        for kind, bound in (("low", low), ("high", high)):
+            if bound is not None and not _holds(dtype, bound):
+                raise ValueError(f"The dtype of {name!r}, {dtype}, must be able to hold its bounds. "
+                                 f"Received: {kind}={bound}")
+        if low is not None and high is not None and not _rounded(dtype, low) < _rounded(dtype, high):
+            raise ValueError(f"The dtype of {name!r}, {dtype}, must be able to tell its bounds apart. "
+                             f"Received: low={low}, high={high}")
+        unconstrained = np.asarray(unconstrained)
+        if not np.all(np.isfinite(_rounded(dtype, unconstrained))):
+            raise ValueError(f"The dtype of {name!r}, {dtype}, must be able to hold its value. "
+                             f"Received the unconstrained value: {unconstrained}")
+        self.variable = keras.Variable(unconstrained, dtype=dtype, name=name, trainable=True)
+
+    @abc.abstractmethod
+    def natural_value(self):
+        """The whole value in natural units as a differentiable tensor of the variable's shape."""
+
+    def value(self, step=None):
+        """The value where it is used as a setting, a differentiable tensor.
+
+        Args:
+            step: Scalar integer tensor, the inner step; None outside of inner training.
+        """
+        del step
+        return self.natural_value()
+
+    def numpy(self):
+        """The current value in natural units as a NumPy array."""
+        return keras.ops.convert_to_numpy(self.natural_value())
+
+    def __repr__(self):
+        shape = tuple(self.variable.shape)
+        value = f"value={self.numpy():.6g}" if not shape else f"shape={shape}"
+        return f"<{type(self).__name__} {self.name!r}, {value}>"
+
+    def __tf_tensor__(self, dtype=None, name=None):
+        return tf.convert_to_tensor(self.natural_value(), dtype, name=name)
+
+    def __float__(self):
+        if tuple(self.variable.shape):
+            raise TypeError(f"Only a scalar can become a float. Received {self.name!r} of shape "
+                            f"{tuple(self.variable.shape)}")
+        return float(self.numpy())
+
+    def __format__(self, specification):
+        return format(float(self), specification) if specification else str(self)
+
+    def __neg__(self):
+        return keras.ops.negative(tf.convert_to_tensor(self))
+
+    def __abs__(self):
+        return keras.ops.absolute(tf.convert_to_tensor(self))
+
+    def __add__(self, other):
+        return keras.ops.add(*_operands(self, other))
+
+    def __radd__(self, other):
+        return keras.ops.add(*_operands(other, self))
+
+    def __sub__(self, other):
+        return keras.ops.subtract(*_operands(self, other))
+
+    def __rsub__(self, other):
+        return keras.ops.subtract(*_operands(other, self))
+
+    def __mul__(self, other):
+        return keras.ops.multiply(*_operands(self, other))
+
+    def __rmul__(self, other):
+        return keras.ops.multiply(*_operands(other, self))
+
+    def __truediv__(self, other):
+        return keras.ops.true_divide(*_operands(self, other))
+
+    def __rtruediv__(self, other):
+        return keras.ops.true_divide(*_operands(other, self))
+
+    def __pow__(self, other):
+        return keras.ops.power(*_operands(self, other))
+
+    def __rpow__(self, other):
+        return keras.ops.power(*_operands(other, self))
+
+    def _check_representable(self, value):
+        """Raises a ValueError if the variable's type cannot hold a natural value strictly between the bounds.
+
+        Args:
+            value: What `natural_value` gives, as an array.
+        """
+        dtype = self.variable.dtype
+        value = np.asarray(value)
+        low = self.low is not None and np.any(value <= _rounded(dtype, self.low))
+        high = self.high is not None and np.any(value >= _rounded(dtype, self.high))
+        if low or high or not np.all(np.isfinite(value)):
+            raise ValueError(
+                f"The dtype of {self.name!r}, {dtype}, must be able to hold its value strictly between its bounds "
+                f"low={self.low} and high={self.high}. Received a value that becomes: {value}")
+
+
+def value_of(setting, step=None, dtype=None):
+    """What a setting is worth at an inner step, a differentiable tensor.
+
+    Args:
+        setting: A number or array, a `keras.Variable`, an `OuterVariable`, or (with a step) a Keras
+            `LearningRateSchedule` or another callable `step -> tensor`.
+        step: Scalar integer tensor, the inner step; None outside of inner training.
+        dtype: Type of the result; default: that of the value.
+    """
+    if isinstance(setting, OuterVariable):
+        setting = setting.value(step)
+    elif callable(setting) and not isinstance(setting, keras.Variable):
+        setting = setting(step)
+    if isinstance(setting, numbers.Real):
+        return tf.constant(float(setting), dtype or keras.config.floatx())
+    tensor = tf.convert_to_tensor(setting)
+    return tensor if dtype is None else tf.cast(tensor, dtype)
+
+
+def _operands(*operands):
+    return [tf.convert_to_tensor(operand) if isinstance(operand, OuterVariable) else operand for operand in operands]
+
+
+def _rounded(dtype, value):
+    """Numbers as the type holds them, in float64."""
+    with np.errstate(over="ignore"):
+        return np.asarray(value, "float64").astype(tf.as_dtype(dtype).as_numpy_dtype).astype("float64")
+
+
+def _holds(dtype, bound):
+    rounded = _rounded(dtype, bound)
+    return np.isfinite(rounded) and (rounded != 0.0) == (bound != 0.0)
