@@ -6,62 +6,104 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox.data.batches import GatheredBatches, RepeatedBatch, as_inner_batches
+from farhox.data.streams import HyperIterations, continued, inner_stream, is_stream, outer_stream
 
 KERAS_IS_OLD = keras.__version__.startswith("3.8.")
 
 
-def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch_size=None, index=False, seed=0):
+def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch_size=None, index=False, seed=0,
+                    hyper_iterations=None):
     """A `tf.data.Dataset` whose elements are hyper-iterations, for `HyperOptimizer.fit`.
 
-    Without `batch_size` inner training is full-batch and one epoch is one hyper-iteration. With it, a hyper-iteration
-    takes `inner_steps` batches of a shuffled stream that goes through the training examples again and again; one epoch
-    is as many hyper-iterations as go once through them, and at least one. Shuffling goes on over the epochs.
+    **Arrays** are held once, and batches are made of indices into them. Without `batch_size` inner training is
+    full-batch and one epoch is one hyper-iteration. With it, a hyper-iteration takes `inner_steps` batches of a shuffled
+    stream that goes through the training examples again and again; one epoch is as many hyper-iterations as go once
+    through them, and at least one. Shuffling goes on over the epochs.
+
+    **Streams** are read as they come: a `tf.data.Dataset` of batches, as `image_dataset_from_directory` or `.batch(n)`
+    make it, or a `keras.utils.PyDataset`, whose batches are shuffled as in `fit`. A hyper-iteration takes the next
+    `inner_steps` batches, and they alone are held for the way back. One iterator goes on through all epochs, so that
+    shuffling and random augmentation are drawn anew on every pass. A `tf.data.Dataset` of single examples is batched
+    here with `batch_size`; without it, each hyper-iteration reads all of them as one batch.
+
+    ```python
+    train = keras.utils.image_dataset_from_directory("photos/train", image_size=(64, 64))
+    data = farhox.bilevel_dataset(train, validation, inner_steps=20)
+    ```
 
     Args:
-        train: Training data: a nest of arrays such as (x, y), or an unbatched `tf.data.Dataset` of examples (x, y).
-        validation: Outer data, of the same kinds.
+        train: Training data: a nest of arrays such as (x, y), a `tf.data.Dataset` or a `keras.utils.PyDataset`.
+        validation: Outer data, of the same kinds. Of a stream of batches, each hyper-iteration takes one.
         inner_steps: Positive int, T.
-        batch_size: Positive int or None, examples in an inner batch.
-        outer_batch_size: Positive int or None, examples in an outer batch. None: all of them.
-        index: Bool. Inner batches are (x, y, index) with the position of each example in the training data (int64).
+        batch_size: Positive int or None, examples in an inner batch. Not for data that are batched already.
+        outer_batch_size: Positive int or None, examples in an outer batch. None: all of them, or batches as they come.
+        index: Bool. Inner batches are (x, y, index) with the position of each example in the training arrays (int64). A
+            stream brings its index itself, since only it knows how it shuffles:
+            `examples.enumerate().map(lambda index, example: (*example, index)).shuffle(1000).batch(32)`.
         seed: Int, seed of the shuffling.
+        hyper_iterations: Positive int, hyper-iterations in an epoch. Default: as many as go once through the training
+            data; needed where their number is not known, as with `Dataset.from_generator`.
 
     Returns:
-        A `tf.data.Dataset` of pairs. Arrays are held once, and batches are made of indices into them.
+        A `tf.data.Dataset` of pairs with a method `skip_epochs(n)`, for runs that go on after an interruption.
 
     Raises:
-        ValueError: If a data set is empty, arrays differ in length, or a size is not a positive integer or larger than
-            the data.
-        TypeError: If the data are neither arrays nor a `tf.data.Dataset`.
+        ValueError: If a data set is empty, arrays differ in length, a size is not a positive integer or larger than
+            the data, data that are batched are to be batched again, the length of an epoch is not known, or a stream
+            is to be numbered with `index=True`.
+        TypeError: If the data are of another kind, or not made of dense tensors.
     """
     for name, value in (("inner_steps", inner_steps), ("batch_size", batch_size),
-                        ("outer_batch_size", outer_batch_size)):
+                        ("outer_batch_size", outer_batch_size), ("hyper_iterations", hyper_iterations)):
         if value is not None or name == "inner_steps":
             checks.positive_integer(name, value)
+    if is_stream(train):
+        if index:
+            raise ValueError("index=True numbers the examples of arrays. A stream must bring the index of each example "
+                             f"itself, as (x, y, index). Received: index=True with a {type(train).__name__}")
+        inner, epoch = inner_stream(train, inner_steps, batch_size, seed)
+    else:
+        inner, epoch = _inner_batches(train, inner_steps, batch_size, index, seed)
+    if hyper_iterations is None and epoch is None:
+        raise ValueError("The hyper-iterations in an epoch must be known. Received training data of unknown length: "
+                         "give hyper_iterations, or apply tf.data.experimental.assert_cardinality to them.")
+    epoch = epoch if hyper_iterations is None else hyper_iterations
+    if is_stream(validation):
+        outer = outer_stream(validation, outer_batch_size, seed + 1)
+    else:
+        outer = _outer_batches(validation, outer_batch_size, seed + 1)
+    elements = tf.data.Dataset.zip(inner, outer)
+    if is_stream(train) or is_stream(validation):
+        return continued(elements, epoch)
+    dataset = elements.take(epoch).prefetch(tf.data.AUTOTUNE)
+    return HyperIterations(dataset, lambda: next(iter(dataset)))
+
+
+def _inner_batches(train, inner_steps, batch_size, index, seed):
+    """Endless inner batches of arrays, and the hyper-iterations that go once through them."""
     train, num_train = _arrays("train", train)
-    validation, num_validation = _arrays("validation", validation)
     if index:
-        train = (*train, tf.range(num_train, dtype=tf.int64)) if isinstance(train, (tuple, list)) else (
-            train, tf.range(num_train, dtype=tf.int64))
+        numbered = tf.range(num_train, dtype=tf.int64)
+        train = (*train, numbered) if isinstance(train, (tuple, list)) else (train, numbered)
     if batch_size is None:
-        inner = tf.data.Dataset.from_tensors(RepeatedBatch(train, tf.range(inner_steps)))
-        epoch = 1
-    else:
-        if batch_size > num_train:
-            raise ValueError(f"batch_size must not exceed the number of training examples. Received: "
-                             f"batch_size={batch_size} for {num_train} examples")
-        indices = _shuffled_indices(num_train, batch_size, seed).batch(inner_steps, drop_remainder=True)
-        inner = indices.map(lambda chosen: GatheredBatches(train, chosen))
-        epoch = max(1, num_train // (batch_size * inner_steps))
-    if outer_batch_size is None:
-        outer = tf.data.Dataset.from_tensors(validation).repeat()
-    else:
-        if outer_batch_size > num_validation:
-            raise ValueError(f"outer_batch_size must not exceed the number of validation examples. Received: "
-                             f"outer_batch_size={outer_batch_size} for {num_validation} examples")
-        outer = _shuffled_indices(num_validation, outer_batch_size, seed + 1).map(
-            lambda chosen: tf.nest.map_structure(lambda leaf: tf.gather(leaf, chosen), validation))
-    return tf.data.Dataset.zip(inner, outer).take(epoch).prefetch(tf.data.AUTOTUNE)
+        return tf.data.Dataset.from_tensors(RepeatedBatch(train, tf.range(inner_steps))).repeat(), 1
+    if batch_size > num_train:
+        raise ValueError(f"batch_size must not exceed the number of training examples. Received: "
+                         f"batch_size={batch_size} for {num_train} examples")
+    indices = _shuffled_indices(num_train, batch_size, seed).batch(inner_steps, drop_remainder=True)
+    return indices.map(lambda chosen: GatheredBatches(train, chosen)), max(1, num_train // (batch_size * inner_steps))
+
+
+def _outer_batches(validation, batch_size, seed):
+    """Endless outer batches of arrays."""
+    validation, count = _arrays("validation", validation)
+    if batch_size is None:
+        return tf.data.Dataset.from_tensors(validation).repeat()
+    if batch_size > count:
+        raise ValueError(f"outer_batch_size must not exceed the number of validation examples. Received: "
+                         f"outer_batch_size={batch_size} for {count} examples")
+    return _shuffled_indices(count, batch_size, seed).map(
+        lambda chosen: tf.nest.map_structure(lambda leaf: tf.gather(leaf, chosen), validation))
 
 
 def _shuffled_indices(count, batch_size, seed):
