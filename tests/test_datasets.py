@@ -57,6 +57,21 @@ def test_the_order_is_seeded_and_changes_from_epoch_to_epoch():
     np.testing.assert_array_equal(epochs[0], epoch(dataset(batch_size=5, seed=3)))
 
 
+@pytest.mark.parametrize("make", [
+    lambda: dataset(batch_size=5, outer_batch_size=4, seed=0),
+    lambda: farhox.k_fold_dataset((X, Y), 3, inner_steps=2, batch_size=5, seed=0)], ids=["bilevel", "k_fold"])
+def test_the_order_does_not_depend_on_the_global_seed(make):
+    orders = []
+    for global_seed in (None, 0, 7):
+        if global_seed is not None:
+            keras.utils.set_random_seed(global_seed)
+        data = make()
+        orders.append([np.ravel(leaf) for _ in range(2) for element in data for leaf in tf.nest.flatten(element)])
+    for order in orders[1:]:
+        for leaf, expected in zip(order, orders[0]):
+            np.testing.assert_array_equal(leaf, expected)
+
+
 def test_outer_batches_have_their_own_size():
     outer = [outer for _, outer in dataset(batch_size=5, outer_batch_size=4)]
     assert [part[0].shape for part in outer] == [(4, 1)] * 2
@@ -236,6 +251,7 @@ def test_memory_stays_flat_on_a_stream_larger_than_memory():
     ({"inner_steps": 0}, ValueError, "inner_steps must be a positive integer"),
     ({"batch_size": 2.5}, ValueError, "batch_size must be a positive integer"),
     ({"outer_batch_size": -1}, ValueError, "outer_batch_size must be a positive integer"),
+    ({"batch_size": 5, "seed": 0.5}, ValueError, "seed must be an integer"),
     ({"batch_size": 31}, ValueError, "batch_size must not exceed the number of training examples"),
     ({"outer_batch_size": 9}, ValueError, "outer_batch_size must not exceed the number of validation examples"),
     ({"train": (X[:0], Y[:0])}, ValueError, "train must hold at least one example"),
@@ -253,6 +269,11 @@ def test_memory_stays_flat_on_a_stream_larger_than_memory():
     ({"hyper_iterations": 0}, ValueError, "hyper_iterations must be a positive integer"),
     ({"train": examples().ragged_batch(4).map(lambda x, y: (tf.RaggedTensor.from_tensor(x), y))}, TypeError,
      "must be dense tensors"),
+    ({"train": (np.where(X == 7.0, np.nan, X), Y)}, ValueError,
+     r"train must hold finite numbers. Received NaN or infinity in array 1 at index \[7, 0\]"),
+    ({"validation": (X, np.where(Y == 3, np.inf, Y))}, ValueError,
+     r"validation must hold finite numbers. Received NaN or infinity in array 2 at index \[3\]"),
+    ({"validation": (np.full([8, 2, 2], np.nan), Y_VAL)}, ValueError, r"in array 1 at index \[0, 0, ...\]"),
     ({"train": (object(), Y)}, TypeError, "train must be a nest of arrays"),
 ])
 def test_bad_input_is_refused(arguments, error, message):

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox.data.batches import GatheredBatches, RepeatedBatch, as_inner_batches
+from farhox.data.finite import raise_if_not_finite
 from farhox.data.streams import HyperIterations, continued, inner_stream, is_stream, outer_stream
 
 KERAS_IS_OLD = keras.__version__.startswith("3.8.")
@@ -48,15 +49,16 @@ def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch
         A `tf.data.Dataset` of pairs with a method `skip_epochs(n)`, for runs that go on after an interruption.
 
     Raises:
-        ValueError: If a data set is empty, arrays differ in length, a size is not a positive integer or larger than
-            the data, data that are batched are to be batched again, the length of an epoch is not known, or a stream
-            is to be numbered with `index=True`.
+        ValueError: If a data set is empty, arrays differ in length or hold NaN or infinity, a size is not a positive
+            integer or larger than the data, data that are batched are to be batched again, the length of an epoch is
+            not known, or a stream is to be numbered with `index=True`.
         TypeError: If the data are of another kind, or not made of dense tensors.
     """
     for name, value in (("inner_steps", inner_steps), ("batch_size", batch_size),
                         ("outer_batch_size", outer_batch_size), ("hyper_iterations", hyper_iterations)):
         if value is not None or name == "inner_steps":
             checks.positive_integer(name, value)
+    checks.integer("seed", seed)
     if is_stream(train):
         if index:
             raise ValueError("index=True numbers the examples of arrays. A stream must bring the index of each example "
@@ -116,10 +118,21 @@ def _shuffled_indices(count, batch_size, seed):
         return tf.data.Dataset.counter().map(lambda index: tf.random.experimental.stateless_shuffle(
             tf.range(count, dtype=tf.int64), seed=[number, index]))
 
-    numbers = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
     # Keras' progress bar needs the length of what is taken from the stream.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-    return numbers.flat_map(passes).rebatch(batch_size, drop_remainder=True).apply(endless)
+    return _number_of_each_iteration(seed).flat_map(passes).rebatch(batch_size, drop_remainder=True).apply(endless)
+
+
+def _number_of_each_iteration(seed):
+    """A data set with one number, another one in each iteration: those of a seed are always the same.
+
+    `tf.data.Dataset.random` would mix the global seed into it, which whoever made it does not see.
+    """
+    variant = tf.raw_ops.RandomDatasetV2(
+        seed=tf.constant(1, tf.int64), seed2=tf.constant(seed, tf.int64),
+        seed_generator=tf.raw_ops.DummySeedGenerator(), output_types=[tf.int64], output_shapes=[[]],
+        rerandomize_each_iteration=True)
+    return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.int64)).take(1)
 
 
 def _arrays(name, data):
@@ -139,6 +152,7 @@ def _arrays(name, data):
         raise ValueError(f"All arrays of {name} must have the same number of examples. Received lengths: {lengths}")
     if lengths[0] == 0:
         raise ValueError(f"{name} must hold at least one example. Received an empty data set.")
+    raise_if_not_finite(name, data)
     return data, lengths[0]
 
 

@@ -1,0 +1,45 @@
+"""Where data hold a value that is not finite: one such value in one example spoils all that is computed of it."""
+
+import tensorflow as tf
+
+from farhox._core import tree
+
+
+def first_not_finite(nest):
+    """The place of the first value in a nest of tensors that is not finite, in TensorFlow operations.
+
+    Returns:
+        Integer tensor [3]: the number of the tensor in the nest, from 1 on, or 0 where everything is finite; and the
+        first two indices of the value, 0 where the tensor has fewer axes.
+    """
+    place = tf.zeros([3], tf.int64)
+    for number, leaf in reversed(list(enumerate(tf.nest.flatten(nest), start=1))):
+        if not leaf.dtype.is_floating:
+            continue
+        rank = leaf.shape.rank or 1  # An unknown number of axes counts as one.
+        columns = tf.shape(leaf, out_type=tf.int64)[1] if rank > 1 else tf.constant(1, tf.int64)
+        table = tf.logical_not(tf.math.is_finite(leaf))
+        if rank > 2:
+            table = tf.reduce_any(table, axis=list(range(2, rank)))
+        # One more entry, which is true, so that there is a first one in empty tensors too.
+        bad = tf.concat([tf.reshape(table, [-1]), [True]], axis=0)
+        first = tf.argmax(tf.cast(bad, tf.int32), output_type=tf.int64)
+        found = first < tf.size(table, out_type=tf.int64)
+        columns = tf.maximum(columns, 1)
+        place = tf.where(found, tf.stack([number, first // columns, first % columns]), place)
+    return place
+
+
+def raise_if_not_finite(name, nest):
+    """Raises a ValueError that says where data hold NaN or infinity; inside a graph values are not known."""
+    if not tf.executing_eagerly() or tree.is_finite(nest):
+        return
+    number, *index = first_not_finite(nest).numpy().tolist()
+    raise ValueError(f"{name} must hold finite numbers. Received NaN or infinity in {place_of(nest, number, index)}")
+
+
+def place_of(nest, number, index):
+    """A place found by `first_not_finite`, as a person reads it."""
+    leaf = tf.nest.flatten(nest)[number - 1]
+    shown = index[:min(2, leaf.shape.rank)]
+    return f"array {number} at index {[*shown, ...] if leaf.shape.rank > 2 else shown}".replace("Ellipsis", "...")
