@@ -52,6 +52,26 @@ def test_the_later_of_two_bindings_of_a_variable_counts(variable):
     np.testing.assert_array_equal(result.value, second)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_call_inside_a_call_sees_what_is_bound_around_it_and_its_derivative(variable, compiled):
+    inner = keras.Variable(0.0, dtype="float64")
+
+    def nested():
+        variable.assign(2.0 * variable)
+        return functional.call(
+            lambda: inner * keras.ops.sum(variable ** 2), bindings=[(inner, tf.constant(3.0, tf.float64))]).value
+
+    def derivative(tensor):
+        with tf.GradientTape() as tape:
+            tape.watch(tensor)
+            value = functional.call(nested, bindings=[(variable, tensor)]).value
+        return value, tape.gradient(value, tensor)
+
+    value, slope = (tf.function(derivative) if compiled else derivative)(tf.constant([3.0, 4.0], tf.float64))
+    np.testing.assert_allclose(value, 300.0)
+    np.testing.assert_allclose(slope, [72.0, 96.0])
+
+
 def test_a_variable_that_is_returned_becomes_its_bound_tensor(variable):
     tensor = tf.constant([3.0, 4.0], tf.float64)
     result = functional.call(lambda: {"value": variable, "nothing": None}, bindings=[(variable, tensor)])

@@ -31,6 +31,8 @@ class FunctionalResult(NamedTuple):
 class _Scope(keras.StatelessScope):
     """A `StatelessScope` that remembers which variables were read and assigned."""
 
+    original_scope = None
+
     def __init__(self, bindings, draws):
         super().__init__(state_mapping=bindings, collect_losses=True)
         self.assigned = []
@@ -40,7 +42,9 @@ class _Scope(keras.StatelessScope):
 
     def get_current_value(self, variable):
         self.read.add(id(variable))
-        return super().get_current_value(variable)
+        value = super().get_current_value(variable)
+        # What a closure inside of a closure is given no value for is what it is around it.
+        return self.original_scope.get_current_value(variable) if value is None and self.original_scope else value
 
     def add_update(self, update):
         variable, value = update
@@ -51,6 +55,8 @@ class _Scope(keras.StatelessScope):
 
 def call(function, *arguments, bindings, draws=()):
     """Calls `function(*arguments)` with tensors in the place of Keras variables.
+
+    Inside another call, a variable without a binding has the value that it has there.
 
     Args:
         function: Any Python callable that reads or assigns Keras variables.

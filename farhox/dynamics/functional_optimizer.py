@@ -15,6 +15,11 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from farhox._core import functional
+from farhox.outer.hyperparameters import OuterVariable
+
+# What an optimizer may keep that reads variables.
+_HOLDERS = (keras.optimizers.schedules.LearningRateSchedule, keras.regularizers.Regularizer,
+            keras.constraints.Constraint, keras.initializers.Initializer)
 
 
 class _Operand(abc.ABC):
@@ -186,7 +191,34 @@ def functional_copy(optimizer, floats):
         copy = functional.from_config({**config, **floats})
     if not isinstance(own_rate, keras.Variable):
         vars(copy)["_learning_rate"] = own_rate
+    kept = {id(variable) for variable in held_variables(copy)}
+    lost = [variable for variable in held_variables(optimizer) if id(variable) not in kept]
+    if lost:
+        raise _not_copyable(
+            optimizer, "get_config() does not return the objects that hold the variables "
+            f"{', '.join(repr(variable.path) for variable in lost)}, but copies",
+            "let it return the objects themselves, or give their values to KerasDynamics as settings")
     return copy
+
+
+def held_variables(optimizer):
+    """The variables that an optimizer reads through its attributes and that are not its own, as a list."""
+    own = {id(variable) for variable in [*optimizer.variables, *vars(optimizer).get("_trainable_variables", ())]}
+    attributes = {name: value for name, value in vars(optimizer).items()  # The others with an underscore are Keras'.
+                  if not name.startswith("_") or name == "_learning_rate"}
+    return [variable for variable in _variables_in(attributes) if id(variable) not in own]
+
+
+def _variables_in(value):
+    if isinstance(value, keras.Variable):
+        return [value]
+    if isinstance(value, OuterVariable):
+        return [value.variable]
+    if isinstance(value, dict):
+        return [variable for entry in value.values() for variable in _variables_in(entry)]
+    if isinstance(value, (list, tuple)):
+        return [variable for entry in value for variable in _variables_in(entry)]
+    return _variables_in(vars(value)) if isinstance(value, _HOLDERS) else []
 
 
 def use_weight_decay_as(optimizer, copy, variables):
@@ -210,11 +242,10 @@ def view_of(copy, **attributes):
     return view
 
 
-def _not_copyable(optimizer, reason):
+def _not_copyable(optimizer, reason, remedy="let get_config return every argument of the constructor"):
     return ValueError(
         "An optimizer must be copyable by type(optimizer).from_config(optimizer.get_config()), because farhox never "
-        f"changes the one it is given. Received a {type(optimizer).__name__} of which {reason}: let get_config return "
-        "every argument of the constructor.")
+        f"changes the one it is given. Received a {type(optimizer).__name__} of which {reason}: {remedy}.")
 
 
 class _PerVariable:

@@ -312,6 +312,13 @@ def _check_optimizer(optimizer, settings):
             "Inner training has no end at which averages could replace the variables, as they do at the end of fit. "
             f"Received: {kind} with use_ema=True and ema_overwrite_frequency=None. Make it with an "
             "ema_overwrite_frequency, for example the number of inner steps, or without use_ema.")
+    for name, value in vars(optimizer).items():
+        if name != "_learning_rate" and isinstance(value, OuterVariable) and (
+                name in _OPTIONAL or type(optimizer).__module__.startswith("keras.")):
+            raise ValueError(
+                "Of a Keras optimizer's settings only the learning rate may be an outer variable in the optimizer "
+                f"itself. Received: {kind} with {name}={value!r}. Give it to KerasDynamics: KerasDynamics({kind}(...), "
+                f"{name}=...).")
     floats = _float_settings(optimizer)
     for name, setting in settings.items():
         if name not in floats:
