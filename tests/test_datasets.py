@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import farhox
 from farhox.data.batches import batch_at, num_steps
+from farhox.data.finite import first_not_finite
 
 X, Y = np.arange(30.0).reshape(30, 1), np.arange(30)
 X_VAL, Y_VAL = -np.arange(8.0).reshape(8, 1), np.arange(8)
@@ -273,7 +274,7 @@ def test_memory_stays_flat_on_a_stream_larger_than_memory():
      r"train must hold finite numbers. Received NaN or infinity in array 1 at index \[7, 0\]"),
     ({"validation": (X, np.where(Y == 3, np.inf, Y))}, ValueError,
      r"validation must hold finite numbers. Received NaN or infinity in array 2 at index \[3\]"),
-    ({"validation": (np.full([8, 2, 2], np.nan), Y_VAL)}, ValueError, r"in array 1 at index \[0, 0, ...\]"),
+    ({"validation": (np.full([8, 2, 2], np.nan), Y_VAL)}, ValueError, r"in array 1 at index \[0, 0\]"),
     ({"train": (object(), Y)}, TypeError, "train must be a nest of arrays"),
 ])
 def test_bad_input_is_refused(arguments, error, message):
@@ -296,3 +297,19 @@ def test_order_follows_from_seed_and_iteration_however_the_data_are_read():
     for _ in range(2):
         next(iter(make[3]))  # Left early, after one element.
     assert epoch(make[3]) == whole[0][2]
+
+
+@pytest.mark.parametrize("shape, index, place", [
+    ((), (), [2, -1, -1]), ((3,), (2,), [2, 2, -1]), ((3, 4), (1, 3), [2, 1, 3]), ((3, 4, 2, 2), (1, 3, 0, 1), [2, 1, 3]),
+    ((0, 4), None, [0, 0, 0]), ((3, 4), None, [0, 0, 0])])
+def test_the_place_of_a_value_that_is_not_finite_is_found_eagerly_in_graphs_and_by_xla(shape, index, place):
+    values = np.zeros(shape)
+    if index is not None:
+        values[index] = np.nan
+    nest = (tf.constant(Y), {"a": tf.constant(values), "b": tf.constant(["a", "b"])})
+    numbers = (nest[0], tf.constant(values))
+    np.testing.assert_array_equal(first_not_finite(nest), place)
+    np.testing.assert_array_equal(tf.function(first_not_finite)(nest), place)
+    np.testing.assert_array_equal(tf.function(first_not_finite, jit_compile=True)(numbers), place)
+    unknown = tf.function(first_not_finite, input_signature=[tf.TensorSpec(None, tf.float64)])(tf.constant(values))
+    assert (int(unknown[0]) == 0) == (place[0] == 0)

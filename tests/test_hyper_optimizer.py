@@ -255,6 +255,33 @@ def test_fit_and_step_stop_with_an_error_that_says_what_diverged():
             hyper_optimizer.step(*pair)
 
 
+@pytest.mark.parametrize("where, words", [
+    ("stacked", r"in array 1 at index \[1, 4\] of the inner batches: mend them"),
+    ("gathered", r"in array 1 at index \[150, 7\] of the inner batches"),
+    ("repeated", r"in array 1 at index \[3, 7\] of the inner batches"),
+    ("outer", r"in array 1 at index \[99, 63\] of the outer batch"),
+    ("both", r"\[3, 7\] of the inner batches and in array 1 at index \[99, 63\] of the outer batch")])
+def test_data_that_are_not_finite_are_named_with_their_place_when_training_stops(where, words):
+    x, outer = X[:200].copy(), VALIDATION
+    if where in ("outer", "both"):
+        outer = (VALIDATION[0].copy(), VALIDATION[1])
+        outer[0][99, 63] = np.inf
+    if where == "stacked":
+        x = x.reshape(2, 100, 64)
+        x[1, 4, 0] = np.nan
+        inner = x, Y[:200].reshape(2, 100)
+    elif where == "gathered":
+        x[150, 7] = np.nan
+        inner = farhox.gather((x, Y[:200]), np.arange(200).reshape(2, 100))
+    else:
+        if where != "outer":
+            x[3, 7] = np.nan
+        inner = farhox.repeat((x, Y[:200]), 2)
+    hyper_optimizer = make(max_skipped_updates=2, metrics=(), compiled={"run_eagerly": True})
+    with pytest.raises(RuntimeError, match=f"2 updates in a row were skipped.*The data hold NaN or infinity, .*{words}"):
+        hyper_optimizer.fit((inner, outer), epochs=5, verbose=0)
+
+
 @pytest.mark.parametrize("compiled", [
     {"steps_per_execution": 2}, {"run_eagerly": True}, {"jit_compile": True}], ids=lambda value: next(iter(value)))
 def test_ways_to_run_give_the_same_result(compiled):

@@ -10,7 +10,7 @@ def first_not_finite(nest):
 
     Returns:
         Integer tensor [3]: the number of the tensor in the nest, from 1 on, or 0 where everything is finite; and the
-        first two indices of the value, 0 where the tensor has fewer axes.
+        first two indices of the value, -1 where the tensor has fewer axes.
     """
     place = tf.zeros([3], tf.int64)
     for number, leaf in reversed(list(enumerate(tf.nest.flatten(nest), start=1))):
@@ -26,7 +26,8 @@ def first_not_finite(nest):
         first = tf.argmax(tf.cast(bad, tf.int32), output_type=tf.int64)
         found = first < tf.size(table, out_type=tf.int64)
         columns = tf.maximum(columns, 1)
-        place = tf.where(found, tf.stack([number, first // columns, first % columns]), place)
+        row, column = first // columns if leaf.shape.rank != 0 else -1, first % columns if rank > 1 else -1
+        place = tf.where(found, tf.stack([tf.cast(part, tf.int64) for part in (number, row, column)]), place)
     return place
 
 
@@ -34,12 +35,11 @@ def raise_if_not_finite(name, nest):
     """Raises a ValueError that says where data hold NaN or infinity; inside a graph values are not known."""
     if not tf.executing_eagerly() or tree.is_finite(nest):
         return
-    number, *index = first_not_finite(nest).numpy().tolist()
-    raise ValueError(f"{name} must hold finite numbers. Received NaN or infinity in {place_of(nest, number, index)}")
+    raise ValueError(f"{name} must hold finite numbers. Received NaN or infinity in "
+                     f"{place_in_words(first_not_finite(nest).numpy())}")
 
 
-def place_of(nest, number, index):
+def place_in_words(place):
     """A place found by `first_not_finite`, as a person reads it."""
-    leaf = tf.nest.flatten(nest)[number - 1]
-    shown = index[:min(2, leaf.shape.rank)]
-    return f"array {number} at index {[*shown, ...] if leaf.shape.rank > 2 else shown}".replace("Ellipsis", "...")
+    number, *index = (int(part) for part in place)
+    return f"array {number} at index {[part for part in index if part >= 0]}"

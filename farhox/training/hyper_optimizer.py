@@ -9,6 +9,7 @@ from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
 from farhox.data.batches import as_inner_batches, num_steps
 from farhox.data.datasets import as_hyper_iterations, as_tensors, pair
+from farhox.data.finite import first_not_finite, place_in_words
 from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
 from farhox.problem.bilevel import BilevelProblem, variable_names
@@ -84,6 +85,8 @@ class HyperOptimizer(keras.Model):
         # Which of the inner loss, the outer loss, the memory kept and each hypergradient was not finite at the last
         # skip.
         self._not_finite = _counter(np.zeros(3 + len(self._outer)), "not_finite")
+        # Where the inner batches and the outer batch of that hyper-iteration were not finite themselves.
+        self._not_finite_data = _counter(np.zeros([2, 3]), "not_finite_data")
         initial = problem.initial_state()
         self._slots = [_kept(leaf) for leaf in tf.nest.flatten([initial.slots, initial.step])] if online else []
         self._slot_structure = [initial.slots, initial.step]
@@ -238,9 +241,12 @@ class HyperOptimizer(keras.Model):
         causes = ["the inner objective"] * inner + ["the outer objective"] * outer
         causes += ["the inner state that is carried on"] * memory
         causes += [f"the hypergradients of {names}"] if names else []
+        places = [f"{place_in_words(place)} of the {which}" for which, place in zip(
+            ("inner batches", "outer batch"), self._not_finite_data.numpy()) if place[0]]
+        advice = f"The data hold NaN or infinity, in {' and in '.join(places)}: mend them." if places else _ADVICE
         raise RuntimeError(
             f"Training stopped: {in_a_row} updates in a row were skipped because a value was not finite. At the last "
-            f"one: {', '.join(causes)}. {_ADVICE}")
+            f"one: {', '.join(causes)}. {advice}")
 
     def start_counting_skips(self):
         """Starts the count of updates skipped in a row anew, so that a run goes on after a cause was removed."""
@@ -290,6 +296,9 @@ class HyperOptimizer(keras.Model):
         self._skipped.assign(tf.convert_to_tensor(self._skipped) + skipped)
         self._skipped_in_a_row.assign((tf.convert_to_tensor(self._skipped_in_a_row) + skipped) * skipped)
         self._not_finite.assign(tf.cast(flags > 0, tf.int32))
+        self._not_finite_data.assign(tf.cond(
+            finite, lambda: tf.zeros([2, 3], tf.int32),
+            lambda: tf.cast(tf.stack([first_not_finite(inner_batches), first_not_finite(outer_batch)]), tf.int32)))
         return result
 
     def _update(self, finite, gradients, context):
