@@ -31,6 +31,7 @@ from farhox.linear_solvers import (  # noqa: E402
     GMRES,
     ConjugateGradient,
     Dense,
+    Direct,
     FixedPoint,
     LinearSolver,
     Neumann,
@@ -54,11 +55,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adam", "BacktrackingGradientDescent", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "DartsHG",
-    "Dense", "EpisodesHG", "EvoGradHG", "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES", "GradientDescent",
-    "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG", "InitialHG",
-    "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum", "Neumann",
-    "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "OuterVariable", "ReptileHG", "ReverseHG", "ReversibleHG",
-    "Simplex", "bilevel_dataset", "callbacks", "check_hypergradient", "compare_hypergradients", "constraints", "export",
-    "gather", "health", "k_fold_dataset", "linear_solvers", "meta", "plots", "repeat", "stack", "stn",
-    "supervised_problem",
+    "Dense", "Direct", "EpisodesHG", "EvoGradHG", "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES",
+    "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG",
+    "InitialHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver",
+    "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "OuterVariable",
+    "ReptileHG", "ReverseHG", "ReversibleHG", "Simplex", "bilevel_dataset", "callbacks", "check_hypergradient",
+    "compare_hypergradients", "constraints", "export", "gather", "health", "k_fold_dataset", "linear_solvers", "meta",
+    "plots", "repeat", "stack", "stn", "supervised_problem",
 ]

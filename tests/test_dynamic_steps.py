@@ -22,7 +22,7 @@ METHODS = {
     "truncated_checkpoints": farhox.ReverseHG(truncation=3, checkpoint_every=2),
     "truncated_to_nothing": farhox.ReverseHG(truncation=0),
     "forward": farhox.ForwardHG(),
-    "implicit": farhox.ImplicitHG(farhox.Dense()),
+    "implicit": farhox.ImplicitHG(farhox.Direct()),
     "evograd": farhox.EvoGradHG(sigma=0.1),
     "darts": farhox.DartsHG(),
     "reversible": farhox.ReversibleHG(),

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 import unrolled
 from problems import (
-    CURVATURE, GOAL, RATE, STEPS, TARGET, TOLERANCE, assert_close, network_problem, proximal_quadratic,
+    CURVATURE, GOAL, RATE, START, STEPS, TARGET, TOLERANCE, assert_close, network_problem, proximal_quadratic,
     ridge_representation, scalar_quadratic, variable, weighted_mean)
 
 import farhox
@@ -16,7 +16,7 @@ EXACT_SOLVERS = {
     "cg": farhox.ConjugateGradient(tolerance=0.0),
     "normal_cg": farhox.NormalConjugateGradient(tolerance=0.0),
     "gmres": farhox.GMRES(),
-    "dense": farhox.Dense(),
+    "dense": farhox.Direct(),
     "neumann": farhox.Neumann(max_steps=300, tolerance=1e-14),
     "nystrom": farhox.Nystrom(rank=10, rho=1e-11),
     "fixed_point": farhox.FixedPoint(max_steps=300, tolerance=1e-14),
@@ -101,7 +101,7 @@ def test_implicit_gradient_equals_finite_differences_of_a_trained_network(float6
         problem._inner_objective, problem._outer_objective, problem.inner_variables, problem.outer_variables[1:],
         farhox.GradientDescent(0.3))
     trained = tf.function(
-        lambda: farhox.ImplicitHG(farhox.Dense()).compute(problem, batches, case.outer_batch), autograph=False)()
+        lambda: farhox.ImplicitHG(farhox.Direct()).compute(problem, batches, case.outer_batch), autograph=False)()
     assert trained.diagnostics["inner_gradient_norm"] < 1e-9
     assert_close(trained.gradients, unrolled.finite_differences(problem, batches, case.outer_batch, step=1e-3), 1e-6)
 
@@ -142,7 +142,7 @@ def test_implicit_gradient_with_random_layers_is_that_of_the_last_step(float64):
 
 def test_damping_is_added_to_the_diagonal():
     case = scalar_quadratic(outer=("target",))
-    for solver in (farhox.ConjugateGradient(), farhox.Dense()):
+    for solver in (farhox.ConjugateGradient(), farhox.Direct()):
         gradients = farhox.ImplicitHG(solver, damping=0.5).compute(*case[:3]).gradients
         assert_close(gradients, [(END - GOAL) * CURVATURE / (CURVATURE + 0.5)], 1e-9)
 
@@ -153,7 +153,7 @@ def test_warm_start_begins_at_the_carried_solution():
     first = method.compute(*case[:3])
     second = method.compute(*case[:3], carry=first.carry)
     assert int(first.diagnostics["solver_steps"]) == 2
-    assert int(second.diagnostics["solver_steps"]) == 0
+    assert int(second.diagnostics["solver_steps"]) == 1  # The product that shows that there is nothing left to do.
     assert_close(second.gradients, case.expected, 1e-9)
     cold = farhox.ImplicitHG(farhox.ConjugateGradient(tolerance=1e-10), warm_start=False)
     assert int(cold.compute(*case[:3], carry=first.carry).diagnostics["solver_steps"]) == 2
@@ -191,6 +191,145 @@ def test_fixed_point_sees_what_acts_on_the_fixed_point_of_other_dynamics():
     assert_close(gradients, [TARGET - GOAL], 1e-9)
 
 
+@pytest.mark.parametrize("solver", list(EXACT_SOLVERS))
+def test_every_solver_solves_the_system_of_the_dynamics_and_that_of_the_objective(solver):
+    """Gradient descent and momentum at a minimum: both systems have the gradient of the minimum."""
+    case = ridge_representation()
+    method = EXACT_SOLVERS[solver]
+    if solver == "nystrom":
+        method = farhox.Nystrom(rank=10, rho=1e-13)
+    for system in ("objective", "dynamics"):
+        if solver == "fixed_point" and system == "objective":
+            continue  # The iteration has no step size of its own: it does not contract there.
+        result = farhox.ImplicitHG(method, system=system).compute(*case[:3])
+        assert_close(result.gradients, case.expected, 1e-8)
+        assert result.diagnostics["stationarity_gap"] < 1e-12
+    case = scalar_quadratic(outer=("target",), steps=200, dynamics=lambda rate: farhox.Momentum(rate, 0.5))
+    if solver != "cg":  # Momentum's system is not symmetric.
+        gradients = farhox.ImplicitHG(method, system="dynamics").compute(*case[:3]).gradients
+        assert_close(gradients, [TARGET - GOAL], 1e-8)
+
+
+def decayed_regression(decay, dynamics):
+    """Least squares under a decoupled weight decay, and its hypergradient from the normal equations."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(40, 4))
+    y = x @ random.normal(size=4) + random.normal(size=40)
+    w, strength = variable(np.zeros(4), name="w"), variable(decay, name="decay")
+
+    def objective(batch):
+        return 0.5 * tf.reduce_mean((tf.linalg.matvec(batch[0], w) - batch[1]) ** 2)
+
+    problem = farhox.BilevelProblem(objective, objective, [w], [strength], dynamics=dynamics(strength))
+    matrix = x.T @ x / 40 + decay * np.eye(4)
+    solution = np.linalg.solve(matrix, x.T @ y / 40)
+    outer = (x + 0.3, y)
+    at_outer = outer[0].T @ (outer[0] @ solution - y) / 40
+    return problem, farhox.repeat((x, y), 600), outer, -at_outer @ np.linalg.solve(matrix, solution)
+
+
+@pytest.mark.parametrize("method", [
+    farhox.ImplicitHG(farhox.FixedPoint(3000, tolerance=1e-13)),
+    farhox.ImplicitHG(farhox.GMRES(tolerance=1e-13), system="dynamics"),
+    farhox.ImplicitHG(farhox.NormalConjugateGradient(tolerance=1e-13), system="dynamics")],
+    ids=["fixed point", "gmres", "normal cg"])
+def test_decoupled_weight_decay_is_seen_in_the_dynamics(method):
+    *case, expected = decayed_regression(
+        0.5, lambda decay: farhox.KerasDynamics(keras.optimizers.SGD(0.1, weight_decay=0.5), weight_decay=decay))
+    compiled = tf.function(lambda: method.compute(*case), autograph=False)()
+    np.testing.assert_allclose(expected, 0.0698454234530291, rtol=1e-12)
+    np.testing.assert_allclose(compiled.gradients, [expected], rtol=1e-9)
+    np.testing.assert_allclose(method.compute(*case).gradients, [expected], rtol=1e-9)
+
+
+def test_weight_decay_of_adamw_has_the_implicit_gradient_of_its_own_fixed_point(float64):
+    """g / (|g| + epsilon) = -decay w: not the minimum of a penalised objective."""
+    *case, _ = decayed_regression(1.0, lambda decay: farhox.KerasDynamics(
+        keras.optimizers.AdamW(0.05, weight_decay=1.0, epsilon=0.5, beta_1=0.5, beta_2=0.9),
+        weight_decay=decay))
+    method = farhox.ImplicitHG(farhox.GMRES(tolerance=1e-12), system="dynamics")
+    implicit = tf.function(lambda: method.compute(*case), autograph=False)()
+    unrolled = tf.function(lambda: farhox.ReverseHG().compute(*case), autograph=False)()
+    assert implicit.diagnostics["stationarity_gap"] < 1e-8
+    np.testing.assert_allclose(implicit.gradients, unrolled.gradients, rtol=1e-6)
+
+
+def test_decoupled_weight_decay_is_refused_in_the_objective_with_advice():
+    *case, _ = decayed_regression(
+        0.5, lambda decay: farhox.KerasDynamics(keras.optimizers.SGD(0.1, weight_decay=0.5), weight_decay=decay))
+    with pytest.raises(ValueError, match='depends on \'decay\'.*is seen with ImplicitHG\\(system="dynamics"\\)'):
+        farhox.ImplicitHG().compute(*case)
+
+
+def constrained_mean():
+    """w* = max(theta, 0) at theta = -1: w stays at the border whatever theta does."""
+    w, theta = variable([0.0], name="w"), variable([-1.0], name="theta")
+    w.constraint = keras.constraints.NonNeg()
+    problem = farhox.BilevelProblem(
+        lambda _: tf.reduce_sum((w - theta) ** 2), lambda _: tf.reduce_sum(w + 0.0), [w], [theta],
+        dynamics=farhox.GradientDescent(0.1))
+    return problem, farhox.repeat(np.zeros(1), 50), np.zeros(1)
+
+
+def test_the_fixed_point_of_the_dynamics_includes_constraints():
+    for solver in (farhox.FixedPoint(), farhox.GMRES(), farhox.Direct()):
+        method = farhox.ImplicitHG(solver, system="dynamics")
+        assert_close(method.compute(*constrained_mean()).gradients, [np.zeros(1)], 1e-12)
+
+
+def test_constraints_of_inner_variables_are_refused_with_the_system_of_the_objective():
+    with pytest.raises(ValueError, match="without constraints.*system=\"dynamics\".*constraints on 'w'"):
+        farhox.ImplicitHG().compute(*constrained_mean())
+
+
+def indefinite(goal):
+    """L = w'Hw/2 - w'theta/100 with an eigenvalue of H below zero, at a step that moves nothing."""
+    w, theta = variable([0.0, 0.0], name="w"), variable([1.0, 1.0], name="theta")
+    curvature = tf.constant([1.0, -0.05], tf.float64)
+    problem = farhox.BilevelProblem(
+        lambda _: 0.5 * tf.reduce_sum(curvature * w ** 2) - 0.01 * tf.reduce_sum(w * theta),
+        lambda _: tf.reduce_sum(w * tf.constant(goal, tf.float64)), [w], [theta], dynamics=farhox.GradientDescent(1e-6))
+    return problem, farhox.repeat(np.zeros(1), 1), np.zeros(1)
+
+
+@pytest.mark.parametrize("goal", [[1.0, 1.0], [0.1, 1.0]])
+def test_a_truncated_series_on_an_indefinite_hessian_is_returned_and_reported_where_it_diverges(goal):
+    result = farhox.ImplicitHG(farhox.Neumann(20, step_size=0.1, tolerance=0.0)).compute(*indefinite(goal))
+    terms = np.arange(20)
+    expected = [0.01 * goal[0] * 0.1 * np.sum(0.9 ** terms), 0.01 * goal[1] * 0.1 * np.sum(1.005 ** terms)]
+    assert_close(result.gradients, [np.array(expected)], 1e-9)
+    # The first right-hand side lies mostly along the part that shrinks.
+    assert bool(result.diagnostics["solver_failed"]) == (goal[0] < 1.0)
+
+
+@pytest.mark.parametrize("solver", [farhox.ConjugateGradient(), farhox.Neumann(20, step_size=0.1, tolerance=0.0)])
+def test_a_solution_that_failed_is_not_carried_on(solver):
+    result = farhox.ImplicitHG(solver).compute(*indefinite([0.1, 1.0]))
+    assert result.diagnostics["solver_failed"]
+    np.testing.assert_array_equal(result.carry[0], np.zeros(2))
+    assert int(result.carry[1]) == 1
+
+
+def test_the_estimate_of_a_neumann_series_is_carried_on():
+    case = ridge_representation()
+    method = farhox.ImplicitHG(farhox.Neumann(5, tolerance=0.0), warm_start=False)
+    first = method.compute(*case[:3])
+    second = method.compute(*case[:3], carry=first.carry)
+    assert [int(r.diagnostics["solver_steps"]) for r in (first, second)] == [25, 6]
+    tf.nest.assert_same_structure(method.initial_carry(case.problem), first.carry)
+    assert_close(second.gradients, first.gradients, 1e-2)
+
+
+@pytest.mark.parametrize("system", ["objective", "dynamics"])
+def test_stationarity_gap_is_the_way_that_is_left_relative_to_the_weights(system):
+    """One weight: (w_T - target) / max(|w_0|, |w_T|), whatever the scale of either objective."""
+    for steps in (1, 7, 30):
+        case = scalar_quadratic(outer=("target",), steps=steps)
+        result = farhox.ImplicitHG(farhox.GMRES(), system=system).compute(*case[:3])
+        left = (START - TARGET) * Q ** steps
+        np.testing.assert_allclose(result.diagnostics["stationarity_gap"], left / START, rtol=1e-6)
+
+
 @pytest.mark.parametrize("solver", ["cg", "fixed_point", "dense"])
 @pytest.mark.parametrize("outer, name", [(("target", "rate"), "rate"), (("schedule",), "schedule"),
                                          (("target", "initial"), "w")])
@@ -213,6 +352,12 @@ def test_outer_variable_in_the_outer_objective_alone_is_seen():
 def test_linear_solver_must_be_one(solver):
     with pytest.raises(TypeError, match="linear_solver must be one of farhox' solvers"):
         farhox.ImplicitHG(solver)
+
+
+@pytest.mark.parametrize("system", ["hessian", 1])
+def test_system_must_be_known(system):
+    with pytest.raises(ValueError, match='system must be "objective", "dynamics" or None'):
+        farhox.ImplicitHG(system=system)
 
 
 @pytest.mark.parametrize("damping", [-1.0, "1", None])

@@ -32,7 +32,7 @@ SOLVERS = {
     "neumann": farhox.Neumann(600, tolerance=1e-13, power_steps=100),
     "gmres": farhox.GMRES(12, tolerance=1e-13),
     "nystrom": farhox.Nystrom(rank=12, rho=1e-12),
-    "dense": farhox.Dense(),
+    "dense": farhox.Direct(),
     "fixed_point": farhox.FixedPoint(600, tolerance=1e-13),
 }
 
@@ -136,22 +136,74 @@ def test_right_hand_side_that_is_not_finite_does_not_come_out_as_a_number(name):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("matrix", [np.diag([1.0, 0.0]), np.diag([1.0, np.nan]), np.diag([np.inf, 1.0])])
-@pytest.mark.parametrize("solver", [farhox.Dense(), farhox.Nystrom(rank=2, rho=0.1), farhox.GMRES()])
+@pytest.mark.parametrize("solver", [farhox.Direct(), farhox.Nystrom(rank=2, rho=0.1), farhox.GMRES()])
 def test_singular_or_infinite_matrix_does_not_stop_the_graph(solver, matrix, compiled):
     def call():
         return solve(solver, matrix, [1.0, 1.0])
 
     solution = tf.function(call, autograph=False)() if compiled else call()
     finite = np.all(np.isfinite(matrix))
-    if isinstance(solver, farhox.Dense) or not finite:
+    if isinstance(solver, farhox.Direct) or not finite:
         assert solution.failed and not np.all(np.isfinite(solution.vector))
     elif isinstance(solver, farhox.Nystrom):
         np.testing.assert_allclose(solution.vector, [1 / 1.1, 1 / 0.1], rtol=1e-9)
 
 
-def test_conjugate_gradient_reports_negative_curvature():
-    solution = solve(farhox.ConjugateGradient(), np.diag([1.0, -2.0]), [0.0, 1.0])
+@pytest.mark.parametrize("matrix, right", [(np.diag([1.0, -2.0]), [0.0, 1.0]), (np.diag([1.0, -1.0]), [1.0, 1.0])])
+def test_conjugate_gradient_reports_negative_curvature(matrix, right):
+    solution = solve(farhox.ConjugateGradient(), matrix, right)
     assert solution.failed
+    np.testing.assert_array_equal(solution.vector, np.zeros(2))
+
+
+@pytest.mark.parametrize("steps", [3, 5, 10, 20])
+def test_conjugate_gradient_never_takes_an_indefinite_matrix_for_a_definite_one(steps):
+    """Truncated anywhere, it is either flagged, or the best point of a space on which the matrix is definite."""
+    random = np.random.default_rng(0)
+    flagged = 0
+    for _ in range(10):
+        a = random.normal(size=(20, 20))
+        a, b = a + a.T, random.normal(size=20)
+        solution = solve(farhox.ConjugateGradient(steps, tolerance=0.0), a, b)
+        flagged += bool(solution.failed)
+        assert np.all(np.isfinite(solution.vector))
+        if not solution.failed:
+            x = solution.vector.numpy()
+            assert x @ a @ x > 0 and 0.5 * x @ a @ x - b @ x < 0
+    assert flagged == 10 or steps == 3 and flagged >= 8
+
+
+def test_conjugate_gradient_reports_what_it_made_worse_where_the_matrix_is_not_symmetric():
+    a = np.array([[0.1, 3.0], [-3.0, 0.1]])
+    operator = farhox.linear_solvers.LinearOperator(
+        lambda v: tf.linalg.matvec(tf.constant(a), v), lambda v: tf.linalg.matvec(tf.constant(a.T), v))
+    solution = farhox.ConjugateGradient(2).solve(operator, tf.constant([1.0, 1.0], tf.float64))
+    assert solution.failed and solution.residual > 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("solver", [
+    farhox.NormalConjugateGradient(60, tolerance=1e-13), farhox.Nystrom(rank=5, rho=1e-12)])
+def test_solvers_with_transposed_products_solve_an_unsymmetric_system(solver, compiled):
+    a, b = np.eye(5) + np.random.default_rng(0).normal(size=(5, 5)) / 2, np.arange(5.0)
+    operator = farhox.linear_solvers.LinearOperator(
+        lambda v: tf.linalg.matvec(tf.constant(a), v), lambda v: tf.linalg.matvec(tf.constant(a.T), v))
+
+    def call():
+        return solver.solve(operator, tf.constant(b))
+
+    solution = tf.function(call, autograph=False)() if compiled else call()
+    np.testing.assert_allclose(solution.vector, np.linalg.solve(a, b), rtol=1e-7)
+
+
+def test_nystrom_of_an_unsymmetric_matrix_of_its_rank_is_exact():
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(10, 3)) @ random.normal(size=(3, 10)), random.normal(size=10)
+    operator = farhox.linear_solvers.LinearOperator(
+        lambda v: tf.linalg.matvec(tf.constant(a), v), lambda v: tf.linalg.matvec(tf.constant(a.T), v))
+    solution = farhox.Nystrom(rank=3, rho=0.1).solve(operator, tf.constant(b))
+    np.testing.assert_allclose(solution.vector, np.linalg.solve(a + 0.1 * np.eye(10), b), rtol=1e-8)
+    assert int(solution.steps) == 7
 
 
 @pytest.mark.parametrize("name", ["normal_conjugate_gradient", "gmres", "dense"])
@@ -186,11 +238,77 @@ def test_neumann_series_finds_its_step_size_by_power_iteration():
     assert int(found.steps) == 307
 
 
-@pytest.mark.parametrize("solver", [farhox.Neumann(50, step_size=1.0), farhox.FixedPoint(50)])
-def test_divergence_is_reported_and_gives_no_number(solver):
+@pytest.mark.parametrize("solver", [farhox.Neumann(5, step_size=1.0), farhox.FixedPoint(5)])
+def test_a_series_that_diverges_is_returned_as_it_is_and_reported(solver):
     solution = solve(solver, np.diag([3.0, 1.0]), [1.0, 1.0])
     assert solution.failed
-    assert np.all(np.isnan(solution.vector))
+    np.testing.assert_allclose(solution.vector, [np.sum((-2.0) ** np.arange(5)), 1.0], rtol=1e-12)
+    np.testing.assert_allclose(solution.residual, 32 / np.sqrt(2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [farhox.Neumann(2000, step_size=1.0), farhox.FixedPoint(2000)])
+def test_a_series_that_overflows_is_not_a_number(solver):
+    solution = solve(solver, np.diag([3.0, 1.0]), [1.0, 1.0])
+    assert solution.failed and not np.all(np.isfinite(solution.vector))
+
+
+def test_estimate_for_the_step_of_a_neumann_series_is_kept_in_its_memory():
+    """The first system costs `power_steps` products, later ones a single product; a failure starts anew."""
+    a, b = positive_definite(6)
+    solver = farhox.Neumann(7, power_steps=300, tolerance=0.0)
+
+    def solved(matrix, memory=()):
+        return solver.solve(lambda v: tf.linalg.matvec(tf.constant(matrix), v), tf.constant(b), memory=memory)
+
+    first = solved(a)
+    again = solved(2 * a, first.memory)
+    assert int(first.steps) == 307 and int(again.steps) == 8
+    np.testing.assert_allclose(again.vector, solved(2 * a).vector, rtol=1e-6)
+    # A matrix that no step size suits; the next one is estimated from the beginning.
+    failed = solved(-a, again.memory)
+    assert failed.failed and int(solved(a, failed.memory).steps) == 307
+    tf.nest.assert_same_structure(first.memory, solver.initial_memory(tf.constant(b)))
+    assert farhox.Neumann(step_size=0.1).initial_memory(tf.constant(b)) == ()
+
+
+def test_step_size_of_a_neumann_series_follows_a_schedule():
+    a, b = positive_definite(4)
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
+    for iteration in (0, 3):
+        scheduled = solve(farhox.Neumann(4, step_size=schedule, tolerance=0.0), a, b, iteration=iteration)
+        fixed = solve(farhox.Neumann(4, step_size=0.1 * 0.5 ** iteration, tolerance=0.0), a, b)
+        np.testing.assert_allclose(scheduled.vector, fixed.vector, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["conjugate_gradient", "normal_conjugate_gradient", "neumann", "gmres", "fixed_point"])
+def test_steps_are_the_products_that_were_taken(name):
+    """Those for the residual of a start, of the right-hand side and of the result included."""
+    solver = {"conjugate_gradient": farhox.ConjugateGradient(3, tolerance=0.0),
+              "normal_conjugate_gradient": farhox.NormalConjugateGradient(3, tolerance=0.0),
+              "neumann": farhox.Neumann(3, step_size=0.05, tolerance=0.0), "gmres": farhox.GMRES(3, tolerance=0.0),
+              "fixed_point": farhox.FixedPoint(3, tolerance=0.0)}[name]
+    a, b = (tf.constant(part) for part in positive_definite(6))
+    for initial in (None, tf.constant(np.linspace(-0.01, 0.01, 6))):
+        taken = []
+
+        def matvec(vector):
+            taken.append(vector)
+            return tf.linalg.matvec(a / 11.0, vector)
+
+        solution = solver.solve(matvec, b, initial)
+        assert int(solution.steps) == len(taken)
+
+
+@pytest.mark.parametrize("name", ["conjugate_gradient", "neumann", "gmres", "fixed_point"])
+def test_a_start_that_is_worse_than_zero_is_not_used(name):
+    a, b = positive_definite(4)
+    a /= 11.0
+    solver = {"conjugate_gradient": farhox.ConjugateGradient(2), "neumann": farhox.Neumann(2, step_size=0.5),
+              "gmres": farhox.GMRES(2), "fixed_point": farhox.FixedPoint(2)}[name]
+    far, cold = solve(solver, a, b, initial=np.full(4, 1e6)), solve(solver, a, b)
+    np.testing.assert_array_equal(far.vector, cold.vector)
+    unknown = solve(solver, a, b, initial=np.full(4, np.nan))
+    np.testing.assert_array_equal(unknown.vector, cold.vector)
 
 
 def test_gmres_is_the_best_of_its_krylov_space():
@@ -238,6 +356,20 @@ def test_tolerance_of_a_constant_is_met():
     assert 1e-6 < solution.residual <= 1e-3
 
 
+def test_the_old_name_of_direct_works_and_says_so():
+    with pytest.warns(DeprecationWarning, match="farhox.Dense is now farhox.Direct"):
+        solver = farhox.Dense(max_dimension=7)
+    assert isinstance(solver, farhox.Direct) and solver.max_dimension == 7
+
+
+@pytest.mark.parametrize("make", [
+    lambda: farhox.ConjugateGradient(0), lambda: farhox.GMRES(tolerance=-1.0), lambda: farhox.Neumann(step_size=-1.0),
+    lambda: farhox.Nystrom(rank=0), lambda: farhox.Direct(0)])
+def test_errors_name_the_solver(make):
+    with pytest.raises(ValueError, match="^(ConjugateGradient|GMRES|Neumann|Nystrom|Direct): "):
+        make()
+
+
 @pytest.mark.parametrize("solver", ITERATIVE)
 @pytest.mark.parametrize("max_steps", [0, -1, 2.5, True, None])
 def test_max_steps_must_be_a_positive_integer(solver, max_steps):
@@ -253,7 +385,7 @@ def test_tolerance_must_be_a_non_negative_number_or_callable(solver, tolerance):
 
 
 @pytest.mark.parametrize("solver, argument", [
-    (farhox.Neumann, "power_steps"), (farhox.Nystrom, "rank"), (farhox.Dense, "max_dimension")])
+    (farhox.Neumann, "power_steps"), (farhox.Nystrom, "rank"), (farhox.Direct, "max_dimension")])
 @pytest.mark.parametrize("value", [0, 1.5])
 def test_counts_must_be_positive_integers(solver, argument, value):
     with pytest.raises(ValueError, match=f"{argument} must be a positive integer. Received: {value}"):
@@ -274,10 +406,10 @@ def test_damping_of_nystrom_must_be_positive(rho):
 
 def test_dense_refuses_a_system_that_is_too_large():
     with pytest.raises(ValueError, match="takes at most n=3.*Received: n=4. Use ConjugateGradient or Nystrom"):
-        solve(farhox.Dense(max_dimension=3), np.eye(4), np.ones(4))
+        solve(farhox.Direct(max_dimension=3), np.eye(4), np.ones(4))
 
 
-@pytest.mark.parametrize("solver", [*ITERATIVE, farhox.Nystrom, farhox.Dense])
+@pytest.mark.parametrize("solver", [*ITERATIVE, farhox.Nystrom, farhox.Direct])
 def test_settings_are_frozen(solver):
     with pytest.raises(dataclasses.FrozenInstanceError):
         solver().max_steps = 3

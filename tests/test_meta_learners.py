@@ -131,7 +131,7 @@ def test_weights_of_steps_follow_a_schedule_of_the_meta_step():
 def test_imaml_solves_with_identity_plus_hessian_over_the_proximal_strength(float64):
     model = keras.Sequential([keras.Input([6, 6, 1]), keras.layers.Flatten(), keras.layers.Dense(2, "tanh"),
                               keras.layers.Dense(3, "softmax")])
-    learner = meta.IMAML(model, 0.1, 300, proximal=2.0, linear_solver=farhox.Dense())
+    learner = meta.IMAML(model, 0.1, 300, proximal=2.0, linear_solver=farhox.Direct())
     _, episodes = images(episodes=1)
     support, query = tf.nest.map_structure(lambda leaf: leaf[0], episodes)
     adapted = learner.adapt(support)

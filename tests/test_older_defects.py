@@ -63,7 +63,7 @@ def test_truncated_adjoint_is_not_multiplied_by_the_initial_dynamics():
 
 @pytest.mark.parametrize("solver", [
     farhox.ConjugateGradient(), farhox.NormalConjugateGradient(), farhox.Neumann(), farhox.FixedPoint(),
-    farhox.GMRES(), farhox.Nystrom(), farhox.Dense()])
+    farhox.GMRES(), farhox.Nystrom(), farhox.Direct()])
 def test_implicit_gradient_of_a_diverged_training_is_not_silently_zero(solver):
     w, target = variable(3.0), variable(0.5)
     problem = farhox.BilevelProblem(

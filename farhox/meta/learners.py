@@ -8,7 +8,7 @@ from farhox._core import checks
 from farhox.dynamics.base import GradientDescent
 from farhox.dynamics.keras_optimizers import KerasDynamics
 from farhox.hypergradients import EpisodesHG, HyperGradient, ImplicitHG, InitialHG, ReptileHG, ReverseHG
-from farhox.linear_solvers.solvers import ConjugateGradient
+from farhox.linear_solvers import ConjugateGradient
 from farhox.meta.learner import Learner
 from farhox.meta.statistics import query_call
 from farhox.outer.hyperparameters import Hyperparameter
