@@ -8,9 +8,12 @@ from farhox.data.batches import RepeatedBatch
 from farhox.data.datasets import pair
 from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
 from farhox.hypergradients.episodes import map_episodes
+from farhox.meta.accuracy import classifies, correct
+from farhox.meta.copies import copy_of
 from farhox.meta.episodes import EpisodeSource
 from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.statistics import support_statistics
+from farhox.meta.weights import joined, order_of_present, scaled, weighted_mean, with_both_weights, with_weights
 from farhox.problem.features import with_shared_features
 from farhox.problem.supervised import takes_class_numbers
 from farhox.training.hyper_optimizer import HyperOptimizer
@@ -23,7 +26,9 @@ class Learner(HyperOptimizer):
 
     Args:
         model: A built `keras.Model`.
-        problem: The `BilevelProblem` of an episode. Outer batches are ((support x, query x), query y).
+        problem: The `BilevelProblem` of an episode. Inner batches are (x, y), outer batches ((support x, query x),
+            query y). Of episodes with sample weights they are (x, y, weights) and ((support x, query x, support
+            weights, query weights), query y, query weights).
         hypergradient: A `HyperGradient` over episodes.
         inner_steps: Positive int, inner steps in training.
         evaluation_steps: Positive int, inner steps in `evaluate`, `predict` and `adapt`. Default: `inner_steps`.
@@ -55,10 +60,13 @@ class Learner(HyperOptimizer):
         self.transductive = bool(transductive)
         self.seed = int(seed)
         self.labels_are_class_numbers = takes_class_numbers(loss)
+        self._loss = loss
         self._adapt_function = self._predict_function = self._judge_function = None
 
-    def compile(self, *args, **kwargs):
-        super().compile(*args, **kwargs)
+    def compile(self, optimizer="adam", metrics=None, jit_compile=False, weighted_metrics=None, **kwargs):
+        """As `HyperOptimizer.compile`; all metrics count a query by its sample weight, if there are weights."""
+        super().compile(optimizer, jit_compile=jit_compile, weighted_metrics=joined(metrics, weighted_metrics),
+                        **kwargs)
         self._adapt_function = self._predict_function = self._judge_function = None
 
     def evaluate(self, x=None, episodes=600, meta_batch_size=10, **kwargs):
@@ -72,9 +80,9 @@ class Learner(HyperOptimizer):
             **kwargs: Of `keras.Model.evaluate`, for a data set.
 
         Returns:
-            Of an `EpisodeSource`, a dictionary: "loss" and, where labels are integers, "accuracy", the means over
-            episodes; "loss_interval" and "accuracy_interval", half the width of their 95 % intervals; "episodes", and
-            "transductive".
+            Of an `EpisodeSource`, a dictionary: "loss" and, of a classifier, "accuracy" (Keras' metric of that name),
+            the means over episodes; "loss_interval" and "accuracy_interval", half the width of their 95 % intervals;
+            "episodes", and "transductive".
         """
         if not isinstance(x, EpisodeSource):
             return super().evaluate(x, **kwargs)
@@ -87,7 +95,7 @@ class Learner(HyperOptimizer):
         """Predictions for the query inputs of one episode, after adaptation to its support set.
 
         Args:
-            support: Tuple (x, y) of arrays.
+            support: Tuple (x, y) of arrays, or (x, y, sample weights).
             query: Array of inputs.
 
         Returns:
@@ -103,7 +111,7 @@ class Learner(HyperOptimizer):
         """`predict` for several episodes, in pure TensorFlow.
 
         Args:
-            support: Tuple (x, y) of tensors [episodes, support examples, ...].
+            support: Tuple (x, y) of tensors [episodes, support examples, ...], or (x, y, sample weights).
             query: Tensor of inputs [episodes, queries, ...].
 
         Returns:
@@ -112,7 +120,12 @@ class Learner(HyperOptimizer):
         def one(_, inputs, state):
             return self.problem.predict_outer(state, self.problem.outer_values(), (inputs, None))[1]
 
-        return map_episodes(one, (), (support[0], query), self._adapted(support)[0])
+        inputs = support[0], query
+        if len(support) == 3:
+            support = with_weights(support)
+            leaf = tf.nest.flatten(query)[0]
+            inputs += support[2], tf.ones(tf.shape(leaf)[:2], support[2].dtype)
+        return map_episodes(one, (), inputs, self._adapted(support)[0])
 
     def adapt(self, support):
         """A plain Keras model adapted to a support set.
@@ -120,7 +133,7 @@ class Learner(HyperOptimizer):
         Its batch-norm layers hold the statistics of the support set, so that `model(x)` treats each input on its own.
 
         Args:
-            support: Tuple (x, y) of arrays.
+            support: Tuple (x, y) of arrays, or (x, y, sample weights).
 
         Returns:
             A `keras.Model` of the same kind as the learner's, with weights of its own.
@@ -132,37 +145,50 @@ class Learner(HyperOptimizer):
         state = tf.nest.map_structure(lambda leaf: leaf[0], self._adapt_function(support)[0])
         values = {id(variable): variable.value for variable in self.model.variables}
         values.update((id(variable), value) for variable, value in zip(problem.inner_variables, state.variables))
-        values.update(support_statistics(self.model, support[0][0], values))
-        adapted = keras.models.clone_model(self.model)
+        weights = support[2][0] if len(support) == 3 else None
+        values.update(support_statistics(
+            self.model, tf.nest.map_structure(lambda leaf: leaf[0], support[0]), values, weights))
+        adapted = copy_of(self.model)
         for own, variable in zip(adapted.variables, self.model.variables):
             own.assign(values[id(variable)])
         return adapted
 
     def test_step(self, data):
-        support, query = pair(data)
+        support, query = with_both_weights(*pair(data))
         states, inner_losses = self._adapted(support)
         self._inner_loss.update_state(inner_losses[..., -1])
         loss = tf.reduce_mean(self._judged(states, support, query)["loss"])
         return self._logs(loss, states, self._outer_batch(support, query))
 
     def _hyper_iteration_data(self, data, training=False):
-        support, query = pair(data)
+        support, query = with_both_weights(*pair(data))
         steps = self.inner_steps if training else self.evaluation_steps
         return self._inner_batches(support, steps, training), self._outer_batch(support, query)
 
     def _outer_batch(self, support, query):
         """The outer batch of an episode; episodes may have a leading axis."""
-        return (support[0], query[0]), query[1]
+        if len(query) == 2:
+            return (support[0], query[0]), query[1]
+        weights = scaled(query[2], self._loss)
+        return (support[0], query[0], support[2], weights), query[1], weights
 
     def _inner_batches(self, support, steps, training):
         """Inner batches with a leading axis of episodes."""
+        weights = support[2] if len(support) == 3 else None
         if self.batch_size is None:
+            if weights is not None:
+                support = *support[:2], scaled(weights, self._loss)
             return RepeatedBatch(tuple(support), tf.range(steps))
+        seed = [self.seed, self.optimizer.iterations + 1 if training else 0]
+        seed = tf.stack([tf.cast(part, tf.int64) for part in seed])
+        if weights is not None:
+            places = order_of_present(weights, steps, self.batch_size, seed)
+            return tf.nest.map_structure(lambda leaf: _in_batches(
+                tf.gather(leaf, places, batch_dims=1), steps, self.batch_size), tuple(support))
         count = support[0].shape[1]
         count = tf.shape(support[0])[1] if count is None else count
         passes = -(-steps * self.batch_size // count)
-        seed = [self.seed, self.optimizer.iterations + 1 if training else 0]
-        keys = tf.random.stateless_uniform([passes, count], tf.stack([tf.cast(part, tf.int64) for part in seed]))
+        keys = tf.random.stateless_uniform([passes, count], seed)
         order = tf.reshape(tf.argsort(keys, stable=True), [-1])[:steps * self.batch_size]
         order = tf.reshape(order, [steps, self.batch_size])
         return tf.nest.map_structure(lambda leaf: tf.gather(leaf, order, axis=1), tuple(support))
@@ -185,16 +211,28 @@ class Learner(HyperOptimizer):
         return map_episodes(one, inner_batches, ())
 
     def _judge(self, episodes):
-        """Loss and, where labels are integers, accuracy of each episode: a dictionary of tensors [episodes]."""
-        return self._judged(self._adapted(episodes.support)[0], *episodes)
+        """Loss and, of a classifier, accuracy of each episode: a dictionary of tensors [episodes]."""
+        support, query = with_both_weights(*pair(episodes))
+        return self._judged(self._adapted(support)[0], support, query)
 
     def _judged(self, states, support, query):
         def one(_, batch, state):
             outer = self.problem.outer_values()
             values = {"loss": self.problem.outer_loss(state, outer, batch)}
-            targets, predictions, _ = self.problem.predict_outer(state, outer, batch)
-            if targets.dtype.is_integer:
-                values["accuracy"] = tf.reduce_mean(keras.metrics.sparse_categorical_accuracy(targets, predictions))
+            targets, predictions, weights = self.problem.predict_outer(state, outer, batch)
+            if self._has_accuracy(targets, predictions):
+                values["accuracy"] = weighted_mean(correct(targets, predictions), weights)
             return values
 
-        return map_episodes(one, (), ((support[0], query[0]), query[1]), states)
+        return map_episodes(one, (), self._outer_batch(support, query), states)
+
+    def _has_accuracy(self, targets, predictions):
+        """Whether predictions are right or wrong: by a cross-entropy, or by class numbers for several outputs."""
+        numbers = targets.dtype.is_integer and targets.shape.rank < predictions.shape.rank
+        return classifies(self._loss) or (numbers and predictions.shape[-1] != 1)
+
+
+def _in_batches(leaf, steps, batch_size):
+    """[episodes, steps * batch_size, ...] as [episodes, steps, batch_size, ...]."""
+    shape = tf.shape(leaf)
+    return tf.reshape(leaf, tf.concat([shape[:1], [steps, batch_size], shape[2:]], axis=0))

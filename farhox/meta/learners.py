@@ -10,7 +10,7 @@ from farhox.dynamics.keras_optimizers import KerasDynamics
 from farhox.hypergradients import EpisodesHG, HyperGradient, ImplicitHG, InitialHG, ReptileHG, ReverseHG
 from farhox.linear_solvers import ConjugateGradient
 from farhox.meta.learner import Learner
-from farhox.meta.statistics import query_call
+from farhox.meta.statistics import query_call, statistics_of_weighted
 from farhox.outer.hyperparameters import Hyperparameter
 from farhox.problem.supervised import can_share_representation, supervised_problem
 
@@ -134,6 +134,7 @@ class HyperRepresentation(Learner):
             model, loss, dynamics=GradientDescent(_checked_rate(inner_learning_rate)),
             outer_variables=[r for r in [inner_learning_rate] if isinstance(r, Hyperparameter)],
             representation=[body], outer_call=query_call(model, transductive),
+            inner_context=statistics_of_weighted(model),
             share_representation=can_share_representation([body]))
         super().__init__(model, problem, EpisodesHG(hypergradient), inner_steps, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
@@ -185,7 +186,7 @@ class IMAML(Learner):
         problem = supervised_problem(
             model, loss, dynamics=dynamics, learn_initialization=True, proximal=proximal,
             outer_variables=[proximal] if isinstance(proximal, Hyperparameter) else [],
-            outer_call=query_call(model, transductive))
+            outer_call=query_call(model, transductive), inner_context=statistics_of_weighted(model))
         super().__init__(model, problem, EpisodesHG(ImplicitHG(solver, damping)), inner_steps, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
 
@@ -225,7 +226,8 @@ class Reptile(Learner):
         if dynamics is None:
             dynamics = KerasDynamics(keras.optimizers.Adam(1e-3, beta_1=0.0))
         problem = supervised_problem(model, loss, dynamics=dynamics, learn_initialization=True,
-                                     outer_call=query_call(model, transductive))
+                                     outer_call=query_call(model, transductive),
+                                     inner_context=statistics_of_weighted(model))
         super().__init__(model, problem, ReptileHG(step_weights), inner_steps, evaluation_steps, batch_size,
                          transductive=transductive, seed=seed, loss=loss, name=name)
 
@@ -251,7 +253,8 @@ class JointTraining(Learner):
                  name="joint_training"):
         predict = query_call(model, transductive)
         problem = supervised_problem(
-            model, loss, dynamics=GradientDescent(inner_learning_rate), learn_initialization=True, outer_call=predict)
+            model, loss, dynamics=GradientDescent(inner_learning_rate), learn_initialization=True, outer_call=predict,
+            inner_context=statistics_of_weighted(model))
         super().__init__(model, problem, EpisodesHG(InitialHG()), 1, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
 
@@ -271,7 +274,8 @@ def _initialization_problem(model, body, rate, learn_rates, first_order, loss, t
         outer = rate
     return supervised_problem(
         model, loss, dynamics=GradientDescent(rate, first_order=first_order), outer_variables=outer,
-        representation=body, learn_initialization=True, outer_call=query_call(model, transductive))
+        representation=body, learn_initialization=True, outer_call=query_call(model, transductive),
+        inner_context=statistics_of_weighted(model))
 
 
 def _checked_rate(rate):

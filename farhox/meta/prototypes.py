@@ -5,11 +5,16 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox.data.datasets import pair
+from farhox.meta.accuracy import correct
+from farhox.meta.copies import copy_of
 from farhox.meta.episodes import EpisodeSource
 from farhox.meta.evaluation import evaluate_episodes
+from farhox.meta.statistics import statistics_of
+from farhox.meta.weights import is_present, joined, scaled, weighted_mean, with_both_weights, with_weights
 
 # The logarithm of a probability that is zero in float32; an infinite one would make derivatives that are not numbers.
 _NEVER = -1e30
+_LOSS = "sparse_categorical_crossentropy"
 
 
 class PrototypicalNetwork(keras.Model):
@@ -48,31 +53,39 @@ class PrototypicalNetwork(keras.Model):
         self.built = True
         self._judge_function = None
 
-    def compile(self, *args, **kwargs):
+    def compile(self, optimizer="adam", loss=_LOSS, metrics=None, weighted_metrics=None, **kwargs):
+        """As `keras.Model.compile`; all metrics count a query by its sample weight, if there are weights."""
         kwargs.setdefault("jit_compile", False)  # XLA slows convolutions down on CPUs.
-        super().compile(*args, **kwargs)
+        super().compile(optimizer, loss, weighted_metrics=joined(metrics, weighted_metrics), **kwargs)
 
     def fit(self, *args, **kwargs):
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
         return super().fit(*args, **kwargs)
 
     def call(self, inputs, training=False):
-        """Class probabilities [episodes, queries, ways] of (support x, support y, query x)."""
-        support, labels, query = inputs
+        """Class probabilities [episodes, queries, ways] of (support x, support y, query x).
+
+        Of episodes with sample weights: of (support x, support y, query x, support weights, query weights). Prototypes
+        are weighted means.
+        """
+        support, labels, query, *weights = inputs
         num_support = tf.shape(support)[1]
         images = tf.concat([support, query], axis=1)
-        features = self.embedding(tf.reshape(images, tf.concat([[-1], tf.shape(images)[2:]], 0)), training=training)
+        present = is_present(tf.reshape(tf.concat(weights, axis=1), [-1])) if weights else None
+        with statistics_of(self.embedding, present):
+            features = self.embedding(
+                tf.reshape(images, tf.concat([[-1], tf.shape(images)[2:]], 0)), training=training)
         features = tf.reshape(features, [tf.shape(images)[0], tf.shape(images)[1], features.shape[-1]])
-        prototypes, present = self._prototypes(features[:, :num_support], labels)
+        prototypes, present = self._prototypes(features[:, :num_support], labels, *weights[:1])
         query = features[:, num_support:]
         distances = tf.reduce_sum((query[:, :, None] - prototypes[:, None]) ** 2, axis=-1)
         return tf.nn.softmax(tf.where(present[:, None], -distances, _NEVER))
 
     def train_step(self, data):
-        return super().train_step(_as_keras(data))
+        return super().train_step(self._as_keras(data))
 
     def test_step(self, data):
-        return super().test_step(_as_keras(data))
+        return super().test_step(self._as_keras(data))
 
     def evaluate(self, x=None, episodes=600, meta_batch_size=10, **kwargs):
         """As `Learner.evaluate`."""
@@ -84,12 +97,16 @@ class PrototypicalNetwork(keras.Model):
 
     def predict(self, support, query):
         """As `Learner.predict`. A class without support examples has probability zero."""
-        x, y = (tf.convert_to_tensor(part)[None] for part in support)
-        return self((x, y, tf.convert_to_tensor(query)[None]))[0].numpy()
+        support = tuple(tf.convert_to_tensor(part)[None] for part in support)
+        return self.predict_episodes(support, tf.convert_to_tensor(query)[None])[0].numpy()
 
     def predict_episodes(self, support, query):
         """As `Learner.predict_episodes`."""
-        return self((*support, query))
+        inputs = *support[:2], query
+        if len(support) == 3:
+            weights = with_weights(support)[2]
+            inputs += weights, tf.ones(tf.shape(query)[:2], weights.dtype)
+        return self(inputs)
 
     def embed(self, inputs):
         """The features of inputs, by moving batch-norm statistics: a tensor [inputs, features]."""
@@ -101,37 +118,43 @@ class PrototypicalNetwork(keras.Model):
         -||f - c||^2 = 2 f'c - ||c||^2 - ||f||^2, and the last term is the same for all classes.
 
         Args:
-            support: Tuple (x, y) of arrays.
+            support: Tuple (x, y) of arrays, or (x, y, sample weights).
 
         Returns:
             A `keras.Model`.
         """
-        x, y = (tf.convert_to_tensor(part) for part in support)
-        prototypes, present = (part[0] for part in self._prototypes(self.embed(x)[None], y[None]))
+        x, *others = (tf.convert_to_tensor(part) for part in support)
+        parts = self._prototypes(self.embed(x)[None], *(part[None] for part in others))
+        prototypes, present = (part[0] for part in parts)
         biases = tf.where(present, -tf.reduce_sum(prototypes ** 2, axis=-1), _NEVER)
-        embedding = keras.models.clone_model(self.embedding)
-        embedding.set_weights(self.embedding.get_weights())
+        embedding = copy_of(self.embedding)
         head = keras.layers.Dense(self.ways, activation="softmax")
-        model = keras.Sequential([keras.Input(x.shape[1:]), embedding, head])
+        model = keras.Sequential([keras.Input(x.shape[1:], dtype=x.dtype.name), embedding, head])
         head.set_weights([2 * prototypes.numpy().T, biases.numpy()])
         return model
 
-    def _prototypes(self, features, labels):
+    def _prototypes(self, features, labels, weights=None):
         """The mean of each class [episodes, ways, features], and whether it has support examples [episodes, ways]."""
         members = tf.one_hot(labels, self.ways, dtype=features.dtype)
+        if weights is not None:
+            members *= tf.cast(weights, features.dtype)[:, :, None]
         sums = tf.einsum("esw,esf->ewf", members, features)
         counts = tf.reduce_sum(members, axis=1)
         return tf.math.divide_no_nan(sums, counts[:, :, None]), counts > 0
 
     def _judge(self, episodes):
-        (inputs, targets) = _as_keras(episodes)
+        inputs, targets, *weights = self._as_keras(episodes)
+        weights = weights[0] if weights else tf.ones_like(targets, keras.config.floatx())
         predictions = self(inputs)
         losses = keras.losses.sparse_categorical_crossentropy(targets, predictions)
-        correct = keras.metrics.sparse_categorical_accuracy(targets, predictions)
-        return {"loss": tf.reduce_mean(losses, axis=1), "accuracy": tf.reduce_mean(correct, axis=1)}
+        return {"loss": tf.reduce_mean(tf.cast(weights, losses.dtype) * losses, axis=1),
+                "accuracy": weighted_mean(correct(targets, predictions), weights, axis=1)}
 
-
-def _as_keras(episodes):
-    """Episodes as Keras' (inputs, targets)."""
-    support, query = pair(episodes)
-    return (support[0], support[1], query[0]), query[1]
+    def _as_keras(self, episodes):
+        """Episodes as Keras' (inputs, targets) or (inputs, targets, sample weights)."""
+        support, query = with_both_weights(*pair(episodes))
+        inputs = support[0], support[1], query[0]
+        if len(support) == 2:
+            return inputs, query[1]
+        loss = self.loss if self.compiled else _LOSS
+        return (*inputs, support[2], query[2]), query[1], scaled(query[2], loss)

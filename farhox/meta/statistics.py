@@ -3,8 +3,10 @@
 import contextlib
 
 import keras
+import tensorflow as tf
 
 from farhox._core import functional
+from farhox.meta.weights import is_present
 
 
 def query_call(model, transductive):
@@ -20,7 +22,8 @@ def query_call(model, transductive):
         transductive: Bool.
 
     Returns:
-        A callable `(support x, query x) -> predictions`.
+        A callable `(support x, query x) -> predictions`; or `(support x, query x, support weights, query weights) ->
+        predictions` for episodes with sample weights. Examples of weight zero have no part in the statistics.
     """
     layers = _batch_norms(model)
     own = {id(variable) for layer in layers for variable in layer.non_trainable_variables}
@@ -28,25 +31,37 @@ def query_call(model, transductive):
     batch_norm_alone = layers and all(id(v) in own for v in model.non_trainable_variables)
 
     def predict(inputs):
-        support, query = inputs
+        support, query, *weights = inputs
         if not layers:
             return model(query, training=False)
-        if transductive and batch_norm_alone:
-            return model(query, training=True)
-        with _without_memory(layers):
-            model(query if transductive else support, training=True)
+        used = query if transductive else support
+        present = is_present(weights[1 if transductive else 0]) if weights else None
+        with _statistics_of(layers, present):
+            if transductive and batch_norm_alone:
+                return model(query, training=True)
+            with _without_memory(layers):
+                model(used, training=True)
         return model(query, training=False)
 
     return predict
 
 
-def support_statistics(model, inputs, values):
+def statistics_of_weighted(model):
+    """The `inner_context` of `supervised_problem` in which examples of weight zero have no part in statistics."""
+    def context(weights):
+        return _statistics_of(_batch_norms(model), is_present(weights))
+
+    return context
+
+
+def support_statistics(model, inputs, values, weights=None):
     """The batch-norm statistics of `inputs` under other weights.
 
     Args:
         model: A built `keras.Model`.
         inputs: Tensor, the support inputs.
         values: Dictionary from ids of the model's variables to tensors.
+        weights: Tensor of sample weights [examples, ...], or None.
 
     Returns:
         Dictionary from ids of the moving statistics to tensors.
@@ -59,7 +74,7 @@ def support_statistics(model, inputs, values):
     bindings += [(variable, variable.value) for variable in statistics]
 
     def run():
-        with _without_memory(layers):
+        with _without_memory(layers), _statistics_of(layers, is_present(weights)):
             model(inputs, training=True)
 
     result = functional.call(run, bindings=bindings)
@@ -81,3 +96,49 @@ def _without_memory(layers):
     finally:
         for layer, momentum in zip(layers, momenta):
             layer.momentum = momentum
+
+
+@contextlib.contextmanager
+def statistics_of(model, present):
+    """The model's batch-norm layers take the statistics of a batch from some of its examples alone.
+
+    Args:
+        model: A `keras.Model`.
+        present: Bools [examples], or None for all.
+    """
+    with _statistics_of(_batch_norms(model), present):
+        yield
+
+
+@contextlib.contextmanager
+def _statistics_of(layers, present):
+    if present is None:
+        yield
+        return
+    for layer in layers:
+        if layer.synchronized:
+            raise ValueError("Episodes with sample weights need batch-norm layers that are not synchronized. "
+                             f"Received: {layer.name!r} with synchronized=True")
+        # In place of the method of the class.
+        vars(layer)["_moments"] = _moments_of(layer, present)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("_moments", None)
+
+
+def _moments_of(layer, present):
+    def moments(inputs, mask):
+        rank = inputs.shape.rank
+        counts = tf.reshape(present, [-1] + [1] * (rank - 1))
+        if mask is not None:
+            counts = tf.logical_and(counts, tf.expand_dims(mask, -1))
+        counts = tf.cast(tf.broadcast_to(counts, tf.shape(inputs)), inputs.dtype)
+        axes = [axis % rank for axis in layer._reduction_axes]
+        total = tf.reduce_sum(counts, axes, keepdims=True)
+        mean = tf.math.divide_no_nan(tf.reduce_sum(counts * inputs, axes, keepdims=True), total)
+        variance = tf.math.divide_no_nan(tf.reduce_sum(counts * (inputs - mean) ** 2, axes, keepdims=True), total)
+        return tf.squeeze(mean, axes), tf.squeeze(variance, axes)
+
+    return moments

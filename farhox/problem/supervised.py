@@ -1,5 +1,7 @@
 """The bilevel problem of a Keras model, a loss and batches (x, y)."""
 
+import contextlib
+
 import keras
 import tensorflow as tf
 from keras.src.losses.losses import LossFunctionWrapper
@@ -14,7 +16,7 @@ LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
 def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=None, outer_variables=(),
                        representation=None, example_weights=None, learn_initialization=False, proximal=None,
                        training_at_outer=False, class_weights=None, stop_tolerance=None, outer_call=None,
-                       share_representation=False):
+                       share_representation=False, inner_context=contextlib.nullcontext):
     """A `BilevelProblem` for a Keras model: training loss inside, validation loss outside.
 
     The inner objective is the loss of `model(x, training=True)` on an inner batch plus the regularisation and activity
@@ -45,12 +47,13 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         stop_tolerance: Positive float, see `BilevelProblem`.
         outer_call: Callable `x -> predictions` for outer batches (x, y), x being any nest. Default:
             `model(x, training=training_at_outer)`.
-
         share_representation: Bool. Where all inner steps have the same batch (`farhox.repeat`), compute its
             representation once instead of in each step, with `ReverseHG` and `ImplicitHG`. The model must be a
             `keras.Sequential` that begins with the layers of `representation`, which may hold batch norm, but no
             dropout or other layers with random numbers, and no masks. Inner training then leaves their moving
             statistics as they are.
+        inner_context: Callable, the third part of an inner batch or None -> context manager, in which the model is
+            called on that batch. Default: none.
 
     Returns:
         A `BilevelProblem`. Batches are (x, y) or, as in Keras, (x, y, sample_weight).
@@ -105,14 +108,17 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         return _unpacked(batch, "(x, y, index)" if example_weights is not None else None)
 
     def features(batch):
-        unpacked(batch)
-        return (first(batch[0], training=True), *batch[1:]), first.losses
+        x, *others = batch
+        with inner_context(unpacked(batch)[2]):
+            return (first(x, training=True), *others), first.losses
 
     def inner_objective(batch):
         batch, additions = batch if share_representation else (batch, [])
         x, y, extra = unpacked(batch)
         weights = extra if example_weights is None else example_weights(extra)
-        value = loss_value(y, last(x, training=True), weights, class_weights)
+        with inner_context(extra):
+            predictions = last(x, training=True)
+        value = loss_value(y, predictions, weights, class_weights)
         for addition in [*additions, *last.losses]:
             value += tf.cast(addition, value.dtype)
         return value
