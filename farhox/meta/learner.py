@@ -1,6 +1,5 @@
 """What the learners share: episodes as hyper-iterations, adaptation, prediction, evaluation."""
 
-import keras
 import tensorflow as tf
 
 from farhox._core import checks
