@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import farhox
 from farhox import meta
+from farhox.meta import omniglot
 
 # Every image is its own number, so that what was drawn can be told.
 IMAGES = np.arange(60, dtype="float32").reshape(60, 1)
@@ -173,9 +174,35 @@ def test_omniglot_is_ink_on_paper_split_by_character_and_read_once(tmp_path, mon
     train = parts[0][0]
     assert train.dtype == np.uint8 and train.max() > 200 and 0.04 < train.mean() / 255 < 0.15
     assert np.mean(train[:, 0] == 0) > 0.95  # Paper at the upper edge.
-    again = meta.load_omniglot("nowhere", cache_dir=tmp_path, download=False)
+    # Other settings, from the file.
+    monkeypatch.setattr(omniglot, "_read", None)
+    again = meta.load_omniglot(os.environ["FARHOX_DATA_DIR"], cache_dir=tmp_path, download=False)
     np.testing.assert_array_equal(again[1][0][:2000], parts[1][0])
     assert len(np.unique(again[0][1])) == 4800
+
+
+def test_the_cache_of_omniglot_is_one_of_each_folder_and_checked(tmp_path, monkeypatch):
+    def read(source, download):
+        reads.append((source.name, download))
+        number = len(reads)
+        return np.full([40, 28, 28, 1], number, np.uint8), np.repeat(np.arange(4), 10)
+
+    def first_image(folder):
+        parts = meta.load_omniglot(tmp_path / folder, 2, 1, cache_dir=tmp_path / "cache", download=False)
+        return parts[0][0][0, 0, 0, 0]
+
+    reads = []
+    monkeypatch.setattr(omniglot, "_read", read)
+    assert [first_image("a"), first_image("a"), first_image("b"), first_image("a")] == [1, 1, 2, 1]
+    assert reads == [("a", False), ("b", False)]
+    (tmp_path / "a" / "omniglot" / "4.0.0").mkdir(parents=True)  # A newer version of the data.
+    assert [first_image("a"), first_image("a")] == [3, 3]
+    for damage in (lambda content: content[:100], lambda content: content[:-200] + b"0" * 100 + content[-100:],
+                   lambda content: b"", lambda content: content.replace(b"digest", b"tsegid")):
+        (file, *_) = (file for file in (tmp_path / "cache").iterdir() if np.load(file)["images"].max() == len(reads))
+        file.write_bytes(damage(file.read_bytes()))
+        with pytest.warns(UserWarning, match=f"The cached images in {file} are damaged: they are read again from"):
+            assert first_image("a") == len(reads)
 
 
 def prototypes():

@@ -1,7 +1,11 @@
 """Omniglot as few-shot learning uses it: 28x28, one channel, ink 1 and paper 0, rotations as classes of their own."""
 
+import hashlib
 import os
 import pathlib
+import warnings
+import zipfile
+import zlib
 
 import numpy as np
 import tensorflow as tf
@@ -15,10 +19,12 @@ def load_omniglot(data_dir=None, train=1200, validation=100, seed=0, rotations=T
     """The characters of Omniglot, split by character into meta-training, meta-validation and meta-test.
 
     All 1,623 characters are pooled, shuffled and split; the rotations of a character stay in its part. Images are read
-    with TensorFlow Datasets once and kept as one small file.
+    with TensorFlow Datasets once and kept as one small file for each folder that they were read from. A file that is
+    damaged, or older than the data in the folder, is made anew.
 
     Args:
-        data_dir: Folder of TensorFlow Datasets; default: its own.
+        data_dir: Folder of TensorFlow Datasets; default: its own, `~/tensorflow_datasets` or what the environment
+            variable TFDS_DATA_DIR names.
         train: Positive int, characters for meta-training.
         validation: Positive int, characters for meta-validation; the rest is for meta-test.
         seed: Int, of the split.
@@ -39,18 +45,46 @@ def load_omniglot(data_dir=None, train=1200, validation=100, seed=0, rotations=T
 
 
 def _small_images(data_dir, cache_dir, download):
+    source = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or pathlib.Path("~", "tensorflow_datasets"))
+    source = source.expanduser().resolve()
     home = os.environ.get("KERAS_HOME", os.path.join("~", ".keras"))
     folder = pathlib.Path(cache_dir or os.path.join(home, "datasets")).expanduser()
-    file = folder / f"farhox_omniglot_{SIZE}.npz"
-    if file.exists():
-        with np.load(file) as stored:
-            return stored["images"], stored["labels"]
-    images, labels = _read(data_dir, download)
+    file = folder / f"farhox_omniglot_{SIZE}_{hashlib.sha256(str(source).encode()).hexdigest()[:12]}.npz"
+    stored = _stored(file, source) if file.exists() else None
+    if stored is not None:
+        return stored
+    images, labels = _read(source, download)
     folder.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.stem}.{os.getpid()}.part.npz")
-    np.savez_compressed(part, images=images, labels=labels)
+    np.savez_compressed(
+        part, images=images, labels=labels, digest=_digest(images, labels), versions=_versions(source))
     os.replace(part, file)  # In one step: another process sees the whole file or none.
     return images, labels
+
+
+def _stored(file, source):
+    """The images and labels of a file, or None if it must be made anew."""
+    try:
+        with np.load(file) as parts:
+            images, labels, digest, versions = (parts[name] for name in ("images", "labels", "digest", "versions"))
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
+        digest = None
+    if digest is None or str(digest) != _digest(images, labels):
+        warnings.warn(f"The cached images in {file} are damaged: they are read again from {source}.", stacklevel=4)
+        return None
+    # A folder that is no longer there has nothing newer.
+    return (images, labels) if _versions(source) in ("", str(versions)) else None
+
+
+def _digest(images, labels):
+    parts = [f"{array.dtype} {array.shape}".encode() + array.tobytes() for array in (images, labels)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _versions(source):
+    """The versions of the data set in a folder of TensorFlow Datasets, as one string."""
+    folder = source / "omniglot"
+    return " ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ""
 
 
 def _read(data_dir, download):
@@ -61,7 +95,7 @@ def _read(data_dir, download):
         ink = 255.0 - tf.image.resize(paper, [SIZE, SIZE], method="area")
         return tf.cast(tf.round(ink), tf.uint8), example["label"]
 
-    dataset = tfds.load("omniglot", split="train+test", data_dir=data_dir, download=download)
+    dataset = tfds.load("omniglot", split="train+test", data_dir=str(data_dir), download=download)
     dataset = dataset.map(small, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(512)
     parts = list(dataset.as_numpy_iterator())
     return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
