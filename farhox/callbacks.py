@@ -1,5 +1,7 @@
-"""Keras callbacks for hyperparameters: the public door to `farhox.training.callbacks`."""
+"""Keras callbacks: the public door to those of `farhox.training`."""
 
+from farhox._core.resumable import Resumable
 from farhox.training.callbacks import HyperparameterTrace, read_trace
+from farhox.training.resume import Resume
 
-__all__ = ["HyperparameterTrace", "read_trace"]
+__all__ = ["HyperparameterTrace", "Resumable", "Resume", "read_trace"]
