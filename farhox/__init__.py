@@ -50,6 +50,7 @@ from farhox.outer import (  # noqa: E402
 )
 from farhox.problem import BilevelProblem, supervised_problem  # noqa: E402
 from farhox.training import HyperOptimizer, OptimizerGroups  # noqa: E402
+from farhox.tuner import Tuner  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -57,9 +58,9 @@ __all__ = [
     "Adam", "BacktrackingGradientDescent", "BilevelProblem", "Box", "CappedSimplex", "ConjugateGradient", "DartsHG",
     "Dense", "Direct", "EpisodesHG", "EvoGradHG", "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES",
     "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG",
-    "InitialHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver",
-    "Momentum", "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "OuterVariable",
-    "ReptileHG", "ReverseHG", "ReversibleHG", "Simplex", "bilevel_dataset", "callbacks", "check_hypergradient",
+    "InitialHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum",
+    "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "OuterVariable", "ReptileHG",
+    "ReverseHG", "ReversibleHG", "Simplex", "Tuner", "bilevel_dataset", "callbacks", "check_hypergradient",
     "compare_hypergradients", "constraints", "export", "gather", "health", "k_fold_dataset", "linear_solvers", "meta",
     "plots", "repeat", "stack", "stn", "supervised_problem",
 ]

@@ -1,0 +1,107 @@
+"""What a tuner says: the table, a line per epoch, the results, the picture. Lines of at most 80 columns."""
+
+import dataclasses
+import importlib.util
+import sys
+import textwrap
+
+import numpy as np
+
+from farhox.tuner import tunables
+
+_WIDTH = 80
+
+
+def write(text):
+    """Writes lines to the screen."""
+    sys.stdout.write(text + "\n")
+
+
+def number(value):
+    """A number in at most eight characters, the mean of an array, "off" for None."""
+    if value is None:
+        return "off"
+    if np.ndim(value):
+        return f"mean {number(float(np.mean(value)))}"
+    text = f"{value:.3g}"
+    return text.replace("e-0", "e-").replace("e+0", "e")
+
+
+def switched_off(row, sweeps, online):
+    """The row with what is switched off fixed."""
+    if row.tuned and row.kind.route == tunables.SWEEP and not sweeps:
+        return dataclasses.replace(row, tuned=False, reason="the sweep is off")
+    if row.tuned and row.kind.route != tunables.SWEEP and not online:
+        return dataclasses.replace(row, tuned=False, reason="online tuning is off")
+    return row
+
+
+def table(rows, sweeps):
+    """The table of hyperparameters."""
+    del sweeps
+    lines = [("hyperparameter", "where", "value", "range", "route", "tuned or fixed")]
+    for row in rows:
+        reason = row.reason or {"sweep": "found by the sweep", "path": "follows hypergradients",
+                                "response": "follows the response"}[row.kind.route]
+        state = f"tuned, {reason}" if row.tuned else f"fixed, {reason}" if row.hyperparameter is not None else reason
+        interval = "" if row.hyperparameter is None else f"{number(row.low)} to {number(row.high)}"
+        lines.append((row.name, row.where, number(row.value()), interval, row.route, state))
+    return _columns(lines, (16, 12, 8, 13, 8, 18))
+
+
+def results(rows, before, after):
+    """The values at the start and at the best epoch."""
+    lines = [("hyperparameter", "where", "start", "best", "route")]
+    lines += [(row.name, row.where, number(before[row.name]), number(after[row.name]), row.route) for row in rows]
+    return _columns(lines, (24, 24, 10, 10, 8))
+
+
+def epoch_line(epoch, epochs, logs, seconds):
+    """One line on an epoch."""
+    parts = [f"epoch {epoch + 1}/{epochs} {seconds:.0f} s"]
+    parts += [f"{name} {number(value)}" for name, value in logs.items()]
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > _WIDTH - 4:
+            return f"{line} ..."
+        line += f"  {part}"
+    return line
+
+
+def wrapped(lines):
+    """Lines broken at 80 columns."""
+    return [part for line in lines for part in textwrap.wrap(line, _WIDTH, subsequent_indent="  ")]
+
+
+def plot(history, rows, objective, path):
+    """Writes the picture of a run."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("plot needs the package matplotlib, which is not installed: pip install matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    del objective
+    names = [row.name for row in rows if row.name in history[0]] or ["learning_rate"]
+    figure = Figure(figsize=(8, 1.8 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, name in zip(axes, names):
+        values = np.concatenate([entry[name] for entry in history])
+        values = values.reshape(len(values), -1)
+        axis.plot(np.arange(len(values)), values)
+        if next(row for row in rows if row.name == name).kind.log if rows else True:
+            axis.set_yscale("log")
+        axis.set_ylabel(name.replace("_", " "))
+    axes[-1].set_xlabel("training step")
+    figure.savefig(path)
+
+
+def _columns(lines, widths):
+    """Lines in columns of at most these widths; what does not fit goes on below."""
+    text = []
+    for line in lines:
+        cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(line, widths)]
+        for index in range(max(map(len, cells))):
+            parts = [(cell[index] if index < len(cell) else "").ljust(width) for cell, width in zip(cells, widths)]
+            text.append(" ".join(parts).rstrip())
+    return "\n".join(text)

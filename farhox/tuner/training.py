@@ -1,0 +1,161 @@
+"""One tuned training: rounds of inner steps, each with one update of the hyperparameters; states to go back to."""
+
+import dataclasses
+import math
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from farhox.dynamics import KerasDynamics
+from farhox.hypergradients import ReverseHG
+from farhox.problem import BilevelProblem
+from farhox.training import HyperOptimizer
+from farhox.tuner.rate import Rate
+
+_WITH_MOMENTUM = ("momentum", "beta_1")
+_SWEEP_MOMENTUM = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What one round of training gave.
+
+    Attributes:
+        loss: Mean of the training loss over the steps.
+        first_loss: The training loss before the first step.
+        outer_loss: Loss on the outer batch.
+        finite: Whether all that was computed is.
+    """
+
+    loss: float
+    first_loss: float
+    outer_loss: float
+    finite: bool
+
+
+class Training:
+    """The training of a network under hyperparameters that are tuned along the way.
+
+    Args:
+        network: What is trained: `inner_objective`, `outer_objective`, `inner_variables`, `state_variables`.
+        optimizer: The compiled Keras optimizer, of which a copy works.
+        rows: List of `Tunable` of the model.
+        truncation: Positive int, steps that hypergradients walk back.
+        outer_rate: Float, the step of the outer optimizer in log space at the start.
+    """
+
+    def __init__(self, network, optimizer, rows, truncation, outer_rate):
+        self.network = network
+        self._rows = {row.name: row for row in rows}
+        settings = {name: row.hyperparameter for name, row in self._rows.items()
+                    if row.hyperparameter is not None and name in vars(optimizer)}
+        self.rate_row = self._rows["learning_rate"]
+        schedule = vars(optimizer)["_learning_rate"]
+        schedule = schedule if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule) else None
+        self.has_schedule = schedule is not None
+        self.rate = Rate(self.rate_row.hyperparameter, schedule)
+        self._momenta = [settings[name] for name in _WITH_MOMENTUM if name in settings]
+        self.tuned = [row for row in rows if row.tuned and row.route != "sweep"]
+        outer = [row.hyperparameter for row in self.tuned]
+        # Without a hyperparameter to follow, the rate stands where the problem needs one, and does not move.
+        idle = not outer
+        problem = BilevelProblem(
+            network.inner_objective, network.outer_objective, network.inner_variables,
+            [self.rate_row.hyperparameter] if idle else outer, state_variables=network.state_variables,
+            dynamics=KerasDynamics(optimizer, **{**settings, "learning_rate": self.rate}))
+        self.outer_optimizer = keras.optimizers.SGD(0.0) if idle else keras.optimizers.Adam(
+            outer_rate, beta_2=0.9, epsilon=1e-12)
+        self._engine = HyperOptimizer(
+            problem, ReverseHG(truncation=0 if idle else truncation), online=True, max_skipped_updates=2**31 - 1)
+        self._engine.compile(self.outer_optimizer)
+        self._outer_rate = outer_rate
+        self._kept = [*self._engine.variables, *self.outer_optimizer.variables,
+                      *(row.hyperparameter.variable for row in rows if row.hyperparameter is not None)]
+        self._kept = list({id(variable): variable for variable in self._kept}.values())
+        self.steps = 0
+
+    def run(self, inner_batches, outer_batch, steps):
+        """One round: inner steps, a hypergradient, an update. Returns a `Round`."""
+        result = self._engine.step(inner_batches, outer_batch)
+        self.steps += steps
+        losses, outer_loss = result.inner_losses.numpy(), float(result.outer_loss)
+        finite = bool(result.diagnostics["finite"]) and bool(np.all(np.isfinite(losses)))
+        return Round(float(np.mean(losses)), float(losses[0]), outer_loss, finite)
+
+    def forward(self, inner_batches):
+        """Inner steps alone: the training loss before each, an array."""
+        return self._engine.train_inner(inner_batches).numpy()
+
+    def anneal_outer_rate(self, progress):
+        """Lets the step of the outer optimizer fall to .3 of its start over the first 40 % of training."""
+        if self.tuned:
+            self.outer_optimizer.learning_rate.assign(self._outer_rate * (1.0 - 0.7 * min(1.0, progress / 0.4)))
+
+    def state(self):
+        """All that training changes, as a list of tensors to go back to."""
+        return [tf.identity(variable) for variable in self._kept], self.steps
+
+    def go_back(self, state):
+        """Goes back to what `state` returned."""
+        values, self.steps = state
+        for variable, value in zip(self._kept, values):
+            variable.assign(value)
+
+    def restart(self, state):
+        """Goes back to the initial weights with fresh slots; hyperparameters stay as they are."""
+        values = [row.hyperparameter.variable.numpy() for row in self._rows.values() if row.hyperparameter is not None]
+        self.go_back(state)
+        self._engine.reset_inner_state()
+        for row, value in zip((row for row in self._rows.values() if row.hyperparameter is not None), values):
+            row.hyperparameter.variable.assign(value)
+        self.steps = 0
+
+    def set_momentum(self, momentum=_SWEEP_MOMENTUM):
+        """Sets momentum or beta_1, for the sweep or back to their values. Returns the values before."""
+        before = [float(entry.numpy()) for entry in self._momenta]
+        after = momentum if isinstance(momentum, list) else [momentum] * len(before)
+        for entry, value in zip(self._momenta, after):
+            low, high = entry.low, entry.high
+            entry.assign(min(max(value, low + 1e-3 * (high - low)), high - 1e-3 * (high - low)))
+        return before
+
+    def momentum(self):
+        """The momentum that multiplies the effect of the rate, 0 without one: that of Adam's beta_1 does not."""
+        row = self._rows.get("momentum")
+        return 0.0 if row is None or row.hyperparameter is None else float(row.hyperparameter.numpy())
+
+
+class Guard:
+    """Watches the training loss of rounds, and keeps the last good state to go back to.
+
+    A window's mean loss above `factor` times the least so far and `margin` more, or a value that is not finite, is bad.
+    The least starts at the loss of the initial weights.
+
+    Args:
+        initial: The state before training.
+        window: Positive int, rounds that are averaged.
+    """
+
+    factor, margin = 1.3, 0.1
+
+    def __init__(self, initial, window=5):
+        self._losses, self._least, self._window = [], None, window
+        self.good = initial
+        self.fired = 0
+
+    def watch(self, done, state):
+        """Takes in one `Round`. Returns whether it is bad; `state` is called for what to keep where it is the best."""
+        if self._least is None:
+            self._least = done.first_loss if math.isfinite(done.first_loss) else math.inf
+        self._losses = [*self._losses, done.loss][-self._window:]
+        mean = float(np.mean(self._losses))
+        if not done.finite or mean > self.factor * self._least + self.margin:
+            self._losses.clear()
+            self.fired += 1
+            return True
+        if mean < self._least:
+            self._least = mean
+            self.good = state()
+        return False

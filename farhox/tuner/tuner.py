@@ -1,0 +1,361 @@
+"""Tuner: from a compiled Keras model and its data to a tuned one, in one training."""
+
+import math
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from farhox._core import checks
+from farhox.data import bilevel_dataset
+from farhox.data.streams import is_stream
+from farhox.tuner import report
+from farhox.tuner.network import Network, Objective, check_model
+from farhox.tuner.rate import read_sweep
+from farhox.tuner.training import Guard, Training
+from farhox.tuner.tunables import Choice, optimizer_tunables
+
+_ROUND = 20  # Steps from one update of the hyperparameters to the next, about.
+_SWEEP_STEPS = 100
+_SWEEP_RANGE = (1e-6, 10.0)
+_MOST_MOMENTUM = 0.9
+_RATE_CUT = 0.3
+_OUTER_BATCHES = 5  # An outer batch has the examples of so many training batches.
+# These set the rate or go on from a state of their own, which the tuner does itself.
+_REFUSED = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau, keras.callbacks.BackupAndRestore)
+
+
+class Tuner:
+    """Tunes the hyperparameters of a compiled Keras model while it trains, and gives a plain Keras model back.
+
+    ```python
+    model.compile(keras.optimizers.AdamW(1e-3, weight_decay=1e-2), loss="sparse_categorical_crossentropy")
+    tuner = farhox.Tuner(model)
+    tuner.fit(train, validation_data=validation, epochs=30)
+    best = tuner.get_model()
+    ```
+
+    It finds the settings of the optimizer, the penalties of layers, the smoothing of labels and the weights of outputs
+    and classes. A sweep of the learning rate from the initial weights sets the rate, and training starts afresh. About
+    every twentieth step the other hyperparameters follow hypergradients of the validation loss through the last steps.
+    The rate ends in a cosine. A guard goes back to the last good state when the training loss rises. The model given is
+    not changed.
+
+    Args:
+        model: A functional or Sequential `keras.Model`, built and compiled.
+        objective: What is best: "val_loss", the name of a compiled metric such as "val_accuracy", a Keras loss or a
+            Keras metric. Hypergradients follow the compiled loss where a metric counts and has no derivative.
+        tune: List of names of hyperparameters, or of kinds of them, to tune. Default: those worth it.
+        fix: List of names not to tune.
+        ranges: Dictionary from names to pairs (low, high).
+        start: Dictionary from names to values to start from; or a trial of Optuna, or HyperParameters of KerasTuner.
+        granularity: "global", one hyperparameter per kind, or "layer", one per kind and layer.
+        sweep: Bool. Find the learning rate by a sweep.
+        online: Bool. Let hyperparameters follow hypergradients.
+        annealing: Share of the training, from 0 to 1, over which the rate falls to zero along a cosine. It is 0 for an
+            optimizer that has a schedule of its own.
+        guard: Bool. Go back to the last good state when training diverges, with .3 of the rate.
+        truncation: Positive int, steps that hypergradients walk back.
+        outer_rate: Positive float, the greatest change of the logarithm of a hyperparameter in one update, at first.
+        seed: Int, of the order of arrays.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the model is not built and compiled, a name is none of the model's hyperparameters, or an
+            argument is out of range.
+
+    Reference:
+        [Smith, 2015](https://arxiv.org/abs/1506.01186) (sweep);
+        [Luketina et al., 2016](https://arxiv.org/abs/1511.06727) (regularisers by the gradient of one step);
+        [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785) (hypergradients);
+        [Loshchilov and Hutter, 2016](https://arxiv.org/abs/1608.03983) (cosine).
+    """
+
+    def __init__(self, model, objective="val_loss", tune=None, fix=None, ranges=None, start=None, granularity="global",
+                 sweep=True, online=True, annealing=0.3, guard=True, truncation=1, outer_rate=0.3, seed=0):
+        check_model(model)
+        self._model = model
+        choice = Choice(tune, fix, ranges, start, granularity)
+        self._objective = Objective(objective, model)
+        self._sweeps, self._guards = bool(sweep), bool(guard)
+        self._annealing = checks.number_in_range("annealing", annealing, 0.0, 1.0)
+        self._truncation = checks.positive_integer("truncation", truncation)
+        self._outer_rate = checks.positive_number("outer_rate", outer_rate)
+        self._seed = checks.integer("seed", seed)
+        self._network = Network(model, choice, self._objective)
+        self._rows = optimizer_tunables(model.optimizer, choice) + self._network.found
+        choice.check_used(self._rows)
+        self._rows = [report.switched_off(row, self._sweeps, bool(online)) for row in self._rows]
+        self._history, self._best = [], None
+        self._values_before = self.get_hyperparameters()
+        self.notes = [self._objective.note]
+
+    def summary(self):
+        """Prints the table of hyperparameters: where, value, range, route, tuned or fixed and why."""
+        report.write(report.table(self._rows, self._sweeps))
+
+    def fit(self, x, y=None, batch_size=None, epochs=1, validation_data=None, callbacks=None, verbose="auto",
+            sample_weight=None, steps_per_epoch=None):
+        """Trains and tunes.
+
+        Args:
+            x, y, sample_weight: Arrays; or `x` a pair of arrays (x, y), a `tf.data.Dataset` of batches or a
+                `keras.utils.PyDataset`.
+            batch_size: Positive int, for arrays. Default: 32.
+            epochs: Positive int.
+            validation_data: Data of the same kinds. They are tuned on, so they must not be what is reported.
+            callbacks: List of Keras callbacks. Their model is the one that is trained. Those that set the learning rate
+                are refused.
+            verbose: 0: silent; 1 or "auto": one line per epoch.
+            steps_per_epoch: Positive int, needed where the number of batches is not known.
+
+        Returns:
+            A `keras.callbacks.History`, with the values of hyperparameters by their names.
+
+        Raises:
+            ValueError: If there is no validation data, data are not what is said above, or training has no finite loss.
+        """
+        if validation_data is None:
+            raise ValueError("A Tuner tunes hyperparameters on validation data. Received: validation_data=None")
+        checks.positive_integer("epochs", epochs)
+        data, rounds, inner_steps, evaluated = self._data(
+            x, y, sample_weight, batch_size, validation_data, steps_per_epoch)
+        training = Training(self._network, self._model.optimizer, self._rows, self._truncation, self._outer_rate)
+        self.notes = [self._objective.note]
+        self._history, self._best = [], None
+        total = epochs * rounds * inner_steps
+        annealing = 0.0 if training.has_schedule else self._annealing
+        if self._sweeps and training.rate_row.tuned:
+            self._sweep(training, data, total, inner_steps)
+        training.rate.train(total, annealing)
+        if annealing:
+            self._note(f"annealing: the rate falls along a cosine over the last {annealing:.0%} of {total} steps")
+        elif training.has_schedule:
+            self._note("annealing: left to the schedule of the optimizer")
+        history = self._train(training, data, rounds, inner_steps, epochs, evaluated, callbacks, verbose)
+        if training.tuned:
+            moved = ", ".join(f"{row.name} {report.number(self._values_before[row.name])} -> "
+                              f"{report.number(row.value())}" for row in training.tuned[:3])
+            more = f" and {len(training.tuned) - 3} more" if len(training.tuned) > 3 else ""
+            self._note(f"online: {moved}{more}")
+        return history
+
+    def results_summary(self):
+        """Prints the best epoch, the hyperparameters there beside those of the start, and what each part did."""
+        self._check_fitted()
+        best = self._best
+        lines = [f"Best epoch: {best['epoch'] + 1}, {self._objective.name} {best['logs'][self._objective.name]:.4g}", ""]
+        report.write("\n".join(lines + [report.results(self._rows, self._values_before, best["values"]), "",
+                                        *report.wrapped(self.notes)]))
+
+    def plot(self, path):
+        """Writes a picture of the values of the tuned hyperparameters and the validation loss over the epochs.
+
+        Args:
+            path: Path of a picture file, in a format that matplotlib writes.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        self._check_fitted()
+        report.plot(self._history, [row for row in self._rows if row.tuned], self._objective.name, path)
+
+    def get_model(self):
+        """A plain Keras model with the weights and hyperparameters of the best epoch, compiled; it needs no farhox."""
+        self._check_fitted()
+        values = self._best["values"]
+        return self._network.plain_model(self._best["weights"], values, self._plain_optimizer(values))
+
+    def get_hyperparameters(self):
+        """Dictionary from names to values: those of the best epoch, or before `fit` those of the start."""
+        if self._best is not None:
+            return dict(self._best["values"])
+        return {row.name: row.value() for row in self._rows}
+
+    def get_schedule(self):
+        """Dictionary from names to arrays [steps]: what each step was taken with, the annealed rate among them.
+
+        With a guard that went back, what was taken back is not there: the steps are those that led to the result.
+        """
+        self._check_fitted()
+        schedule = {}
+        for entry in self._history:
+            for name, values in entry.items():
+                schedule.setdefault(name, []).append(values)
+        return {name: np.concatenate(values) for name, values in schedule.items()}
+
+    def _sweep(self, training, data, total, inner_steps):
+        """Finds the rate: it rises until the loss does; then training starts afresh."""
+        start = training.state()
+        momenta = training.set_momentum()
+        sweep = self._swept(training, data, min(_SWEEP_STEPS, max(2 * inner_steps, total // 10)))
+        stop = sweep.stop / (1.0 - training.momentum())
+        training.set_momentum([min(momentum, _MOST_MOMENTUM) for momentum in momenta])
+        rate = self._rate_below(stop, training, data, total, start)
+        training.restart(start)
+        training.rate_row.hyperparameter.assign(rate)
+        lowered = f", momentum {_MOST_MOMENTUM} at most" if any(m > _MOST_MOMENTUM for m in momenta) else ""
+        self._note(f"sweep: the loss {'rose' if sweep.stopped else 'did not rise up'} at rate {sweep.stop:.2g} after "
+                   f"{len(sweep.losses)} steps; rate {rate:.2g}{lowered}")
+
+    def _swept(self, training, data, steps):
+        training.rate.sweep(*_SWEEP_RANGE, steps)
+        rates, losses = np.geomspace(*_SWEEP_RANGE, steps), np.zeros([0])
+        while True:
+            for inner_batches, _ in data:
+                losses = np.concatenate([losses, training.forward(inner_batches)])[:steps]
+                sweep = read_sweep(rates[:len(losses)], losses)
+                if sweep.stopped or len(losses) == steps:
+                    return sweep
+
+    def _rate_below(self, stop, training, data, total, start):
+        """The rate to train with, given where the sweep stopped, over 1 - momentum."""
+        del data, total, start
+        divisor = 5.0 if "momentum" in vars(self._model.optimizer) else 10.0
+        return stop / divisor * (1.0 - training.momentum())
+
+    def _train(self, training, data, rounds, inner_steps, epochs, evaluated, callbacks, verbose):
+        callbacks = keras.callbacks.CallbackList(
+            _checked_callbacks(callbacks), add_history=True, add_progbar=False, model=self._network.model,
+            verbose=0, epochs=epochs, steps=rounds)
+        model, guard = self._network.model, Guard(training.state()) if self._guards else None
+        model.stop_training = False
+        callbacks.on_train_begin()
+        for epoch in range(epochs):
+            began = time.monotonic()
+            callbacks.on_epoch_begin(epoch)
+            losses, recorded = [], []
+            for index, (inner_batches, outer_batch) in enumerate(data):
+                callbacks.on_train_batch_begin(index)
+                training.anneal_outer_rate(training.steps / (epochs * rounds * inner_steps))
+                first, before = training.steps, {
+                    row.name: row.value() for row in self._rows if row.hyperparameter is not None}
+                done = training.run(inner_batches, outer_batch, inner_steps)
+                losses.append(done.loss)
+                recorded.append(self._steps_taken(training, before, first, inner_steps))
+                if guard is not None and guard.watch(done, training.state):
+                    self._go_back(training, guard, done)
+                callbacks.on_train_batch_end(index, {"loss": done.loss})
+            self._history += recorded
+            logs = self._epoch_logs(epoch, losses, evaluated)
+            callbacks.on_epoch_end(epoch, logs)
+            if verbose:
+                report.write(report.epoch_line(epoch, epochs, logs, time.monotonic() - began))
+            if model.stop_training:
+                break
+        callbacks.on_train_end(logs)
+        if self._best is None:
+            raise ValueError(f"Training must have a finite loss. Received: {self._objective.name} "
+                             f"{logs[self._objective.name]} in every epoch")
+        if guard is not None:
+            self._note(f"guard: went back {guard.fired} times" if guard.fired else "guard: never fired")
+        return callbacks._history
+
+    def _go_back(self, training, guard, done):
+        steps = training.steps
+        training.go_back(guard.good)
+        training.steps = steps  # Time goes on, so that the annealing ends with the training.
+        rate = training.rate_row.hyperparameter
+        rate.assign(_RATE_CUT * rate.numpy())
+        self._note(f"guard: training loss {done.loss:.3g} at step {steps}; back to the last good state, rate "
+                   f"{rate.numpy():.2g}")
+
+    def _epoch_logs(self, epoch, losses, evaluated):
+        logs = {"loss": float(np.mean(losses)), **self._network.evaluate(evaluated)}
+        values = {row.name: row.value() for row in self._rows}
+        score = logs[self._objective.name]
+        better = self._best is None or (
+            score > self._best["score"] if self._objective.maximize else score < self._best["score"])
+        if math.isfinite(score) and better:
+            self._best = {"epoch": epoch, "score": score, "logs": dict(logs), "values": values,
+                          "weights": self._network.model.get_weights()}
+        logs.update({row.name: values[row.name] for row in self._rows
+                     if row.tuned and np.ndim(values[row.name]) == 0})
+        return logs
+
+    def _steps_taken(self, training, before, first, count):
+        """What the steps of a round were taken with, by name."""
+        taken = {name: np.repeat(np.asarray(value)[np.newaxis], count, axis=0) for name, value in before.items()}
+        taken["learning_rate"] = training.rate.at(np.arange(first, first + count)) / float(
+            training.rate_row.hyperparameter.numpy()) * before["learning_rate"]
+        return taken
+
+    def _data(self, x, y, sample_weight, batch_size, validation_data, steps_per_epoch):
+        """Hyper-iterations, their number in an epoch, their inner steps, and batches to evaluate on."""
+        if y is not None:
+            x = (x, y) if sample_weight is None else (x, y, sample_weight)
+        if is_stream(x):
+            if batch_size is not None:
+                raise ValueError("Batches of a data set have a size already. Received: "
+                                 f"batch_size={batch_size} with a {type(x).__name__}")
+            count = x.num_batches if isinstance(x, keras.utils.PyDataset) else int(x.cardinality())
+            count = None if count is None or count < 0 else count
+            examples = None
+        else:
+            batch_size = checks.positive_integer("batch_size", 32 if batch_size is None else batch_size)
+            examples = len(np.asarray(tf.nest.flatten(x)[0]))
+            batch_size = min(batch_size, examples)
+            count = examples // max(batch_size, 1)
+        if steps_per_epoch is not None:
+            count = checks.positive_integer("steps_per_epoch", steps_per_epoch)
+        if count is None:
+            raise ValueError("The number of batches in an epoch must be known. Received a data set of unknown length: "
+                             "give steps_per_epoch")
+        rounds = max(1, math.ceil(count / _ROUND))
+        inner_steps = max(1, math.ceil(count / rounds))
+        outer, evaluated, outer_size = _validation(validation_data, batch_size)
+        data = bilevel_dataset(x, outer, inner_steps, batch_size=batch_size, outer_batch_size=outer_size,
+                               hyper_iterations=rounds, seed=self._seed)
+        return data, rounds, inner_steps, evaluated
+
+    def _plain_optimizer(self, values):
+        optimizer = self._model.optimizer
+        config = optimizer.get_config()
+        settings = {name: value for name, value in values.items() if name in config and value is not None}
+        if isinstance(vars(optimizer)["_learning_rate"], keras.optimizers.schedules.LearningRateSchedule):
+            schedule = vars(optimizer)["_learning_rate"]
+            settings["learning_rate"] = values["learning_rate"] * float(schedule(self._best["epoch"]))
+        return type(optimizer).from_config({**config, **settings})
+
+    def _note(self, line):
+        self.notes.append(line)
+
+    def _check_fitted(self):
+        if self._best is None:
+            raise ValueError("The tuner must have run: call fit() first.")
+
+
+def _validation(data, batch_size):
+    """Outer data, batches to evaluate on, and the size of outer batches of arrays."""
+    if isinstance(data, keras.utils.PyDataset):
+        return data, _PyBatches(data), None
+    if isinstance(data, tf.data.Dataset):
+        first = next(iter(data), None)
+        if first is None:
+            raise ValueError("validation_data must hold at least one batch. Received an empty tf.data.Dataset.")
+        size = int(tf.nest.flatten(first)[0].shape[0])
+        return data.rebatch(_OUTER_BATCHES * (batch_size or size)), data, None
+    data = tuple(data) if isinstance(data, list) else data
+    count = len(tf.nest.flatten(data)[0])
+    size = min(count, _OUTER_BATCHES * (batch_size or 32))
+    return data, tf.data.Dataset.from_tensor_slices(data).batch(max(size, min(count, 256))), size
+
+
+class _PyBatches:
+    """The batches of a `PyDataset` in their order."""
+
+    def __init__(self, data):
+        self._data = data
+
+    def __iter__(self):
+        return (self._data[index] for index in range(self._data.num_batches))
+
+
+def _checked_callbacks(callbacks):
+    callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+    for callback in callbacks:
+        if isinstance(callback, _REFUSED):
+            raise ValueError("The tuner sets the learning rate and its states itself, so callbacks must not. Received: "
+                             f"{type(callback).__name__}")
+    return callbacks
