@@ -8,7 +8,7 @@ if keras.backend.backend() != "tensorflow":
         f"backend {keras.backend.backend()!r}: set the environment variable KERAS_BACKEND=tensorflow before the first "
         "import of keras.")
 
-from farhox import callbacks, constraints, export, linear_solvers, meta, plots, stn  # noqa: E402
+from farhox import callbacks, constraints, export, linear_solvers, losses, meta, plots, stn  # noqa: E402
 from farhox._core.inner_state import InnerState  # noqa: E402
 from farhox.data import bilevel_dataset, gather, k_fold_dataset, repeat, stack  # noqa: E402
 from farhox.dynamics import Adam, BacktrackingGradientDescent, GradientDescent, InnerDynamics, KerasDynamics, Momentum  # noqa: E402
@@ -61,6 +61,6 @@ __all__ = [
     "InitialHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum",
     "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "OuterVariable", "ReptileHG",
     "ReverseHG", "ReversibleHG", "Simplex", "Tuner", "bilevel_dataset", "callbacks", "check_hypergradient",
-    "compare_hypergradients", "constraints", "export", "gather", "health", "k_fold_dataset", "linear_solvers", "meta",
-    "plots", "repeat", "stack", "stn", "supervised_problem",
+    "compare_hypergradients", "constraints", "export", "gather", "health", "k_fold_dataset", "linear_solvers",
+    "losses", "meta", "plots", "repeat", "stack", "stn", "supervised_problem",
 ]

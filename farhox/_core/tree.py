@@ -12,6 +12,15 @@ def map(function, *nests):
     return tf.nest.map_structure(function, *nests)
 
 
+def lists_to_tuples(nest):
+    """The nest with tuples for lists, which `tf.data` would pack into one tensor each."""
+    if isinstance(nest, dict):
+        return type(nest)((key, lists_to_tuples(entry)) for key, entry in nest.items())
+    if isinstance(nest, tuple) and type(nest) is not tuple:  # A named tuple.
+        return type(nest)(*(lists_to_tuples(entry) for entry in nest))
+    return tuple(lists_to_tuples(entry) for entry in nest) if isinstance(nest, (list, tuple)) else nest
+
+
 def zeros_like(nest):
     """The zero vector of the same structure."""
     return map(tf.zeros_like, nest)

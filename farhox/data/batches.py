@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from farhox._core import checks
+from farhox._core import checks, tree
 
 
 class RepeatedBatch(NamedTuple):
@@ -123,7 +123,7 @@ def as_inner_batches(inner_batches):
     Raises:
         ValueError: If there is no tensor, T is zero, or the leading axes differ.
     """
-    inner_batches = tf.nest.map_structure(tf.convert_to_tensor, inner_batches)
+    inner_batches = tf.nest.map_structure(tf.convert_to_tensor, tree.lists_to_tuples(inner_batches))
     leaves = _leaves_with_steps(inner_batches)
     if not leaves:
         raise ValueError("inner_batches must hold at least one tensor. Received an empty nest.")

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox._core import checks
+from farhox._core import checks, tree
 from farhox.data.batches import GatheredBatches, RepeatedBatch, as_inner_batches
 from farhox.data.finite import raise_if_not_finite
 from farhox.data.streams import HyperIterations, continued, inner_stream, is_stream, outer_stream
@@ -139,10 +139,8 @@ def _arrays(name, data):
     """Data as a nest of tensors with a common leading axis, and its length."""
     if isinstance(data, tf.data.Dataset):
         data = _read(name, data)
-    if isinstance(data, list):
-        data = tuple(data)
     try:
-        data = tf.nest.map_structure(tf.convert_to_tensor, data)
+        data = as_tensors(data)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a nest of arrays such as (x, y), or a tf.data.Dataset of examples. "
                         f"Received: {type(data).__name__}") from error
@@ -256,5 +254,5 @@ def pair(element):
 
 
 def as_tensors(nest):
-    """The nest with tensors for arrays."""
-    return tf.nest.map_structure(tf.convert_to_tensor, nest)
+    """The nest with tensors for arrays, and tuples for lists."""
+    return tf.nest.map_structure(tf.convert_to_tensor, tree.lists_to_tuples(nest))

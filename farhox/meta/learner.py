@@ -14,7 +14,7 @@ from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.statistics import support_statistics
 from farhox.meta.weights import joined, order_of_present, scaled, weighted_mean, with_both_weights, with_weights
 from farhox.problem.features import with_shared_features
-from farhox.problem.supervised import takes_class_numbers
+from farhox.problem.losses import takes_class_numbers
 from farhox.training.hyper_optimizer import HyperOptimizer
 
 

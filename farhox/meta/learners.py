@@ -12,7 +12,8 @@ from farhox.linear_solvers import ConjugateGradient
 from farhox.meta.learner import Learner
 from farhox.meta.statistics import query_call, statistics_of_weighted
 from farhox.outer.hyperparameters import Hyperparameter
-from farhox.problem.supervised import can_share_representation, supervised_problem
+from farhox.problem.representation import can_share_representation
+from farhox.problem.supervised import supervised_problem
 
 _LOSS = "sparse_categorical_crossentropy"
 

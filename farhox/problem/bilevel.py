@@ -48,6 +48,8 @@ class BilevelProblem:
             `ImplicitHG` compute it once. What it assigns is dropped. Default: none.
         stop_tolerance: Positive float: inner training ends after the first step at whose start the norm of the inner
             gradient was below it, and T is the most it can take. Default: none, always T steps.
+        model: A `keras.Model` that the variables were taken from. Where other variables of it are trainable later on,
+            the problem does not fit it any more, and its use is an error. Default: none.
 
     Attributes:
         inner_variables, state_variables, stop_tolerance: As given.
@@ -65,7 +67,7 @@ class BilevelProblem:
 
     def __init__(self, inner_objective, outer_objective, inner_variables, outer_variables, dynamics=None,
                  state_variables=None, proximal=None, outer_predictions=None, stop_tolerance=None,
-                 features=None):
+                 features=None, model=None):
         for name, objective in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
             if not callable(objective):
                 raise TypeError(f"{name} must be a callable batch -> scalar. Received: {objective!r}")
@@ -94,6 +96,8 @@ class BilevelProblem:
         self._inner_objective = inner_objective
         self._features = features
         self._outer_objective = outer_objective
+        self._model = model
+        self._trainable = [] if model is None else list(model.trainable_variables)
         outer_index = {id(variable): i for i, variable in enumerate(self.outer_variables)}
         self._learned = [outer_index.get(id(variable)) for variable in self.inner_variables]
         for variable in self.state_variables:
@@ -126,7 +130,17 @@ class BilevelProblem:
         return BilevelProblem(
             self._inner_objective, outer_objective, self.inner_variables, outer_variables, dynamics=self.dynamics,
             state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions,
-            stop_tolerance=self.stop_tolerance, features=self._features)
+            stop_tolerance=self.stop_tolerance, features=self._features, model=self._model)
+
+    def raise_if_model_changed(self):
+        """Raises a ValueError that names the variables if others of the model are trainable than at the beginning."""
+        current = [] if self._model is None else self._model.trainable_variables
+        gone, new = _without(self._trainable, current), _without(current, self._trainable)
+        if gone or new:
+            raise ValueError(
+                f"The model {self._model.name!r} must stay as it was when the problem was made of it: make the problem "
+                f"anew. No longer trainable: {variable_names(gone) or 'none'}. Trainable now: "
+                f"{variable_names(new) or 'none'}.")
 
     @property
     def constrained_variables(self):
@@ -183,11 +197,19 @@ class BilevelProblem:
         Raises:
             ValueError: If the objective is not a scalar or assigns a variable that is not a state variable.
         """
+        self.raise_if_model_changed()
         if self.has_features:
             batch = self.features(batch, outer)
         result = functional.call(
             self._inner_objective, batch, bindings=self._bindings(variables, state_variables, outer))
         stray = [variable for variable in result.assigned if not any(variable is v for v in self.state_variables)]
+        trained = [variable for variable in stray if any(variable is v for v in self.inner_variables)]
+        if trained:
+            raise ValueError(
+                f"The inner objective must leave inner variables to the dynamics. It assigned {variable_names(trained)}, "
+                "which it trains. A layer that replaces its weights in each call, as keras.layers.SpectralNormalization "
+                "does in training, has no inner gradient of its own: give the weights a Keras constraint, which holds "
+                "after each inner step, or write the layer without the assignment.")
         if stray:
             raise ValueError(
                 "The inner objective may assign state variables only: what it assigns elsewhere is lost from step to "
@@ -311,6 +333,10 @@ class BilevelProblem:
         # Inner variables come after the outer ones: of a variable that is both, the objective sees w_t.
         return (list(zip(self.outer_variables, outer)) + list(zip(self.inner_variables, variables))
                 + list(zip(self.state_variables, state_variables)))
+
+
+def _without(variables, others):
+    return [variable for variable in variables if not any(variable is other for other in others)]
 
 
 def variable_names(variables):

@@ -13,7 +13,7 @@ from farhox.data.finite import first_not_finite, place_in_words
 from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
 from farhox.problem.bilevel import BilevelProblem, variable_names
-from farhox.problem.supervised import LABEL_RULE
+from farhox.problem.losses import LABEL_RULE
 
 _ADVICE = (
     "Try a smaller inner learning rate or tighter bounds on it, fewer inner steps, a smaller outer learning rate or "
@@ -159,6 +159,7 @@ class HyperOptimizer(keras.Model):
         # First in the list, so that what BackupAndRestore restores is not touched.
         callbacks.insert(0, _SkipGuard())
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
+        self.problem.raise_if_model_changed()
         with _clear_errors():
             return super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
 
@@ -175,6 +176,7 @@ class HyperOptimizer(keras.Model):
         Returns:
             As `keras.Model.evaluate`.
         """
+        self.problem.raise_if_model_changed()
         with _clear_errors():
             return super().evaluate(self._dataset(x), **kwargs)
 
@@ -194,6 +196,7 @@ class HyperOptimizer(keras.Model):
         """
         if not self.compiled:
             raise ValueError("A HyperOptimizer must be compiled with an outer optimizer before step() or fit().")
+        self.problem.raise_if_model_changed()
         if self._step_function is None:
             self._step_function = self._compiled(self._hyper_iteration)
         with _clear_errors():
@@ -210,6 +213,7 @@ class HyperOptimizer(keras.Model):
         Returns:
             Tensor [T], the inner objective before each step.
         """
+        self.problem.raise_if_model_changed()
         if self._inner_function is None:
             self._inner_function = self._compiled(self._train_inner)
         with _clear_errors():

@@ -1,0 +1,66 @@
+"""Keras models as farhox sees them: what can be trained, which variables are state, whose loss `fit` would train on."""
+
+import keras
+import tensorflow as tf
+
+from farhox._core import functional
+
+
+def check_model(model):
+    """Raises an error unless farhox can train the model as `fit` would, variable by variable.
+
+    Raises:
+        TypeError: If it is not a Keras model.
+        ValueError: If it is not built, trains by a `train_step` of its own, or has quantized layers.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model must be a keras.Model. Received: {model!r} of type {type(model).__name__}")
+    if type(model).train_step is not keras.Model.train_step or "train_step" in vars(model):
+        raise ValueError(
+            "A model must be trained by Keras' own train_step: what another one does cannot be differentiated from "
+            f"outside. Received: {model.name!r} of class {type(model).__name__}, which has its own train_step. Give "
+            "what it minimises to farhox.BilevelProblem as an inner objective, or to the model as compute_loss.")
+    if not model.built or not model.weights:
+        raise ValueError(f"The model must be built before a problem is made of it, so that its variables exist: call "
+                         f"model.build(input_shape) or give it an Input. Received the unbuilt model {model.name!r}")
+    quantized = [layer.name for layer in model._flatten_layers()
+                 if isinstance(layer.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy)]
+    if quantized:
+        raise ValueError("Quantized layers have no derivative in their integer or float8 weights and cannot be trained "
+                         f"inside. Received: {model.name!r} with the quantized layers {quantized}. Quantize the model "
+                         "after training.")
+
+
+def state_variables(model):
+    """Statistics and seeds: variables that are not trainable by nature, rather than frozen weights."""
+    frozen = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
+    return [v for v in model.non_trainable_variables if id(v) not in frozen]
+
+
+def has_own_loss(model):
+    """Whether `fit` trains the model on a `compute_loss` of its own."""
+    return type(model).compute_loss is not keras.Model.compute_loss or "compute_loss" in vars(model)
+
+
+def own_loss(model, x, y, predictions, weights, training):
+    """The model's own `compute_loss`, as `fit` calls it. What its metrics count is dropped.
+
+    Raises:
+        ValueError: If it assigns something else that is not a state of the model, or returns nothing.
+    """
+    state = state_variables(model)
+    result = functional.call(
+        lambda: model._compute_loss(x=x, y=y, y_pred=predictions, sample_weight=weights, training=training),
+        bindings=[(variable, tf.convert_to_tensor(variable)) for variable in state])
+    counts = {id(variable) for metric in model.metrics for variable in metric.variables}
+    assigned = {id(variable): variable for variable in result.assigned if id(variable) not in counts}
+    for variable, value in zip(state, result.values):
+        if assigned.pop(id(variable), None) is not None:
+            variable.assign(value)
+    if assigned:
+        raise ValueError(
+            "compute_loss may assign the model's statistics and count in the metrics that model.metrics lists. That of "
+            f"{model.name!r} assigned {', '.join(repr(variable.path) for variable in assigned.values())}.")
+    if result.value is None:
+        raise ValueError(f"compute_loss must return the loss. That of {model.name!r} returned None.")
+    return tf.convert_to_tensor(result.value)

@@ -1,0 +1,48 @@
+"""Layers of a model that are outer: their variables, and models of the layers before and after."""
+
+import keras
+
+from farhox.problem.keras_models import state_variables
+
+
+def representation_variables(model, layers):
+    """The trainable variables of layers of the model, each once.
+
+    Raises:
+        ValueError: If a layer is not the model's.
+    """
+    own = {id(layer) for layer in model._flatten_layers()}
+    variables, seen = [], set()
+    for layer in layers:
+        if not isinstance(layer, keras.Layer) or id(layer) not in own:
+            raise ValueError(f"representation must hold layers of the model {model.name!r}. Received: {layer!r}")
+        for variable in layer.trainable_variables:
+            if id(variable) not in seen:
+                seen.add(id(variable))
+                variables.append(variable)
+    return variables
+
+
+def can_share_representation(layers):
+    """Whether layers give the same representation of a batch at each inner step: no random numbers, no masks."""
+    own = [own for layer in layers for own in layer._flatten_layers()]
+    statistics = {id(v) for layer in own if isinstance(layer, keras.layers.BatchNormalization)
+                  for v in layer.non_trainable_variables}
+    steady = all(id(v) in statistics for layer in layers for v in state_variables(layer))
+    return steady and not any(isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
+                              for layer in own)
+
+
+def split(model, representation):
+    """The model's first layers, which are those of the representation, and the others: two models."""
+    layers, count = model.layers, len(representation)
+    ahead = isinstance(model, keras.Sequential) and 0 < count < len(layers) and all(
+        a is b for a, b in zip(layers, representation))
+    if not ahead or not can_share_representation(representation):
+        raise ValueError(
+            "share_representation needs a keras.Sequential that begins with the layers of the representation, without "
+            f"random numbers and masks. Received: {type(model).__name__} {model.name!r} with the layers "
+            f"{[layer.name for layer in layers]} and the representation {[layer.name for layer in representation]}")
+    first = keras.Sequential([keras.Input(model.input_shape[1:], dtype=model.inputs[0].dtype), *layers[:count]])
+    rest = keras.Input(first.output_shape[1:], dtype=first.outputs[0].dtype)
+    return first, keras.Sequential([rest, *layers[count:]])
