@@ -382,7 +382,7 @@ def test_labels_that_are_not_whole_are_refused_eagerly_and_in_graphs_and_give_no
     def loss(y):
         return problem.outer_loss(problem.initial_state(), problem.outer_values(), (x, y))
 
-    with pytest.raises(ValueError, match=rf"Labels must be integers .* \(3\). Received a label that is not whole: "):
+    with pytest.raises(ValueError, match=r"Labels must be integers .* \(3\). Received a label that is not whole: "):
         loss(tf.constant(labels))
     with pytest.raises(tf.errors.InvalidArgumentError, match="Received a label that is not whole"):
         tf.function(loss)(tf.constant(labels))
