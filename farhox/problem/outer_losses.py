@@ -120,7 +120,7 @@ class WorstGroupLoss(OuterLoss):
         _check_reduction(self.loss)
 
     def __call__(self, targets, predictions, extra=None):
-        members = _members(extra, self.num_groups, keras.tree.flatten(predictions)[0].dtype)
+        members, zero = _members(extra, self.num_groups, keras.tree.flatten(predictions)[0].dtype)
         counts = tf.reduce_sum(members, axis=1)
         loss = SupervisedLoss(self.loss, dtype=_dtype_name(predictions))
         size = tf.cast(tf.shape(members)[1], members.dtype)
@@ -129,10 +129,10 @@ class WorstGroupLoss(OuterLoss):
         present = counts > 0
         lowest = tf.fill(tf.shape(means), means.dtype.min)
         if self.temperature is None:
-            return tf.reduce_max(tf.where(present, means, lowest))
+            return tf.reduce_max(tf.where(present, means, lowest)) + zero
         scaled = tf.where(present, means / self.temperature, lowest)
         number = tf.math.log(tf.reduce_sum(tf.cast(present, means.dtype)))
-        return self.temperature * (tf.reduce_logsumexp(scaled) - number)
+        return self.temperature * (tf.reduce_logsumexp(scaled) - number) + zero
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,7 +171,7 @@ class EqualizedOddsLoss(OuterLoss):
         loss = SupervisedLoss(self.loss, dtype=_dtype_name(predictions))(targets, predictions)
         loss = tf.cast(loss, predictions.dtype)
         probabilities = _probabilities(predictions, self.from_logits)
-        members = _members(extra, self.num_groups, predictions.dtype)
+        members, zero = _members(extra, self.num_groups, predictions.dtype)
         truth = _one_hot(targets, predictions)
         if predictions.shape[-1] == 1:
             truth = tf.concat([1.0 - truth, truth], axis=1)
@@ -183,7 +183,7 @@ class EqualizedOddsLoss(OuterLoss):
             tf.einsum("bl,bc->lc", truth, probabilities), tf.reduce_sum(truth, axis=0)[:, tf.newaxis])
         distances = tf.reduce_sum(tf.square(means - all_means[:, tf.newaxis, :]), axis=-1)
         present = tf.cast(counts[:, :, 0] > 0, distances.dtype)
-        return loss + self.weight * tf.math.divide_no_nan(
+        return loss + zero + self.weight * tf.math.divide_no_nan(
             tf.reduce_sum(present * distances), tf.reduce_sum(present))
 
 
@@ -238,9 +238,9 @@ def _logit(probabilities):
 
 
 def _members(groups, num_groups, dtype):
-    """Matrix [groups, batch] of ones where an example is in a group; a group out of range is an error.
+    """Matrix [groups, batch] of ones where an example is in a group, and zero; a group out of range is an error.
 
-    XLA drops assertions: there such an example makes the loss not a number.
+    XLA drops assertions: there the zero is not a number, and neither is the loss to which it is added.
     """
     groups = tf.reshape(tf.convert_to_tensor(groups), [-1])
     if not groups.dtype.is_integer:
@@ -250,12 +250,12 @@ def _members(groups, num_groups, dtype):
     if tf.executing_eagerly():
         if not tf.reduce_all(inside):
             raise ValueError(f"{GROUP_RULE} ({num_groups - 1}). Received groups from {low.numpy()} to {high.numpy()}")
-        return tf.one_hot(groups, num_groups, dtype=dtype, axis=0)
+        return tf.one_hot(groups, num_groups, dtype=dtype, axis=0), tf.zeros([], dtype)
     check = tf.debugging.Assert(tf.reduce_all(inside), [
         f"{GROUP_RULE} ({num_groups - 1}). Received groups from", low, "to", high])
     with tf.control_dependencies([check]):
         members = tf.one_hot(groups, num_groups, dtype=dtype, axis=0)
-    return members + tf.where(inside, tf.zeros([], dtype), tf.constant(float("nan"), dtype))
+    return members, tf.where(tf.reduce_all(inside), tf.zeros([], dtype), tf.constant(float("nan"), dtype))
 
 
 def _check_reduction(loss):
