@@ -8,10 +8,18 @@ if keras.backend.backend() != "tensorflow":
         f"backend {keras.backend.backend()!r}: set the environment variable KERAS_BACKEND=tensorflow before the first "
         "import of keras.")
 
-from farhox import callbacks, constraints, export, linear_solvers, losses, meta, plots, stn  # noqa: E402
+from farhox import callbacks, constraints, dynamics, export, linear_solvers, losses, meta, plots, stn  # noqa: E402
 from farhox._core.inner_state import InnerState  # noqa: E402
 from farhox.data import bilevel_dataset, gather, k_fold_dataset, repeat, stack  # noqa: E402
-from farhox.dynamics import Adam, BacktrackingGradientDescent, GradientDescent, InnerDynamics, KerasDynamics, Momentum  # noqa: E402
+from farhox.dynamics import (  # noqa: E402
+    Adam,
+    BacktrackingGradientDescent,
+    GradientDescent,
+    InnerDynamics,
+    KerasDynamics,
+    Momentum,
+    ProximalGradient,
+)
 from farhox.hypergradients import (  # noqa: E402
     DartsHG,
     EpisodesHG,
@@ -59,8 +67,8 @@ __all__ = [
     "Dense", "Direct", "EpisodesHG", "EvoGradHG", "ExampleWeights", "FixedPoint", "ForwardHG", "GMRES",
     "GradientDescent", "HyperGradient", "HyperGradientResult", "HyperOptimizer", "Hyperparameter", "ImplicitHG",
     "InitialHG", "InnerDynamics", "InnerState", "KerasDynamics", "L1L2", "LearnedSchedule", "LinearSolver", "Momentum",
-    "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "OuterVariable", "ReptileHG",
-    "ReverseHG", "ReversibleHG", "Simplex", "Tuner", "bilevel_dataset", "callbacks", "check_hypergradient",
-    "compare_hypergradients", "constraints", "export", "gather", "health", "k_fold_dataset", "linear_solvers",
-    "losses", "meta", "plots", "repeat", "stack", "stn", "supervised_problem",
+    "Neumann", "NormalConjugateGradient", "Nystrom", "ObjectivesHG", "OptimizerGroups", "OuterVariable",
+    "ProximalGradient", "ReptileHG", "ReverseHG", "ReversibleHG", "Simplex", "Tuner", "bilevel_dataset", "callbacks",
+    "check_hypergradient", "compare_hypergradients", "constraints", "dynamics", "export", "gather", "health",
+    "k_fold_dataset", "linear_solvers", "losses", "meta", "plots", "repeat", "stack", "stn", "supervised_problem",
 ]

@@ -271,6 +271,33 @@ def test_hypergradients_of_the_options_equal_finite_differences(options, float64
     assert_close(gradients, expected, 1e-6)
 
 
+@pytest.mark.parametrize("multiple", [False, needs("MultiOptimizer", True)])
+def test_training_ends_as_fit_does_with_averages_written_back(multiple):
+    def make():
+        averaging = {"use_ema": True, "ema_momentum": 0.7, "ema_overwrite_frequency": 2}
+        if not multiple:
+            return OPTIMIZERS.SGD(0.2, momentum=0.5, **averaging)
+        members = OPTIMIZERS.SGD(0.2, **averaging), OPTIMIZERS.Adam(0.1)
+        return OPTIMIZERS.MultiOptimizer(lambda variable: members["bias" in variable.path])
+
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    weights = {}
+    for by_farhox in (True, False):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        if by_farhox:
+            problem = farhox.supervised_problem(
+                model, "mse", farhox.KerasDynamics(make()), outer_variables=[farhox.Hyperparameter(0.1)])
+            optimizer = farhox.HyperOptimizer(problem)
+            optimizer.train_inner(farhox.repeat((x, x[:, :1]), 5))
+        else:
+            model.compile(make(), "mse")
+            model.fit(x, x[:, :1], batch_size=16, epochs=5, shuffle=False, verbose=0)
+        weights[by_farhox] = model.get_weights()
+    for ours, fitted in zip(weights[True], weights[False]):
+        np.testing.assert_allclose(ours, fitted, rtol=1e-6)
+
+
 def test_a_global_clipping_norm_gives_finite_hypergradients_where_all_gradients_are_zero(float64):
     settings = {"global_clipnorm": farhox.Hyperparameter(0.1, low=0.0), "learning_rate": farhox.Hyperparameter(0.1)}
     problem, (x, y), outer_batch = small_problem(

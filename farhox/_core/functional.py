@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 from farhox._core import exact
 
@@ -20,12 +21,14 @@ class FunctionalResult(NamedTuple):
         values: List of tensors, the values of the bound variables afterwards, in the order of the bindings.
         assigned: List of the variables that the closure assigned, bound or not.
         read: Set of the ids of the variables that the closure read.
+        met: Set of the ids of those variables of `taken_over` that code asked for.
     """
 
     value: Any
     values: list
     assigned: list
     read: set
+    met: set
 
 
 class _Scope(keras.StatelessScope):
@@ -33,10 +36,12 @@ class _Scope(keras.StatelessScope):
 
     original_scope = None
 
-    def __init__(self, bindings, draws):
+    def __init__(self, bindings, draws, taken_over):
         super().__init__(state_mapping=bindings, collect_losses=True)
         self.assigned = []
         self.read = set()
+        self.taken_over = taken_over
+        self.met = set()
         for variable, value in draws:
             super().add_update((variable, tf.cast(value, variable.dtype)))
 
@@ -53,7 +58,7 @@ class _Scope(keras.StatelessScope):
         super().add_update((variable, tf.convert_to_tensor(value)))
 
 
-def call(function, *arguments, bindings, draws=()):
+def call(function, *arguments, bindings, draws=(), taken_over=()):
     """Calls `function(*arguments)` with tensors in the place of Keras variables.
 
     Inside another call, a variable without a binding has the value that it has there.
@@ -63,15 +68,28 @@ def call(function, *arguments, bindings, draws=()):
         bindings: List of (keras.Variable, tensor). Of two entries for one variable the later one counts.
         draws: The same for variables that the closure only reads, and tensors of any shape: one value per example in
             the place of a scalar, say. Code that computes with the variable then broadcasts.
+        taken_over: Variables of which somebody else does a part that the closure knows of; `is_taken_over` tells it.
 
     Returns:
         A `FunctionalResult`. No variable changes.
     """
     bindings = list(bindings)
-    with exact.exact_derivatives(), _Scope(bindings, draws) as scope:
+    with exact.exact_derivatives(), _Scope(bindings, draws, taken_over) as scope:
         value = function(*arguments)
         read = set(scope.read)
         value = tf.nest.map_structure(
             lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, keras.Variable) else leaf, value)
     values = [scope.get_current_value(variable) for variable, _ in bindings]
-    return FunctionalResult(value, values, scope.assigned, read)
+    return FunctionalResult(value, values, scope.assigned, read, scope.met)
+
+
+def is_taken_over(value):
+    """Whether a Keras variable, or the tensor that it is bound to, is one of the `taken_over` of a call around."""
+    scope = get_stateless_scope()
+    while scope is not None:
+        for variable in scope.taken_over if isinstance(scope, _Scope) else ():
+            if value is variable or value is scope.state_mapping.get(id(variable)):
+                scope.met.add(id(variable))
+                return True
+        scope = scope.original_scope
+    return False

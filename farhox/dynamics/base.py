@@ -1,21 +1,17 @@
-"""Differentiable inner optimizers: one step of inner training as a pure function.
+"""Differentiable inner optimizers: one step of inner training as a pure function of tensors.
 
-A setting of the dynamics (a learning rate, a momentum) is a float, a `keras.Variable`, a `Hyperparameter`, a
-`LearnedSchedule` or another `OuterVariable`, a Keras `LearningRateSchedule` or any callable `step -> tensor`; a learning rate may also be a list
-with one of these per inner variable.
+Settings are those of `farhox.dynamics.settings`.
 """
 
 import abc
 import dataclasses
-import numbers
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from farhox._core import tree
-from farhox.outer.hyperparameters import ExampleWeights
-from farhox.outer.outer_variable import OuterVariable, value_of
+from farhox.dynamics.settings import check_decays, check_setting, setting_per_variable, setting_value
+from farhox.outer.regularizers import warn_of_subgradients
 
 
 class InnerDynamics(abc.ABC):
@@ -28,11 +24,17 @@ class InnerDynamics(abc.ABC):
             that look at other points, as a line search does.
         applies_constraints: Bool, whether `update` applies the Keras constraints of the inner variables itself. Of
             other dynamics the problem does, after each step.
+        zero_gradient_is_stationary: Bool, whether the inner variables rest where the inner gradient is zero, which is
+            what implicit differentiation of the inner objective takes for granted.
+        taken_over: Tuple of the inner variables, as `keras.Variable`s, of which `update` applies the penalty without a
+            gradient that their Keras regularizer holds: in the inner objective it has a value and no gradient.
     """
 
     first_order = False
     needs_objective = False
     applies_constraints = False
+    zero_gradient_is_stationary = True
+    taken_over = ()
 
     @abc.abstractmethod
     def initial_slots(self, variables):
@@ -59,6 +61,19 @@ class InnerDynamics(abc.ABC):
             New variables, new slots.
         """
 
+    def finished(self, variables, slots):
+        """The inner variables as training leaves them when it ends: what a Keras optimizer does at the end of `fit`.
+
+        Args:
+            variables: List of tensors.
+            slots: Nest of tensors as `initial_slots` returns it.
+
+        Returns:
+            List of tensors.
+        """
+        del slots
+        return variables
+
     def bound_to(self, variables):
         """The dynamics of one problem, which asks once for it. Dynamics that need more than tensors override this.
 
@@ -68,7 +83,7 @@ class InnerDynamics(abc.ABC):
         Returns:
             An `InnerDynamics` of the same class.
         """
-        del variables
+        warn_of_subgradients(variables, self)
         return self
 
 
@@ -77,18 +92,19 @@ class GradientDescent(InnerDynamics):
     """Gradient descent: w <- w - learning_rate g.
 
     Args:
-        learning_rate: A setting, or a list with one per inner variable.
+        learning_rate: A setting, not negative, or a list with one per inner variable.
         first_order: Bool. Treat the inner gradient as a constant when differentiating the step.
 
     Raises:
         TypeError: If the learning rate is not a setting.
+        ValueError: If it is negative or not finite.
     """
 
     learning_rate: Any = 0.01
     first_order: bool = False
 
     def __post_init__(self):
-        check_setting("learning_rate", self.learning_rate, per_variable=True)
+        check_setting("learning_rate", self.learning_rate, low=0.0, per_variable=True)
 
     def initial_slots(self, variables):
         return []
@@ -106,13 +122,14 @@ class Momentum(InnerDynamics):
     velocity = -learning_rate m instead, which is the same path for a constant learning rate.
 
     Args:
-        learning_rate: A setting, or a list with one per inner variable.
-        momentum: A setting.
+        learning_rate: A setting, not negative, or a list with one per inner variable.
+        momentum: A setting, from 0 to 1.
         nesterov: Bool.
         first_order: Bool. Treat the inner gradient as a constant when differentiating the step.
 
     Raises:
         TypeError: If a setting is not one.
+        ValueError: If a setting is out of range.
     """
 
     learning_rate: Any = 0.01
@@ -121,8 +138,8 @@ class Momentum(InnerDynamics):
     first_order: bool = False
 
     def __post_init__(self):
-        check_setting("learning_rate", self.learning_rate, per_variable=True)
-        check_setting("momentum", self.momentum)
+        check_setting("learning_rate", self.learning_rate, low=0.0, per_variable=True)
+        check_setting("momentum", self.momentum, low=0.0, high=1.0)
 
     def initial_slots(self, variables):
         return tree.zeros_like(variables)
@@ -148,14 +165,15 @@ class Adam(InnerDynamics):
     is its limit.
 
     Args:
-        learning_rate: A setting, or a list with one per inner variable.
-        beta_1: A setting.
-        beta_2: A setting.
-        epsilon: A setting.
+        learning_rate: A setting, not negative, or a list with one per inner variable.
+        beta_1: A setting, at least 0 and less than 1.
+        beta_2: The same.
+        epsilon: A setting, not negative.
         first_order: Bool. Treat the inner gradient as a constant when differentiating the step.
 
     Raises:
         TypeError: If a setting is not one.
+        ValueError: If a setting is out of range; in a problem, if a beta is 1 in the type of an inner variable.
 
     Reference:
         [Kingma and Ba, 2014](https://arxiv.org/abs/1412.6980), Algorithm 1 and the last remark of section 2.
@@ -168,9 +186,14 @@ class Adam(InnerDynamics):
     first_order: bool = False
 
     def __post_init__(self):
-        check_setting("learning_rate", self.learning_rate, per_variable=True)
-        for name in ("beta_1", "beta_2", "epsilon"):
-            check_setting(name, getattr(self, name))
+        check_setting("learning_rate", self.learning_rate, low=0.0, per_variable=True)
+        for name in ("beta_1", "beta_2"):
+            check_setting(name, getattr(self, name), low=0.0, below=1.0)
+        check_setting("epsilon", self.epsilon, low=0.0)
+
+    def bound_to(self, variables):
+        check_decays({"beta_1": self.beta_1, "beta_2": self.beta_2}, variables, "Adam")
+        return super().bound_to(variables)
 
     def initial_slots(self, variables):
         return [tree.zeros_like(variables), tree.zeros_like(variables)]
@@ -189,38 +212,6 @@ class Adam(InnerDynamics):
             first_moments.append(m)
             second_moments.append(v)
         return new_variables, [first_moments, second_moments]
-
-
-def check_setting(name, setting, per_variable=False):
-    """Raises a TypeError unless `setting` is one (see the module's first lines)."""
-    if per_variable and isinstance(setting, (list, tuple)):
-        for entry in setting:
-            check_setting(name, entry)
-    elif isinstance(setting, (bool, ExampleWeights)) or not (
-            isinstance(setting, (numbers.Real, keras.Variable, OuterVariable)) or callable(setting)):
-        raise TypeError(
-            f"{name} must be a float, a keras.Variable, a farhox.Hyperparameter, a Keras LearningRateSchedule or a "
-            f"callable step -> tensor{', or a list of these' if per_variable else ''}. "
-            f"Received: {setting!r} of type {type(setting).__name__}")
-
-
-def setting_value(setting, step, dtype):
-    """The value of a setting at the inner step `step` as a tensor of type `dtype`."""
-    return value_of(setting, step, dtype)
-
-
-def setting_per_variable(setting, variables, step):
-    """One value of a setting for each of the inner variables.
-
-    Raises:
-        ValueError: If the setting is a list of another length.
-    """
-    if isinstance(setting, (list, tuple)):
-        if len(setting) != len(variables):
-            raise ValueError("A list of learning rates must have one entry per inner variable. "
-                             f"Received {len(setting)} entries for {len(variables)} inner variables.")
-        return [setting_value(entry, step, w.dtype) for entry, w in zip(setting, variables)]
-    return [setting_value(setting, step, w.dtype) for w in variables]
 
 
 def _root(v):

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import exact, functional
-from farhox.dynamics.base import InnerDynamics, check_setting, setting_per_variable
+from farhox.dynamics.base import InnerDynamics
 from farhox.dynamics.functional_optimizer import (
     Setting,
     Slot,
@@ -25,8 +25,10 @@ from farhox.dynamics.functional_optimizer import (
     use_weight_decay_as,
     view_of,
 )
+from farhox.dynamics.settings import check_decays, check_length, check_setting, setting_per_variable
 from farhox.outer.hyperparameters import Hyperparameter
 from farhox.outer.outer_variable import OuterVariable
+from farhox.outer.regularizers import warn_of_subgradients
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 # Settings of every Keras optimizer that are floats if given and None by default.
@@ -38,6 +40,20 @@ _SCHEDULE_FREE = getattr(keras.optimizers, "ScheduleFreeAdamW", ())
 _WITHOUT_DERIVATIVE = (
     (keras.optimizers.Lion, ("beta_1", "beta_2"), "reaches the variables through a sign"),
     (_SCHEDULE_FREE, ("beta_1",), "cancels out of what Keras does on TensorFlow"))
+# Decays of which a power is subtracted from 1 and divided by.
+_BIAS_CORRECTED = (
+    (keras.optimizers.Adam, "beta_2"), (keras.optimizers.Nadam, "beta_2"), (keras.optimizers.Lamb, "beta_2"),
+    (_SCHEDULE_FREE, "beta_2"), (getattr(keras.optimizers, "Muon", ()), "adam_beta_2"))
+# Settings that move the variables where the gradient is zero.
+_SHRINKING = ("weight_decay", "adam_weight_decay", "l1_regularization_strength", "l2_regularization_strength",
+              "l2_shrinkage_regularization_strength")
+# Ranges that hold for a setting of this name in every optimizer of Keras; a user's may mean something else by others.
+_RANGES = {
+    **dict.fromkeys(("learning_rate", "weight_decay"), {"low": 0.0}),
+    **dict.fromkeys(_CLIPPING, {"above": 0.0}),
+    **dict.fromkeys(("momentum", "ema_momentum", "rho"), {"low": 0.0, "high": 1.0}),
+    **dict.fromkeys(("beta_1", "beta_2", "adam_beta_1", "adam_beta_2"), {"low": 0.0, "below": 1.0}),
+    **dict.fromkeys(("epsilon", "epsilon_1", "epsilon_2", "adam_weight_decay"), {"low": 0.0})}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -73,7 +89,8 @@ class KerasDynamics(InnerDynamics):
         TypeError: If `optimizer` is not a Keras optimizer or a setting has the wrong type.
         ValueError: If the optimizer has no such float setting, the setting cannot be learned, the optimizer cannot be
             copied, or it does what inner training has no place for (loss scaling, averages of the variables that are
-            never written back). In an inner step: if the optimizer assigns a variable that is not its own.
+            never written back). In a problem: if a beta of Adam or a relative is 1 in the type of an inner variable, as
+            0.999 is in bfloat16. In an inner step: if the optimizer assigns a variable that is not its own.
     """
 
     optimizer: Any
@@ -91,16 +108,21 @@ class KerasDynamics(InnerDynamics):
         if not isinstance(optimizer, _MULTI_OPTIMIZER):
             _check_optimizer(optimizer, settings)
         for name, setting in settings.items():
-            check_setting(name, setting, per_variable=name == "learning_rate")
+            check_setting(name, setting, **_RANGES.get(name, {}), per_variable=name == "learning_rate")
         object.__setattr__(self, "optimizer", optimizer)
         object.__setattr__(self, "first_order", bool(first_order))
         object.__setattr__(self, "settings", types.MappingProxyType(settings))
 
+    @property
+    def zero_gradient_is_stationary(self):
+        """Whether no optimizer in it decays or shrinks the variables by itself."""
+        optimizers = [self.optimizer] if self._parts is None else [part.optimizer for part in self._parts]
+        return not any(self.settings.get(name, vars(optimizer).get(name))
+                       for optimizer in optimizers for name in _SHRINKING)
+
     def bound_to(self, variables):
-        rates = self.settings.get("learning_rate")
-        if isinstance(rates, (list, tuple)) and len(rates) != len(variables):
-            raise ValueError("A list of learning rates must have one entry per inner variable. "
-                             f"Received {len(rates)} entries for {len(variables)} inner variables.")
+        check_length(self.settings.get("learning_rate"), variables)
+        warn_of_subgradients(variables, self)
         bound = copy.copy(self)
         # A problem may be made inside a tf.function; the variables that stand for the slots are no part of its graph.
         with tf.init_scope():
@@ -122,6 +144,14 @@ class KerasDynamics(InnerDynamics):
                 new_variables[index] = value
             new_slots.append(own_slots)
         return new_variables, new_slots
+
+    def finished(self, variables, slots):
+        finished = list(variables)
+        for part, own_slots in zip(self._bound_parts(), slots):
+            own = part.finished([variables[index] for index in part.indices], own_slots)
+            for index, value in zip(part.indices, own):
+                finished[index] = value
+        return finished
 
     def _bound_parts(self):
         if self._parts is None:
@@ -192,6 +222,13 @@ class _Part:
         count = len(variables)
         return result.values[:count], result.values[count:-1]
 
+    def finished(self, variables, slots):
+        """The variables after the optimizer's `finalize_variable_values`."""
+        view = self._view(variables, tf.constant(0, tf.int64))
+        result = functional.call(view.finalize_variable_values, self.variables, bindings=[
+            *zip(self.variables, variables), *zip(self.slots, slots)])
+        return result.values[:len(variables)]
+
     def _view(self, variables, step):
         """The optimizer with the values of its settings for variables of these types at `step`."""
         columns = {name: setting_per_variable(setting, variables, step) for name, setting in self.settings.items()}
@@ -210,6 +247,8 @@ class _Part:
 def _part(optimizer, variables, indices, settings):
     """An optimizer, copied and built for its variables."""
     _check_optimizer(optimizer, settings)
+    check_decays({name: settings.get(name, vars(optimizer)[name]) for kind, name in _BIAS_CORRECTED
+                  if isinstance(optimizer, kind)}, variables, type(optimizer).__name__)
     built = functional_copy(optimizer, _configured(settings))
     use_weight_decay_as(optimizer, built, variables)
     settings = {name: setting for name, setting in settings.items() if name not in _configured(settings)}
@@ -319,6 +358,12 @@ def _check_optimizer(optimizer, settings):
                 "Of a Keras optimizer's settings only the learning rate may be an outer variable in the optimizer "
                 f"itself. Received: {kind} with {name}={value!r}. Give it to KerasDynamics: KerasDynamics({kind}(...), "
                 f"{name}=...).")
+    own = {name: vars(optimizer).get(name) for name in _RANGES if name != "learning_rate" and name not in settings}
+    if "learning_rate" not in settings and not tf.inside_function():
+        own["learning_rate"] = vars(optimizer)["_learning_rate"]
+    for name, value in own.items():
+        if isinstance(value, (numbers.Real, keras.Variable)):
+            check_setting(f"{name} of {kind}", value, **_RANGES[name])
     floats = _float_settings(optimizer)
     for name, setting in settings.items():
         if name not in floats:

@@ -6,7 +6,8 @@ from typing import Any
 import tensorflow as tf
 
 from farhox._core import checks, tree
-from farhox.dynamics.base import InnerDynamics, check_setting, setting_per_variable
+from farhox.dynamics.base import InnerDynamics
+from farhox.dynamics.settings import check_setting, setting_per_variable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class BacktrackingGradientDescent(InnerDynamics):
     needs_objective = True
 
     def __post_init__(self):
-        check_setting("learning_rate", self.learning_rate, per_variable=True)
+        check_setting("learning_rate", self.learning_rate, low=0.0, per_variable=True)
         for name in ("decrease", "shrink"):
             checks.number_between(name, getattr(self, name), 0, 1)
         checks.non_negative_integer("max_backtracks", self.max_backtracks)

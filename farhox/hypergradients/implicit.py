@@ -69,7 +69,8 @@ class ImplicitHG(HyperGradient):
     Raises:
         TypeError: If `linear_solver` is not one.
         ValueError: If the damping is negative or `system` neither; when computing: if an outer variable is not seen, or
-            an inner variable has a Keras constraint and the system is that of the objective.
+            the system is that of the objective and an inner variable has a Keras constraint, or the dynamics have a
+            proximal step or a weight decay.
 
     Reference:
         [Pedregosa, 2016](https://arxiv.org/abs/1602.02355), Algorithm 1;
@@ -106,6 +107,12 @@ class ImplicitHG(HyperGradient):
                 "inner gradient is not zero. The fixed point of the dynamics includes constraints: use "
                 'ImplicitHG(system="dynamics"). '
                 f"Received constraints on {variable_names(problem.constrained_variables)}")
+        if not on_dynamics and not problem.dynamics.zero_gradient_is_stationary:
+            raise ValueError(
+                'ImplicitHG(system="objective") needs dynamics that rest where the inner gradient is zero. '
+                f"{type(problem.dynamics).__name__} does not here, because of a penalty or a weight decay that is no "
+                'part of the inner objective. Use ImplicitHG(system="dynamics"), for example '
+                "ImplicitHG(farhox.FixedPoint(max_steps=1000)).")
         outer = problem.outer_values()
         steps = num_steps(inner_batches)
         first = problem.initial_state(outer) if state is None else state

@@ -9,7 +9,8 @@ import tensorflow as tf
 from farhox._core import autodiff, checks, functional, tree
 from farhox._core.inner_state import InnerState, float_leaves, with_float_leaves
 from farhox.data.batches import batch_at, num_steps
-from farhox.dynamics.base import Momentum, setting_per_variable
+from farhox.dynamics.base import Momentum
+from farhox.dynamics.settings import setting_per_variable
 from farhox.hypergradients.base import (
     HyperGradient,
     HyperGradientResult,

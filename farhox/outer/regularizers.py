@@ -1,10 +1,14 @@
 """Weight regularisation whose strengths can be learned, as Keras regularizers."""
 
+import warnings
+
 import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox.outer.hyperparameters import Hyperparameter
+from farhox._core import functional
+from farhox.outer.hyperparameters import ExampleWeights
+from farhox.outer.outer_variable import OuterVariable, value_of
 from farhox.outer.serialization import deserialized, serialized
 
 
@@ -22,12 +26,16 @@ class L1L2(keras.regularizers.Regularizer):
 
     Name the hyperparameters in the problem's `outer_variables` too. A saved model keeps them with their current values.
 
+    Under `ProximalGradient` the regularizer of a layer's weights gives the l1 part to the proximal step: here it has
+    its value then, and no gradient. Under all other dynamics it acts by its subgradient, 0 at w = 0: weights jump about
+    zero and never settle, and a hypergradient of the strength says little; a warning says so.
+
     Args:
-        l1: Number, array or `Hyperparameter`, not negative. |w| has the derivative 0 at w = 0.
-        l2: Number, array or `Hyperparameter`, not negative.
+        l1: Number, array, `Hyperparameter` or another `OuterVariable`, not negative.
+        l2: The same.
 
     Raises:
-        TypeError: If a strength is not a number, an array of numbers or a `Hyperparameter`.
+        TypeError: If a strength is not a number, an array of numbers or an outer variable.
         ValueError: If a strength is negative or not finite, a hyperparameter could become negative, or, when called,
             the shape does not broadcast to that of the weights.
     """
@@ -36,12 +44,19 @@ class L1L2(keras.regularizers.Regularizer):
         self.l1 = _strength("l1", l1)
         self.l2 = _strength("l2", l2)
 
+    @property
+    def has_l1(self):
+        """Whether there is an l1 part: its strength is an outer variable or not zero."""
+        return isinstance(self.l1, OuterVariable) or bool(np.any(self.l1))
+
     def __call__(self, x):
         weights = tf.convert_to_tensor(x)
-        return _penalty("l1", self.l1, tf.abs(weights)) + _penalty("l2", self.l2, tf.square(weights))
+        # Proximal dynamics that have taken over the l1 part do what its subgradient would do.
+        kinked = tf.stop_gradient(weights) if self.has_l1 and functional.is_taken_over(x) else weights
+        return _penalty("l1", self.l1, tf.abs(kinked)) + _penalty("l2", self.l2, tf.square(weights))
 
     def get_config(self):
-        return {name: serialized(strength) if isinstance(strength, Hyperparameter) else strength.tolist()
+        return {name: serialized(strength) if isinstance(strength, OuterVariable) else strength.tolist()
                 for name, strength in (("l1", self.l1), ("l2", self.l2))}
 
     @classmethod
@@ -49,8 +64,24 @@ class L1L2(keras.regularizers.Regularizer):
         return cls(**deserialized(config, "l1", "l2"))
 
 
+def warn_of_subgradients(variables, dynamics):
+    """Warns of learned l1 strengths that dynamics without a proximal step apply by their subgradient.
+
+    Args:
+        variables: List of `keras.Variable`, the inner variables.
+        dynamics: An `InnerDynamics`.
+    """
+    paths = [variable.path for variable in variables
+             if isinstance(variable.regularizer, L1L2) and isinstance(variable.regularizer.l1, OuterVariable)]
+    if paths:
+        warnings.warn(
+            f"The l1 strength of {', '.join(map(repr, paths))} is an outer variable under {type(dynamics).__name__}, "
+            "whose subgradient steps never settle at zero: its hypergradient says little. Use "
+            "farhox.ProximalGradient, which sets weights to zero exactly.", stacklevel=4)
+
+
 def _strength(name, strength):
-    if isinstance(strength, Hyperparameter):
+    if isinstance(strength, OuterVariable) and not isinstance(strength, ExampleWeights):
         if strength.low is None or strength.low < 0:
             raise ValueError("A regularisation strength must not become negative: give the hyperparameter low=0.0. "
                              f"Received: {name}={strength!r} with low={strength.low}")
@@ -65,8 +96,8 @@ def _strength(name, strength):
 
 
 def _penalty(name, strength, magnitudes):
-    if isinstance(strength, Hyperparameter):
-        strength = strength()
+    if isinstance(strength, OuterVariable):
+        strength = value_of(strength)
     elif not np.any(strength):
         return tf.zeros([], magnitudes.dtype)
     shape, target = tuple(strength.shape), tuple(magnitudes.shape)

@@ -200,8 +200,13 @@ class BilevelProblem:
         self.raise_if_model_changed()
         if self.has_features:
             batch = self.features(batch, outer)
-        result = functional.call(
-            self._inner_objective, batch, bindings=self._bindings(variables, state_variables, outer))
+        result = functional.call(self._inner_objective, batch, taken_over=self.dynamics.taken_over,
+                                 bindings=self._bindings(variables, state_variables, outer))
+        missed = [variable for variable in self.dynamics.taken_over if id(variable) not in result.met]
+        if missed:
+            raise ValueError(
+                f"{type(self.dynamics).__name__} takes over the l1 part of a regularizer, so the inner objective must "
+                f"add the regularizer: sum(model.losses). It does not for {variable_names(missed)}.")
         stray = [variable for variable in result.assigned if not any(variable is v for v in self.state_variables)]
         trained = [variable for variable in stray if any(variable is v for v in self.inner_variables)]
         if trained:

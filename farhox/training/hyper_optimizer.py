@@ -329,7 +329,8 @@ class HyperOptimizer(keras.Model):
 
     def _train_inner(self, inner_batches):
         run = self._run(inner_batches, self.problem.outer_values(), self._kept_state() if self.online else None)
-        values = tf.nest.flatten([run.state.variables, run.state.state_variables])
+        finished = self.problem.dynamics.finished(run.state.variables, run.state.slots)
+        values = tf.nest.flatten([finished, run.state.state_variables])
         for variable, value in zip(self._inner, values):
             variable.assign(value)
         for variable, value in zip(self._slots, tf.nest.flatten([run.state.slots, run.state.step])):
