@@ -5,10 +5,11 @@
         python scripts/distributed_omniglot.py --flagfile=scripts/flags/omniglot_maml.cfg --output=/shared/omniglot_maml
 
 Each process is the worker that TF_CONFIG names, and --output is a folder that all workers see. Every worker takes its
-share of each meta-batch, hypergradients are averaged, and the first worker (or the chief) saves a checkpoint every
+share of each meta-batch, hypergradients are averaged, and the first worker (or the chief) saves the state every
 --save_every seconds, tests the learner at the end and writes the results. When a worker dies the others end too, with
 an error: all are started again with the same commands, which launch_workers.py does by itself, and go on from the last
-checkpoint to the weights of a run that was not interrupted. Without TF_CONFIG there is one worker.
+state to the weights of a run that was not interrupted. When a worker is told to stop, by SIGTERM or Ctrl-C, all save
+and stop after the same meta-step. Without TF_CONFIG there is one worker.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ def work(strategy, settings, output, data_dir, seed, save_every):
         omniglot.compile_learner(learner, settings)
     bar = experiment.progress_bar(settings["meta_steps"], ["outer_loss"], "meta-step") if chief else None
     losses = meta.fit_distributed(
-        learner, train, settings["meta_batch_size"], settings["meta_steps"], output / "checkpoint", save_every,
+        learner, train, settings["meta_batch_size"], settings["meta_steps"], output / "states", save_every,
         report=(lambda done, loss: bar.update(done, [("outer_loss", loss)])) if chief else None)
     # The same for all workers, bit for bit: that their logs agree is easily seen.
     print(f"SHA-256 of the learner's variables: {digest(learner)}", flush=True)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import sys
 import time
 
@@ -14,6 +15,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import flags, logging  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
+
+from farhox.callbacks import Resumable, Resume  # noqa: E402
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563a8", "#d9772b", "#2f8f5b", "#8256a8", "#6b7280"
 # These change where and how often something runs, not what one run is.
@@ -115,13 +118,32 @@ class Folder:
         start = clocks()
         folder = self.runs / name
         folder.mkdir(exist_ok=True)
-        result = function(folder)
+        with ending_in_one_line(f"The same command goes on with {name}."):
+            result = function(folder)
         before = result.pop("time_before", {})
         for clock, now in clocks().items():
             result[clock] = round(before.get(clock, 0.0) + now - start[clock], 2)
         write_json(file, result)
         shutil.rmtree(folder)  # The state of a run is of no use when it is finished.
         return json.loads(file.read_text())
+
+
+@contextlib.contextmanager
+def ending_in_one_line(line):
+    """Where no training is under way, SIGTERM and Ctrl-C end the program at once, with a line that says how to go on.
+
+    In `fit` they are for `Resume`, which saves the state first.
+    """
+    def end(number, frame):
+        sys.stderr.write(f"\nStopped by {signal.Signals(number).name}. {line}\n")
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, prepare=None, save_every=10.0,
@@ -148,62 +170,43 @@ def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, pr
     """
     epochs = hyper_iterations // steps_per_epoch
     unit = "hyper-iteration" if steps_per_epoch == 1 else "epoch"
-    backup = _Backup(optimizer, folder, epochs, unit, observe, prepare, save_every)
-    if backup.done < epochs:
-        # By default one epoch is one hyper-iteration, so that logs are not means over several.
-        optimizer.fit(dataset.repeat().skip(backup.done * steps_per_epoch), epochs=epochs, verbose=0,
-                      steps_per_epoch=steps_per_epoch, initial_epoch=backup.done, callbacks=[backup, *callbacks])
-    return {**backup.history, "time_before": backup.time_before}
+    # Reading thousands of epochs again takes longer than leaving elements out.
+    resume = Resume(folder, seconds=save_every, replay=False)
+    run = _Run(epochs, resume.initial_epoch, unit, observe, prepare)
+    # By default one epoch is one hyper-iteration, so that logs are not means over several.
+    history = optimizer.fit(
+        dataset.repeat().skip(resume.initial_epoch * steps_per_epoch), epochs=epochs, verbose=0,
+        steps_per_epoch=steps_per_epoch, callbacks=[run, *callbacks, resume])
+    return {**history.history, "time_before": run.time_before}
 
 
-class _Backup(keras.callbacks.Callback):
-    """Saves the optimizer with its history in one go, and shows Keras' progress bar.
+class _Run(keras.callbacks.Callback, Resumable):
+    """Calls `prepare` and `observe`, counts the time, and shows Keras' progress bar."""
 
-    `keras.callbacks.BackupAndRestore` saves weights and epoch one after the other and does not know how far the data
-    have come: a process killed in between would go on from a state that never was.
-    """
-
-    def __init__(self, optimizer, folder, epochs, unit, observe, prepare, save_every):
+    def __init__(self, epochs, done, unit, observe, prepare):
         super().__init__()
-        self.folder, self.epochs, self.unit, self.save_every = pathlib.Path(folder), epochs, unit, save_every
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.observe, self.prepare = observe, prepare
-        self.history, self.done, self.time_before = {}, 0, {}
-        self._file = self.folder / "state.json"
-        if self._file.exists():
-            state = json.loads(self._file.read_text())
-            self.history, self.done, self.time_before = state["history"], state["done"], state["time"]
-            optimizer.load_weights(self.folder / state["weights"])
-            print(f"Goes on after {self.done} of {epochs} {unit}s", flush=True)
-        self._start, self._saved = clocks(), time.perf_counter()
-        self._bar, self._before = None, self.done  # The bar tells what is left, or its estimate would be wrong.
+        self.epochs, self.unit, self.observe, self.prepare = epochs, unit, observe, prepare
+        self.time_before, self._start = {}, clocks()
+        self._bar, self._done = None, done  # The bar tells what is left, or its estimate would be wrong.
+        if done:
+            print(f"Goes on after {done} of {epochs} {unit}s", flush=True)
 
     def on_epoch_begin(self, epoch, logs=None):
         if self.prepare is not None:
             self.prepare(epoch)
 
     def on_epoch_end(self, epoch, logs=None):
-        logs = {name: float(value) for name, value in (logs or {}).items()}
+        # What is added here is in the history too.
         logs.update(self.observe() if self.observe is not None else {})
-        for name, value in logs.items():
-            self.history.setdefault(name, []).append(value)
-        self.done = epoch + 1
         shown = {name: value for name, value in logs.items() if name not in ("loss", "skipped_updates")}
-        self._bar = self._bar or progress_bar(self.epochs - self._before, list(shown), self.unit)
-        self._bar.update(self.done - self._before, list(shown.items()))
-        if self.done == self.epochs or time.perf_counter() - self._saved > self.save_every:
-            self._save()
+        self._bar = self._bar or progress_bar(self.epochs - self._done, list(shown), self.unit)
+        self._bar.update(epoch + 1 - self._done, list(shown.items()))
 
-    def _save(self):
-        # The JSON file names the weights and replaces the old one in one step.
-        weights = f"{self.done}.weights.h5"
-        self.model.save_weights(self.folder / weights)
-        self._saved = time.perf_counter()
-        spent = {clock: self.time_before.get(clock, 0.0) + now - self._start[clock] for clock, now in clocks().items()}
-        write_json(self._file, {"done": self.done, "weights": weights, "history": self.history, "time": spent})
-        for old in self.folder.glob("*.weights.h5"):
-            if old.name != weights:
-                old.unlink()
+    def resume_state(self):
+        return {clock: self.time_before.get(clock, 0.0) + now - self._start[clock] for clock, now in clocks().items()}
+
+    def resume_from(self, state):
+        self.time_before = state
 
 
 def clocks():

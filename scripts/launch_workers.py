@@ -4,16 +4,22 @@
 
 Each worker finds its place in the environment variable TF_CONFIG. Workers on several machines are started by what
 starts processes there, with a TF_CONFIG of the same form; see distributed_omniglot.py.
+
+SIGTERM, SIGHUP and Ctrl-C are passed on to the workers, which save where they are; those that still run after
+8 seconds are killed.
 """
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 
 from absl import app, flags
+
+GRACE = 8.0  # Seconds that workers have to save their state.
 
 
 def define_flags():
@@ -30,35 +36,60 @@ def launch(command, workers, restarts):
         restarts: Non-negative int.
 
     Raises:
-        SystemExit: If a worker has died more often than `restarts`.
+        SystemExit: If a worker has died more often than `restarts`, or this process was told to stop.
     """
-    for attempt in range(restarts + 1):
-        addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
-        processes = []
-        for index in range(workers):
-            task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-            processes.append(subprocess.Popen(command, env={**os.environ, "TF_CONFIG": json.dumps(task)}))
-        try:
-            failed = first_failure(processes)
-        finally:
-            # The others wait for the one that died, some of them for minutes.
-            for process in processes:
-                process.kill()
-                process.wait()
-        if failed is None:
-            return
-        print(f"Worker {failed} ended with code {processes[failed].returncode} at start {attempt + 1} of "
-              f"{restarts + 1}.", file=sys.stderr, flush=True)
+    told = []
+    before = {number: signal.signal(number, lambda number, frame: told.append(number))
+              for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        for attempt in range(restarts + 1):
+            addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
+            processes = []
+            for index in range(workers):
+                task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+                # In a session of its own, so that a terminal's Ctrl-C reaches it once, from here.
+                processes.append(subprocess.Popen(
+                    command, env={**os.environ, "TF_CONFIG": json.dumps(task)}, start_new_session=True))
+            try:
+                failed = first_failure(processes, told)
+                if told:
+                    end(processes)
+            finally:
+                # The others wait for the one that died, some of them for minutes.
+                for process in processes:
+                    process.kill()
+                    process.wait()
+            if told:
+                print(f"Stopped by {signal.Signals(told[0]).name}, and all workers with it: the same command goes on.",
+                      file=sys.stderr, flush=True)
+                raise SystemExit(128 + told[0])
+            if failed is None:
+                return
+            print(f"Worker {failed} ended with code {processes[failed].returncode} at start {attempt + 1} of "
+                  f"{restarts + 1}.", file=sys.stderr, flush=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     raise SystemExit(f"Workers died {restarts + 1} times; there are no restarts left.")
 
 
-def first_failure(processes):
-    """Index of the first process that fails, or None when all have ended well."""
-    while True:
+def first_failure(processes, told):
+    """Index of the first process that fails, or None when all have ended well or `told` is no longer empty."""
+    while not told:
         codes = [process.poll() for process in processes]
         failed = [index for index, code in enumerate(codes) if code]
         if failed or None not in codes:
             return failed[0] if failed else None
+        time.sleep(0.1)
+    return None
+
+
+def end(processes):
+    """Tells processes to stop, and waits for them for a while."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline and None in [process.poll() for process in processes]:
         time.sleep(0.1)
 
 

@@ -5,10 +5,7 @@ intervals, and the result is the test loss of the weights with the least one.
 """
 
 import dataclasses
-import json
 import math
-import pathlib
-import time
 from typing import Callable
 
 import experiment  # First: it sets TensorFlow's log level.
@@ -18,6 +15,7 @@ import tensorflow as tf
 
 import farhox
 from farhox import stn
+from farhox.callbacks import Resumable, Resume
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,28 +89,19 @@ def fit(model, evaluate, task, settings, seed, folder, recorder=None, callbacks=
         "time_before", as `experiment.Folder.once` wants it.
     """
     train, validation, test = task.parts
-    every, rounds = settings["evaluate_every"], settings["steps"] // settings["evaluate_every"]
-    state = _State(model, folder, recorder)
-    bar, saved = experiment.progress_bar(settings["steps"], ["loss", "best"], unit="step"), time.perf_counter()
-    while state.done < rounds:
-        tuning = {}
-        if isinstance(model, stn.SelfTuningModel):
-            order = np.random.default_rng([seed, 1, state.done]).permutation(len(validation[0]))
-            # Evaluations are made below, for all trainings in the same way.
-            tuning = {"validation_data": batches(validation, order, settings["batch_size"]), "validation_freq": 2}
-        order = example_order(len(train[0]), state.done * every, every, settings["batch_size"], seed)
-        model.fit(batches(train, order, settings["batch_size"]), verbose=0, shuffle=False,
-                  callbacks=[entry for entry in (recorder, *callbacks) if entry is not None], **tuning)
-        loss, accuracy = evaluate(validation)
-        state.add(loss, accuracy)
-        bar.update(state.done * every, [("loss", loss), ("best", state.history["best_loss"])], finalize=False)
-        if time.perf_counter() - saved > save_every or state.done == rounds:
-            state.save()
-            saved = time.perf_counter()
-    bar.update(settings["steps"], finalize=True)
-    model.load_weights(state.best_weights)
+    rounds = _Rounds(task, evaluate, settings, seed)
+    tuning = {}
+    if isinstance(model, stn.SelfTuningModel):
+        # Evaluations are made between rounds, for all trainings in the same way.
+        tuning = {"validation_data": batches(validation, rounds.validation_order, settings["batch_size"]),
+                  "validation_freq": rounds.count + 1}
+    # The data of a round follow from its number: nothing is read again when a training goes on.
+    resume = Resume(folder, seconds=save_every, replay=False)
+    model.fit(batches(train, rounds.train_order, settings["batch_size"]), epochs=rounds.count, verbose=0, shuffle=False,
+              callbacks=[entry for entry in (rounds, recorder, *callbacks, resume) if entry is not None], **tuning)
+    model.set_weights(rounds.best_weights)
     test_loss, accuracy = evaluate(test)
-    return {**state.history, "test_loss": _finite(test_loss), "test_accuracy": accuracy, "time_before": state.before}
+    return {**rounds.history, "test_loss": _finite(test_loss), "test_accuracy": accuracy, "time_before": rounds.before}
 
 
 def example_order(size, first, count, batch_size, seed):
@@ -123,9 +112,10 @@ def example_order(size, first, count, batch_size, seed):
 
 
 def batches(part, order, batch_size):
-    """A data set of batches of examples in an order."""
+    """A data set of batches of examples, in the order that a variable has when it is read."""
     x, y = part
-    return tf.data.Dataset.from_tensor_slices(order).batch(batch_size).map(
+    indices = tf.data.Dataset.range(1).flat_map(lambda _: tf.data.Dataset.from_tensor_slices(order.value()))
+    return indices.apply(tf.data.experimental.assert_cardinality(order.shape[0])).batch(batch_size).map(
         lambda indices: (tf.gather(x, indices), tf.gather(y, indices))).prefetch(1)
 
 
@@ -156,65 +146,46 @@ class Evaluator:
         return tuple(float(value) for value in np.sum(sums, axis=0, dtype="float64") / y.size)
 
 
-class _State:
-    """A training so far: its history, the weights, and those with the least validation loss.
+class _Rounds(keras.callbacks.Callback, Resumable):
+    """The rounds of a training, an epoch each: their data before, an evaluation after them, the best weights."""
 
-    All files are written before the JSON file that names them, so that a killed process leaves one state that is whole.
-    """
-
-    def __init__(self, model, folder, recorder):
-        self.model, self.folder, self.recorder = model, pathlib.Path(folder), recorder
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, task, evaluate, settings, seed):
+        super().__init__()
+        self.train, self.validation, _ = task.parts
+        self.evaluate, self.seed = evaluate, seed
+        self.every, self.batch_size = settings["evaluate_every"], settings["batch_size"]
+        self.count = settings["steps"] // self.every
         self.history = {"losses": [], "accuracies": [], "cpu_times": [], "best": 0, "best_loss": None}
-        self.before = {"seconds": 0.0, "cpu_seconds": 0.0}
-        self._file, self._start = self.folder / "state.json", experiment.clocks()
-        if self._file.exists():
-            state = json.loads(self._file.read_text())
-            self.history, self.before = state["history"], state["time"]
-            if recorder is not None:
-                recorder.schedule = state["schedule"]
-            model.load_weights(self._weights)
-            for variable, value in zip(self._seeds(), state["seeds"]):
-                variable.assign(value)
+        self.best_weights = None
+        self.train_order = tf.Variable(tf.zeros([self.every * self.batch_size], tf.int64), trainable=False)
+        self.validation_order = tf.Variable(tf.zeros([len(self.validation[0])], tf.int64), trainable=False)
+        self.before, self._start = {"seconds": 0.0, "cpu_seconds": 0.0}, experiment.clocks()
+        self._bar = experiment.progress_bar(settings["steps"], ["loss", "best"], unit="step")
 
-    @property
-    def done(self):
-        return len(self.history["losses"])
+    def on_epoch_begin(self, epoch, logs=None):
+        self.train_order.assign(
+            example_order(len(self.train[0]), epoch * self.every, self.every, self.batch_size, self.seed))
+        self.validation_order.assign(
+            np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.validation[0])))
 
-    @property
-    def best_weights(self):
-        return self.folder / f"best{self.history['best']}.weights.h5"
-
-    @property
-    def _weights(self):
-        return self.folder / f"after{self.done}.weights.h5"
-
-    def add(self, loss, accuracy):
-        """The result of an evaluation."""
+    def on_epoch_end(self, epoch, logs=None):
+        loss, accuracy = self.evaluate(self.validation)
         history = self.history
         for name, value in (("losses", _finite(loss)), ("accuracies", accuracy),
-                            ("cpu_times", round(self._spent()["cpu_seconds"], 2))):
+                            ("cpu_times", round(self.resume_state()["time"]["cpu_seconds"], 2))):
             history[name].append(value)
         if history["best_loss"] is None or loss < history["best_loss"]:
-            history["best_loss"], history["best"] = _finite(loss), self.done - 1
-            self.model.save_weights(self.best_weights)
+            history["best_loss"], history["best"] = _finite(loss), epoch
+            self.best_weights = self.model.get_weights()
+        self._bar.update((epoch + 1) * self.every, [("loss", loss), ("best", history["best_loss"])],
+                         finalize=epoch + 1 == self.count)
 
-    def save(self):
-        self.model.save_weights(self._weights)
-        experiment.write_json(self._file, {
-            "history": self.history, "time": self._spent(),
-            "seeds": [variable.numpy().tolist() for variable in self._seeds()],
-            "schedule": None if self.recorder is None else self.recorder.schedule})
-        for old in self.folder.glob("*.weights.h5"):
-            if old not in (self._weights, self.best_weights):
-                old.unlink()
+    def resume_state(self):
+        spent = {clock: self.before[clock] + now - self._start[clock] for clock, now in experiment.clocks().items()}
+        return {"history": self.history, "best_weights": self.best_weights, "time": spent}
 
-    def _seeds(self):
-        # Keras saves no state of random numbers.
-        return [variable for variable in self.model.variables if "int" in variable.dtype]
-
-    def _spent(self):
-        return {clock: self.before[clock] + now - self._start[clock] for clock, now in experiment.clocks().items()}
+    def resume_from(self, state):
+        self.history, self.best_weights, self.before = state["history"], state["best_weights"], state["time"]
 
 
 def _finite(value):

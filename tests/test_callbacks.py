@@ -9,7 +9,7 @@ import tensorflow as tf
 from problems import variable
 
 import farhox
-from farhox.training.callbacks import HyperparameterTrace, read_trace
+from farhox.callbacks import HyperparameterTrace, Resume, read_trace
 
 PER_EPOCH = 4
 
@@ -84,7 +84,7 @@ def test_every_says_how_many_hyper_iterations_lie_between_records(every, compile
 
 
 @pytest.mark.parametrize("trace_first", [True, False])
-@pytest.mark.parametrize("every, save_freq", [(1, "epoch"), (3, "epoch"), ("epoch", "epoch"), (1, 3)])
+@pytest.mark.parametrize("every, save_freq", [(3, "epoch"), (1, 3)])
 def test_resumed_file_is_that_of_a_run_that_was_not_interrupted(tmp_path, every, save_freq, trace_first):
     def run(name, extra=()):
         callbacks = [HyperparameterTrace(tmp_path / name, every=every),
@@ -105,6 +105,19 @@ def test_resumed_file_is_that_of_a_run_that_was_not_interrupted(tmp_path, every,
     if save_freq == "epoch":
         run("whole")
         assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("every, save_every", [(1, "epoch"), (3, 2), ("epoch", 1)])
+def test_file_of_a_run_that_resume_goes_on_with_is_that_of_one_that_was_not_interrupted(tmp_path, every, save_every):
+    def run(name, extra=()):
+        fit(make()[0], [HyperparameterTrace(tmp_path / name, every=every),
+                        Resume(tmp_path / f"states_{name}", every=save_every), *extra])
+
+    with pytest.raises(InterruptedError):
+        run("resumed", [Interrupt(2)])
+    run("resumed")
+    run("whole")
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 @pytest.mark.parametrize("damage", [

@@ -132,24 +132,21 @@ def test_terminate_on_nan_hears_of_a_diverged_training():
     assert len(history.epoch) == 1
 
 
-@pytest.mark.parametrize("method, online", [
-    (farhox.ReverseHG(), False), (farhox.ForwardHG(), True), (farhox.ReverseHG(truncation=2), True)],
-    ids=["reverse", "real-time forward", "online truncated"])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, method, online):
+def test_online_training_with_statistics_that_was_interrupted_equals_one_that_was_not_bit_for_bit(tmp_path):
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 2:
                 raise KeyboardInterrupt
 
     def run(*callbacks):
-        hyper_optimizer = make(method, normalized=True, online=online)
+        hyper_optimizer = make(farhox.ReverseHG(truncation=2), normalized=True, online=True)
         hyper_optimizer.fit(hyper_iterations(2), epochs=4, verbose=0, callbacks=list(callbacks))
         return hyper_optimizer
 
     whole = run()
     with pytest.raises(KeyboardInterrupt):
-        run(keras.callbacks.BackupAndRestore(tmp_path), Interrupt())
-    resumed = run(keras.callbacks.BackupAndRestore(tmp_path))
+        run(farhox.callbacks.Resume(tmp_path), Interrupt())
+    resumed = run(farhox.callbacks.Resume(tmp_path))
     for a, b in zip(whole.variables + whole.optimizer.variables, resumed.variables + resumed.optimizer.variables):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
 

@@ -74,8 +74,8 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(algorithm, tmp_p
     flags = [f"--algorithm={algorithm}", "--inner_batch_size=3", "--save_every=0", *TINY]
     finish(start("omniglot", tmp_path / "whole", cache, *flags))
     process = start("omniglot", tmp_path / "killed", cache, *flags)
-    state = tmp_path / "killed" / "runs" / "seed0" / "state.json"
-    while not state.exists() or json.loads(state.read_text())["done"] < 2:
+    states = tmp_path / "killed" / "runs" / "seed0"
+    while not (states / "state-00000002.farhox").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

@@ -1,6 +1,7 @@
 """SavedStates: a state appears whole or not at all, a damaged one is named, files of others are left alone."""
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -95,7 +96,6 @@ def test_a_process_killed_at_any_file_operation_of_a_save_leaves_a_state_that_is
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_is_full_is_an_error_that_names_the_path_and_the_last_state_stays(two, tmp_path, code):
-    operations = FileOperations(None, None, two)
     shutil.copytree(two, tmp_path / "count")
     with FileOperations(None, None, tmp_path / "count") as operations:
         SavedStates(tmp_path / "count").save(value(3))
@@ -107,7 +107,7 @@ def test_a_disk_that_is_full_is_an_error_that_names_the_path_and_the_last_state_
     for number in range(1, len(before) + 1):
         states = SavedStates(two)
         states.load()
-        with FileOperations(number, fail, two), pytest.raises(OSError, match="could not be saved .*state-00000003") as raised:
+        with FileOperations(number, fail, two), pytest.raises(OSError, match="not be saved .*state-00000003") as raised:
             states.save(value(3))
         assert raised.value.errno == code
         assert_loaded(SavedStates(two).load(), 2)
@@ -135,7 +135,8 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_that_names_the_path(tmp_
 def test_a_damaged_state_is_named_and_the_one_before_it_is_used(two):
     last = two / "state-00000002.farhox"
     whole = last.read_bytes()
-    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1:] for i in (0, 14, 17, 200, len(whole) // 2, len(whole) - 1)]
+    places = (0, 14, 17, 200, len(whole) // 2, len(whole) - 1)
+    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1:] for i in places]
     for damaged in (b"", whole[:10], whole[:-1], whole + b"x", *flipped):
         last.write_bytes(damaged)
         states = SavedStates(two)
@@ -160,7 +161,6 @@ def test_damaged_states_alone_and_those_of_later_versions_are_errors_that_name_t
 
 
 def _later(data):
-    import hashlib
     data = data[:-32].replace(b"farhox state 1", b"farhox state 2")
     return data + hashlib.sha256(data).digest()
 
@@ -173,7 +173,8 @@ def test_a_file_of_another_in_the_place_of_a_new_one_is_an_error(two):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"a": [object()]}, r"Received: object in state\['a'\]\[0\]"), (np.array(["a", None]), "Received: ndarray in state"),
+    ({"a": [object()]}, r"Received: object in state\['a'\]\[0\]"),
+    (np.array(["a", None]), "Received: ndarray in state"),
     ({1: 2}, r"Keys .* must be str. Received: \[1\]")])
 def test_what_cannot_be_saved_is_an_error_that_names_the_place(tmp_path, wrong, message):
     with pytest.raises(TypeError, match=message):

@@ -113,9 +113,7 @@ def test_an_interrupted_run_ends_with_the_numbers_of_one_that_was_not(load, tmp_
     with pytest.raises(KeyboardInterrupt):
         experiment.fit_resumable(
             *small_optimizer(), 9, tmp_path / "parts", observe=interrupt, prepare=prepared.append, save_every=0.0)
-    assert json.loads((tmp_path / "parts" / "state.json").read_text())["done"] == 5
-    # What a process leaves behind that is killed between its two files.
-    (tmp_path / "parts" / "6.weights.h5").write_bytes(b"half a file")
+    assert farhox.callbacks.Resume(tmp_path / "parts").initial_epoch == 5
     capsys.readouterr()
     parts = experiment.fit_resumable(
         *small_optimizer(), 9, tmp_path / "parts", prepare=prepared.append, save_every=0.0)
@@ -125,7 +123,7 @@ def test_an_interrupted_run_ends_with_the_numbers_of_one_that_was_not(load, tmp_
     assert len(parts["outer_loss"]) == 9 and parts["time_before"]["seconds"] > 0
     assert {name: parts[name] for name in parts if name != "time_before"} == {
         name: whole[name] for name in whole if name != "time_before"}
-    assert len(list((tmp_path / "parts").glob("*.weights.h5"))) == 1
+    assert len(list((tmp_path / "parts").iterdir())) == 2
     assert experiment.fit_resumable(*small_optimizer(), 9, tmp_path / "parts")["outer_loss"] == whole["outer_loss"]
 
 

@@ -1,23 +1,25 @@
 """Meta-training over the replicas of several processes, where Keras' `fit` does not run."""
 
-import json
-import os
-import pathlib
 import time
 
 import tensorflow as tf
 
 from farhox.meta.episodes import EpisodeSource
 from farhox.meta.learner import Learner
+from farhox.training.resume import assign_variables, variables_with_names
+from farhox.training.saved_states import SavedStates
+from farhox.training.signals import Signals
 
 
 def fit_distributed(learner, episodes, meta_batch_size, meta_steps, folder, save_every=60.0, report=None):
-    """Trains a learner over all replicas of the strategy it was made in, and goes on from the last checkpoint.
+    """Trains a learner over all replicas of the strategy it was made in, and goes on from the last saved state.
 
     Every process of a `tf.distribute.MultiWorkerMirroredStrategy` calls it with the same arguments. Each replica
     takes its share of every meta-batch; the hypergradients are averaged over replicas and every replica makes the same
-    update. The chief saves checkpoints, from which all processes go on when they are started again. The episodes go
-    on too: a run that was interrupted ends with the weights of one that was not.
+    update. The chief saves states, in the same way as `farhox.callbacks.Resume`, from which all processes go on when
+    they are started again. The episodes go on too: a run that was interrupted ends with the weights of one that was
+    not. When one of the processes gets SIGTERM, SIGHUP or Ctrl-C, all end after the same meta-step, with its state
+    saved.
 
     ```python
     strategy = tf.distribute.MultiWorkerMirroredStrategy()  # The first of TensorFlow in each process; reads TF_CONFIG.
@@ -32,8 +34,8 @@ def fit_distributed(learner, episodes, meta_batch_size, meta_steps, folder, save
         episodes: An `EpisodeSource`, the same in all processes.
         meta_batch_size: Positive int, episodes in a meta-step over all replicas; a multiple of their number.
         meta_steps: Positive int.
-        folder: Folder for the checkpoint that all processes see.
-        save_every: Float, seconds between two checkpoints; there is always one at the end.
+        folder: Folder of this run alone that all processes see.
+        save_every: Float, seconds between two saved states; the end is always saved.
         report: Callable of the number of meta-steps done and the outer loss, called after each of them.
 
     Returns:
@@ -41,7 +43,9 @@ def fit_distributed(learner, episodes, meta_batch_size, meta_steps, folder, save
 
     Raises:
         TypeError: If `learner` is not a `Learner` or `episodes` not an `EpisodeSource`.
-        ValueError: If the learner was not compiled, or `meta_batch_size` cannot be shared out evenly.
+        ValueError: If the learner was not compiled, `meta_batch_size` cannot be shared out evenly, or a saved state is
+            of another learner, or all of them are damaged.
+        OSError: If a state cannot be saved.
         RuntimeError: If too many hypergradients in a row were not finite.
     """
     if not isinstance(learner, Learner) or not isinstance(episodes, EpisodeSource):
@@ -54,60 +58,50 @@ def fit_distributed(learner, episodes, meta_batch_size, meta_steps, folder, save
     if meta_batch_size % replicas:
         raise ValueError("meta_batch_size must be a multiple of the number of replicas. "
                          f"Received: meta_batch_size={meta_batch_size} for {replicas} replicas")
-    checkpoint = _Checkpoint(folder)
-    losses = checkpoint.restore(learner)
+    states, signals, chief = SavedStates(folder), Signals(), is_chief(strategy)
+    state = states.load()
+    losses = [] if state is None else state["losses"]
+    if state is not None:
+        assign_variables(learner, state["variables"], states.path)
+    if chief and len(losses) < meta_steps:
+        states.check_writable()
     start, share = len(losses) * meta_batch_size, meta_batch_size // replicas
     data = iter(strategy.distribute_datasets_from_function(lambda context: episodes.dataset(
         share, start, shards=context.num_input_pipelines, shard=context.input_pipeline_id)))
 
-    def hyper_iteration(element):
-        return learner._hyper_iteration(*learner._hyper_iteration_data(element, training=True)).outer_loss
+    def hyper_iteration(element, stop):
+        loss = learner._hyper_iteration(*learner._hyper_iteration_data(element, training=True)).outer_loss
+        return tf.stack([loss, tf.cast(stop, loss.dtype)])
 
     @tf.function(autograph=False)
-    def meta_step(element):
-        return strategy.reduce(tf.distribute.ReduceOp.MEAN, strategy.run(hyper_iteration, (element,)), axis=None)
+    def meta_step(element, stop):
+        # Whether somebody is to stop goes round with the loss: all processes stop after the same meta-step.
+        return tf.unstack(strategy.reduce(
+            tf.distribute.ReduceOp.MEAN, strategy.run(hyper_iteration, (element, stop)), axis=None))
+
+    def save():
+        if chief:
+            states.save({"variables": variables_with_names(learner), "losses": losses})
 
     learner.start_counting_skips()
     saved = time.monotonic()
-    for done in range(len(losses) + 1, meta_steps + 1):
-        losses.append(float(meta_step(next(data))))
-        learner.raise_if_diverged()
-        if is_chief(strategy) and (done == meta_steps or time.monotonic() - saved >= save_every):
-            checkpoint.save(learner, losses)
-            saved = time.monotonic()
-        if report is not None:
-            report(done, losses[-1])
+    signals.start()
+    try:
+        for done in range(len(losses) + 1, meta_steps + 1):
+            loss, stop = meta_step(next(data), tf.constant(signals.received is not None))
+            losses.append(float(loss))
+            learner.raise_if_diverged()
+            if done == meta_steps or stop > 0 or time.monotonic() - saved >= save_every:
+                save()
+                saved = time.monotonic()
+            if report is not None:
+                report(done, losses[-1])
+            if stop > 0:
+                signals.end(f"The state after {done} meta-steps is saved in {states.path}: start all processes again "
+                            "to go on." if chief else None)
+    finally:
+        signals.stop()
     return losses
-
-
-class _Checkpoint:
-    """The state of a training in a folder: a file of weights, and one of JSON that names it and is replaced in one go.
-
-    The chief writes only after a meta-step, which all processes take part in and so have read before.
-    """
-
-    def __init__(self, folder):
-        self._folder = pathlib.Path(folder)
-        self._file = self._folder / "checkpoint.json"
-
-    def restore(self, learner):
-        """Loads the state if there is one, and returns the losses until then."""
-        if not self._file.exists():
-            return []
-        state = json.loads(self._file.read_text())
-        learner.load_weights(self._folder / state["weights"])
-        return state["losses"]
-
-    def save(self, learner, losses):
-        weights = f"{len(losses)}.weights.h5"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        learner.save_weights(self._folder / weights)
-        part = self._file.with_suffix(".part")
-        part.write_text(json.dumps({"weights": weights, "losses": losses}))
-        os.replace(part, self._file)
-        for old in self._folder.glob("*.weights.h5"):
-            if old.name != weights:
-                old.unlink()
 
 
 def is_chief(strategy):

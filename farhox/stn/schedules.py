@@ -6,10 +6,11 @@ import keras
 import numpy as np
 
 from farhox._core import checks
+from farhox._core.resumable import Resumable
 from farhox.stn.gates import as_hyperparameters
 
 
-class ScheduleRecorder(keras.callbacks.Callback):
+class ScheduleRecorder(keras.callbacks.Callback, Resumable):
     """Records the hyperparameters of a `SelfTuningModel` while it trains.
 
     Args:
@@ -52,6 +53,12 @@ class ScheduleRecorder(keras.callbacks.Callback):
         """Writes the schedule as JSON."""
         with open(path, "w", encoding="utf-8") as file:
             json.dump(self.schedule, file)
+
+    def resume_state(self):
+        return self.schedule
+
+    def resume_from(self, state):
+        self.schedule = state
 
     def _steps(self):
         return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))

@@ -10,19 +10,20 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.logs import log_names, log_values
+from farhox._core.resumable import Resumable
 from farhox.training.hyper_optimizer import HyperOptimizer
 
 _COUNT = "hyper_iteration"
 
 
-class HyperparameterTrace(keras.callbacks.Callback):
+class HyperparameterTrace(keras.callbacks.Callback, Resumable):
     """Records all hyperparameters of a `HyperOptimizer`, in natural units, as `fit` learns them.
 
     The record at hyper-iteration k holds the values after k hyper-iterations, that at 0 those of the start.
 
     ```python
     trace = farhox.callbacks.HyperparameterTrace(csv_path="trace.csv", log_dir="logs")
-    optimizer.fit(data, epochs=20, callbacks=[trace, keras.callbacks.BackupAndRestore("backup")])
+    optimizer.fit(data, epochs=20, callbacks=[trace, farhox.callbacks.Resume("run")])
     trace.history["learning_rate"]
     ```
 
@@ -85,7 +86,7 @@ class HyperparameterTrace(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
-            # Only now have all callbacks begun: BackupAndRestore may come after this one and set the model back.
+            # Only now have all callbacks begun: one after this one may have set the model back.
             self._begun = True
             self._forget_from(self.model.hyper_iterations)
         self._record_if_due(between_epochs=True)
@@ -99,6 +100,14 @@ class HyperparameterTrace(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self._writer is not None:
             self._writer.close()
+
+    def resume_state(self):
+        # Records stay in the file: in a state, which is written again and again, they would be ever more.
+        return self._last
+
+    def resume_from(self, state):
+        self._begun = True
+        self._forget_from(0 if state is None else state + 1)
 
     def _record_if_due(self, between_epochs):
         count = self.model.hyper_iterations

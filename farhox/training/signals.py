@@ -1,9 +1,13 @@
-"""SIGTERM and Ctrl-C while a training runs: noted, and answered where its state is whole."""
+"""SIGTERM, SIGHUP and Ctrl-C while a training runs: noted, and answered where its state is whole."""
 
+import contextlib
 import inspect
 import signal
 import sys
 import threading
+
+
+_NUMBERS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP")]
 
 
 class Interrupted(KeyboardInterrupt, SystemExit):
@@ -19,7 +23,7 @@ class Interrupted(KeyboardInterrupt, SystemExit):
 
 
 class Signals:
-    """Notes the first SIGTERM or SIGINT instead of obeying it, from `start` to `stop`.
+    """Notes the first SIGTERM, SIGHUP or SIGINT instead of obeying it, from `start` to `stop`.
 
     A second one, or one that comes when nobody is going to look, has the effect that it would have without this class.
 
@@ -40,7 +44,7 @@ class Signals:
         if self._before or threading.current_thread() is not threading.main_thread():
             return  # Python tells signals to the main thread alone.
         frame = inspect.currentframe()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _NUMBERS:
             handler = signal.getsignal(number)
             # That of a training which ended with an error, without a word to this class.
             while isinstance(owner := getattr(handler, "__self__", None), Signals) and not owner._is_running(frame):
@@ -55,16 +59,21 @@ class Signals:
             signal.signal(number, handler)
         self._before = {}
 
-    def end(self, line):
+    def end(self, line=None):
         """Says in one line what was done about the signal, and ends the training.
+
+        Args:
+            line: Str, or None where another process says it.
 
         Raises:
             Interrupted: Always.
         """
-        number = self.received
+        number = self.received or signal.SIGTERM
         self.stop()
-        sys.stderr.write(f"\nStopped by {number.name}. {line}\n")
-        sys.stderr.flush()
+        if line is not None:
+            with contextlib.suppress(OSError):  # A terminal that is closed.
+                sys.stderr.write(f"\nStopped by {number.name}. {line}\n")
+                sys.stderr.flush()
         raise Interrupted(number)
 
     def _note(self, number, frame):
