@@ -257,7 +257,7 @@ def test_weight_decay_of_adamw_has_the_implicit_gradient_of_its_own_fixed_point(
 def test_decoupled_weight_decay_is_refused_in_the_objective_with_advice():
     *case, _ = decayed_regression(
         0.5, lambda decay: farhox.KerasDynamics(keras.optimizers.SGD(0.1, weight_decay=0.5), weight_decay=decay))
-    with pytest.raises(ValueError, match='depends on \'decay\'.*is seen with ImplicitHG\\(system="dynamics"\\)'):
+    with pytest.raises(ValueError, match='penalty or a weight decay.*Use ImplicitHG\\(system="dynamics"\\)'):
         farhox.ImplicitHG().compute(*case)
 
 

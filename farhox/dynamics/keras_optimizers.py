@@ -117,8 +117,9 @@ class KerasDynamics(InnerDynamics):
     def zero_gradient_is_stationary(self):
         """Whether no optimizer in it decays or shrinks the variables by itself."""
         optimizers = [self.optimizer] if self._parts is None else [part.optimizer for part in self._parts]
-        return not any(self.settings.get(name, vars(optimizer).get(name))
-                       for optimizer in optimizers for name in _SHRINKING)
+        shrinking = [self.settings.get(name, vars(optimizer).get(name))
+                     for optimizer in optimizers for name in _SHRINKING]
+        return all(value is None or isinstance(value, numbers.Real) and value == 0 for value in shrinking)
 
     def bound_to(self, variables):
         check_length(self.settings.get("learning_rate"), variables)
