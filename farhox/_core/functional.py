@@ -20,14 +20,14 @@ class FunctionalResult(NamedTuple):
         value: The closure's return value.
         values: List of tensors, the values of the bound variables afterwards, in the order of the bindings.
         assigned: List of the variables that the closure assigned, bound or not.
-        read: Set of the ids of the variables that the closure read.
+        read: Dictionary from the ids of the variables that the closure read to the variables.
         met: Set of the ids of those variables of `taken_over` that code asked for.
     """
 
     value: Any
     values: list
     assigned: list
-    read: set
+    read: dict
     met: set
 
 
@@ -39,14 +39,14 @@ class _Scope(keras.StatelessScope):
     def __init__(self, bindings, draws, taken_over):
         super().__init__(state_mapping=bindings, collect_losses=True)
         self.assigned = []
-        self.read = set()
+        self.read = {}
         self.taken_over = taken_over
         self.met = set()
         for variable, value in draws:
             super().add_update((variable, tf.cast(value, variable.dtype)))
 
     def get_current_value(self, variable):
-        self.read.add(id(variable))
+        self.read[id(variable)] = variable
         value = super().get_current_value(variable)
         # What a closure inside of a closure is given no value for is what it is around it.
         return self.original_scope.get_current_value(variable) if value is None and self.original_scope else value
@@ -76,7 +76,7 @@ def call(function, *arguments, bindings, draws=(), taken_over=()):
     bindings = list(bindings)
     with exact.exact_derivatives(), _Scope(bindings, draws, taken_over) as scope:
         value = function(*arguments)
-        read = set(scope.read)
+        read = dict(scope.read)
         value = tf.nest.map_structure(
             lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, keras.Variable) else leaf, value)
     values = [scope.get_current_value(variable) for variable, _ in bindings]

@@ -67,7 +67,7 @@ class OuterVariable(abc.ABC):
         if not np.all(np.isfinite(_rounded(dtype, unconstrained))):
             raise ValueError(f"The dtype of {name!r}, {dtype}, must be able to hold its value. "
                              f"Received the unconstrained value: {unconstrained}")
-        self.variable = keras.Variable(unconstrained, dtype=dtype, name=name, trainable=True)
+        self.variable = OwnedVariable(self, unconstrained, dtype)
 
     @abc.abstractmethod
     def natural_value(self):
@@ -153,6 +153,24 @@ class OuterVariable(abc.ABC):
             raise ValueError(
                 f"The dtype of {self.name!r}, {dtype}, must be able to hold its value strictly between its bounds "
                 f"low={self.low} and high={self.high}. Received a value that becomes: {value}")
+
+
+class OwnedVariable(keras.Variable):
+    """The variable of an `OuterVariable`, which it knows: who reads the variable can tell its name and its kind.
+
+    Attributes:
+        owner: The `OuterVariable`.
+    """
+
+    def __init__(self, owner, unconstrained, dtype):
+        super().__init__(unconstrained, dtype=dtype, name=owner.name, trainable=True)
+        self.owner = owner
+
+
+def owners(variables):
+    """The outer variables behind Keras variables, each once, in order; other variables are left out."""
+    found = {id(v.owner): v.owner for v in variables if isinstance(v, OwnedVariable)}
+    return list(found.values())
 
 
 def value_of(setting, step=None, dtype=None):

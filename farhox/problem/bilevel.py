@@ -2,6 +2,8 @@
 
 import numbers
 
+import warnings
+
 import keras
 import tensorflow as tf
 
@@ -9,7 +11,8 @@ from farhox._core import autodiff, checks, exact, functional, tree
 from farhox._core.inner_state import InnerState, OuterGradients, StepResult, float_leaves, with_float_leaves
 from farhox.dynamics.base import GradientDescent, InnerDynamics
 from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
-from farhox.outer.outer_variable import OuterVariable, value_of
+from farhox.outer.outer_variable import OuterVariable, owners, value_of
+from farhox.problem.read import check_derivative, found_outer_variables, warn_of_unnamed
 
 
 class BilevelProblem:
@@ -34,7 +37,8 @@ class BilevelProblem:
         outer_objective: Callable `batch -> scalar`, minimised over the outer variables.
         inner_variables: List of floating-point `keras.Variable`.
         outer_variables: List of floating-point `keras.Variable` and `OuterVariable`: `Hyperparameter`,
-            `ExampleWeights`, `LearnedSchedule` and your own.
+            `ExampleWeights`, `LearnedSchedule` and your own. Or "all": every `OuterVariable` that the objectives and
+            the dynamics read but those in `fixed`, found by tracing them with `example_batches`.
         dynamics: An `InnerDynamics`. Settings that are hyperparameters must be named in `outer_variables` too if they
             are to be learned.
         state_variables: List of `keras.Variable` that the inner objective assigns: batch-norm statistics, seeds of
@@ -50,6 +54,9 @@ class BilevelProblem:
             gradient was below it, and T is the most it can take. Default: none, always T steps.
         model: A `keras.Model` that the variables were taken from. Where other variables of it are trainable later on,
             the problem does not fit it any more, and its use is an error. Default: none.
+        fixed: List of `OuterVariable` that are read and stay as they are. Of others that something reads and nobody
+            named a warning tells. Default: none.
+        example_batches: (inner batch, outer batch) of arrays or `tf.TensorSpec`, for `outer_variables="all"`.
 
     Attributes:
         inner_variables, state_variables, stop_tolerance: As given.
@@ -67,7 +74,7 @@ class BilevelProblem:
 
     def __init__(self, inner_objective, outer_objective, inner_variables, outer_variables, dynamics=None,
                  state_variables=None, proximal=None, outer_predictions=None, stop_tolerance=None,
-                 features=None, model=None):
+                 features=None, model=None, fixed=None, example_batches=None):
         for name, objective in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
             if not callable(objective):
                 raise TypeError(f"{name} must be a callable batch -> scalar. Received: {objective!r}")
@@ -86,10 +93,17 @@ class BilevelProblem:
         if stop_tolerance is not None and not (checks.is_number(stop_tolerance) and stop_tolerance > 0):
             raise ValueError(f"stop_tolerance must be a positive number or None. Received: {stop_tolerance!r}")
         self.inner_variables = _checked_variables("inner_variables", inner_variables)
+        self.dynamics = dynamics.bound_to(self.inner_variables)
+        self.fixed = list(fixed or [])
+        if isinstance(outer_variables, str):
+            if outer_variables != "all":
+                raise ValueError(f"outer_variables must be a list or 'all'. Received: {outer_variables!r}")
+            outer_variables = found_outer_variables(
+                inner_objective, outer_objective, self.dynamics, self.inner_variables, proximal, features,
+                example_batches, self.fixed, [] if model is None else model.trainable_variables)
         self.outer_variables = _checked_variables("outer_variables", outer_variables)
         self.hyperparameters = [entry for entry in outer_variables if isinstance(entry, OuterVariable)]
         self.state_variables = _checked_variables("state_variables", state_variables or [], state=True)
-        self.dynamics = dynamics.bound_to(self.inner_variables)
         self.proximal = proximal
         self.outer_predictions = outer_predictions
         self.stop_tolerance = stop_tolerance
@@ -98,6 +112,8 @@ class BilevelProblem:
         self._outer_objective = outer_objective
         self._model = model
         self._trainable = [] if model is None else list(model.trainable_variables)
+        known = [*self.outer_variables, *_checked_variables("fixed", self.fixed, state=True)]
+        self._known = {id(variable) for variable in known}
         outer_index = {id(variable): i for i, variable in enumerate(self.outer_variables)}
         self._learned = [outer_index.get(id(variable)) for variable in self.inner_variables]
         for variable in self.state_variables:
@@ -130,7 +146,8 @@ class BilevelProblem:
         return BilevelProblem(
             self._inner_objective, outer_objective, self.inner_variables, outer_variables, dynamics=self.dynamics,
             state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions,
-            stop_tolerance=self.stop_tolerance, features=self._features, model=self._model)
+            stop_tolerance=self.stop_tolerance, features=self._features, model=self._model,
+            fixed=[*self.outer_variables, *self.fixed])
 
     def raise_if_model_changed(self):
         """Raises a ValueError that names the variables if others of the model are trainable than at the beginning."""
@@ -202,6 +219,7 @@ class BilevelProblem:
             batch = self.features(batch, outer)
         result = functional.call(self._inner_objective, batch, taken_over=self.dynamics.taken_over,
                                  bindings=self._bindings(variables, state_variables, outer))
+        warn_of_unnamed(result.read, self._known)
         missed = [variable for variable in self.dynamics.taken_over if id(variable) not in result.met]
         if missed:
             raise ValueError(
@@ -211,10 +229,10 @@ class BilevelProblem:
         trained = [variable for variable in stray if any(variable is v for v in self.inner_variables)]
         if trained:
             raise ValueError(
-                f"The inner objective must leave inner variables to the dynamics. It assigned {variable_names(trained)}, "
-                "which it trains. A layer that replaces its weights in each call, as keras.layers.SpectralNormalization "
-                "does in training, has no inner gradient of its own: give the weights a Keras constraint, which holds "
-                "after each inner step, or write the layer without the assignment.")
+                f"The inner objective must leave inner variables to the dynamics. It assigned {variable_names(trained)}"
+                ", which it trains. A layer that replaces its weights in each call, as "
+                "keras.layers.SpectralNormalization does in training, has no inner gradient of its own: give the weights a "
+                "Keras constraint, which holds after each inner step, or write the layer without the assignment.")
         if stray:
             raise ValueError(
                 "The inner objective may assign state variables only: what it assigns elsewhere is lost from step to "
@@ -224,7 +242,9 @@ class BilevelProblem:
         if self.proximal is not None:
             strength = self.proximal
             if isinstance(strength, OuterVariable):
-                strength = functional.call(value_of, strength, bindings=zip(self.outer_variables, outer)).value
+                result_of = functional.call(value_of, strength, bindings=zip(self.outer_variables, outer))
+                warn_of_unnamed(result_of.read, self._known)
+                strength = result_of.value
             distance = tree.subtract(variables, self._anchors(outer))
             loss += tf.cast(0.5 * strength * tree.dot(distance, distance), loss.dtype)
         count = len(self.state_variables)
@@ -298,24 +318,38 @@ class BilevelProblem:
                 gradients, state.variables, state.slots, state.step, *objective)
             return variables if self.dynamics.applies_constraints else self._constrained(variables), slots
 
-        return functional.call(update, bindings=zip(self.outer_variables, outer)).value
+        result = functional.call(update, bindings=zip(self.outer_variables, outer))
+        warn_of_unnamed(result.read, self._known)
+        return result.value
 
     def outer_loss(self, state, outer, batch):
         """The outer objective E(s, λ), a scalar. What it assigns is dropped."""
+        return self._outer_loss(state, outer, batch)[0]
+
+    def _outer_loss(self, state, outer, batch):
         result = functional.call(
             self._outer_objective, batch, bindings=self._bindings(state.variables, state.state_variables, outer))
-        return _checked_scalar("outer_objective", result.value)
+        warn_of_unnamed(result.read, self._known)
+        return _checked_scalar("outer_objective", result.value), result.read
 
     def outer_gradients(self, state, outer, batch):
-        """E and its partial derivatives with respect to the state and the outer variables, as `OuterGradients`."""
+        """E and its partial derivatives with respect to the state and the outer variables, as `OuterGradients`.
+
+        Raises:
+            ValueError: If the outer objective has no derivative.
+        """
         leaves = float_leaves(state)
 
         def objective(inputs):
             at_state = with_float_leaves(state, inputs[:len(leaves)])
-            return self.outer_loss(at_state, inputs[len(leaves):], batch), ()
+            return self._outer_loss(at_state, inputs[len(leaves):], batch)
 
-        loss, _, gradients = autodiff.gradients(objective, leaves + list(outer))
-        return OuterGradients(loss, gradients[:len(leaves)], gradients[len(leaves):])
+        loss, read, gradients = autodiff.gradients(objective, leaves + list(outer))
+        of_state, of_outer = gradients[:len(leaves)], gradients[len(leaves):]
+        if all(gradient is None for gradient in of_state):
+            inner = [variable for variable in self.inner_variables if id(variable) in read]
+            check_derivative(self._outer_objective, of_outer, inner)
+        return OuterGradients(loss, of_state, of_outer)
 
     def predict_outer(self, state, outer, batch):
         """Targets, predictions and sample weights of the outer batch at the state `state`, for metrics."""
@@ -355,7 +389,7 @@ def _checked_variables(name, variables, state=False):
         raise TypeError(f"{name} must be a list. Received: {variables!r} of type {type(variables).__name__}")
     if not variables and not state:
         raise ValueError(f"{name} must not be empty.")
-    outer = name == "outer_variables"
+    outer = name in ("outer_variables", "fixed")
     checked, seen = [], set()
     for entry in variables:
         variable = entry.variable if outer and isinstance(entry, OuterVariable) else entry

@@ -2,8 +2,10 @@
 
 import keras
 import tensorflow as tf
+from keras.src.models.functional import Functional
 
 from farhox._core import functional
+from farhox.problem.losses import takes_class_numbers
 
 
 def check_model(model):
@@ -64,3 +66,28 @@ def own_loss(model, x, y, predictions, weights, training):
     if result.value is None:
         raise ValueError(f"compute_loss must return the loss. That of {model.name!r} returned None.")
     return tf.convert_to_tensor(result.value)
+
+
+def example_specs(model, loss, with_index, with_groups):
+    """(inner batch, outer batch) of `tf.TensorSpec` that the model and its loss take.
+
+    Raises:
+        ValueError: If the model does not say its inputs and outputs, or its outputs have a loss each.
+    """
+    if not isinstance(model, (Functional, keras.Sequential)) or loss is None or isinstance(loss, (list, tuple, dict)):
+        raise ValueError(
+            "outer_variables='all' needs example_batches=(inner_batch, outer_batch), arrays or tf.TensorSpec, for a "
+            f"model that is not functional or has a loss for each output. Received: {model.name!r} of type "
+            f"{type(model).__name__} with loss={loss!r}")
+
+    def spec(tensor):
+        return tf.TensorSpec(tensor.shape, tensor.dtype)
+
+    def target(output):
+        return tf.TensorSpec(output.shape[:-1], tf.int64) if takes_class_numbers(loss) else spec(output)
+
+    inputs, outputs = (model.inputs[0], model.outputs[0]) if isinstance(model, keras.Sequential) else (
+        model.input, model.output)
+    x, y = keras.tree.map_structure(spec, inputs), keras.tree.map_structure(target, outputs)
+    column = tf.TensorSpec([None], tf.int64)
+    return (x, y, column) if with_index else (x, y), (x, y, column) if with_groups else (x, y)

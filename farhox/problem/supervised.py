@@ -5,12 +5,14 @@ import contextlib
 import keras
 import tensorflow as tf
 
+from farhox.dynamics.base import GradientDescent
 from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
 from farhox.outer.outer_variable import OuterVariable
 from farhox.problem.bilevel import BilevelProblem
-from farhox.problem.keras_models import check_model, has_own_loss, own_loss, state_variables
+from farhox.problem.keras_models import check_model, example_specs, has_own_loss, own_loss, state_variables
 from farhox.problem.losses import SupervisedLoss, weights_of_classes
 from farhox.problem.outer_losses import as_outer_loss, takes_groups
+from farhox.problem.read import found_outer_variables
 from farhox.problem.representation import representation_variables, split
 
 
@@ -18,7 +20,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
                        representation=None, example_weights=None, learn_initialization=False, proximal=None,
                        training_at_outer=False, class_weights=None, stop_tolerance=None, outer_call=None,
                        share_representation=False, loss_weights=None, outer_loss=None,
-                       inner_context=contextlib.nullcontext):
+                       inner_context=contextlib.nullcontext, fixed=None, example_batches=None):
     """A `BilevelProblem` for a Keras model: training loss inside, validation loss outside.
 
     The inner objective is the loss of `model(x, training=True)` on an inner batch plus the regularisation and activity
@@ -43,7 +45,8 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
             objective is that too.
         dynamics: An `InnerDynamics`. Default: gradient descent with rate 0.01.
         outer_variables: List of outer variables as for `BilevelProblem`. Weights of the model that are named here are
-            not trained inside, unless `learn_initialization` says so.
+            not trained inside, unless `learn_initialization` says so. Or "all": every hyperparameter that the layers,
+            regularizers, losses and dynamics read but those in `fixed`.
         representation: List of layers of the model whose weights are outer variables; the rest of the model is inner.
         example_weights: An `ExampleWeights`. Inner batches are then (x, y, index), and the inner loss is
             mean(weights(index) * losses). It is added to the outer variables if not named there.
@@ -66,6 +69,9 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
             and F1, losses over groups. Default: `loss`.
         inner_context: Callable, the third part of an inner batch or None -> context manager, in which the model is
             called on that batch. Default: none.
+        fixed: List of outer variables that are read and stay as they are, see `BilevelProblem`.
+        example_batches: (inner batch, outer batch), arrays or `tf.TensorSpec`, for `outer_variables="all"`. Default:
+            those of the model's inputs and outputs, for a functional model with one loss for all outputs.
 
     Returns:
         A `BilevelProblem`. Batches are (x, y) or, as in Keras, (x, y, sample_weight) with floating-point weights, for
@@ -85,7 +91,8 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
     _check_arguments(loss, example_weights, class_weights, outer_call, own, share_representation)
     trainable = list(model.trainable_variables)
     shared = representation_variables(model, representation or [])
-    named = [] if learn_initialization else [entry for entry in outer_variables if isinstance(entry, keras.Variable)]
+    named = [] if learn_initialization or outer_variables == "all" else [
+        entry for entry in outer_variables if isinstance(entry, keras.Variable)]
     inner = _without(trainable, shared + named)
     if not inner:
         raise ValueError(
@@ -94,9 +101,6 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
             f"{len(trainable) - len(shared)} more, which are trained inside only with learn_initialization=True."
             if named else f"The model {model.name!r} has no trainable variable left for the inner problem: "
             f"representation holds {len(shared)} of its {len(trainable)} trainable variables.")
-    outer = list(outer_variables) + _without(shared, outer_variables)
-    outer += _without(inner, outer_variables) if learn_initialization else []
-    outer += _without([w for w in (example_weights, class_weights) if w is not None], outer)
     # Keras' losses compute in floatx; a float64 model keeps its precision.
     dtype = "float64" if any(v.dtype == "float64" for v in inner) else None
     names = getattr(model, "output_names", None)  # Of a functional model.
@@ -146,11 +150,20 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         y, predictions, extra = outer_predictions(batch)
         return y, predictions, None if takes_groups(outer_value) else extra
 
+    if outer_variables == "all":
+        dynamics = GradientDescent() if dynamics is None else dynamics
+        batches = example_batches or example_specs(model, loss, example_weights is not None, takes_groups(outer_value))
+        outer_variables = found_outer_variables(
+            inner_objective, outer_objective, dynamics.bound_to(inner), inner, proximal,
+            features if share_representation else None, batches, list(fixed or []), trainable)
+    outer = list(outer_variables) + _without(shared, outer_variables)
+    outer += _without(inner, outer_variables) if learn_initialization else []
+    outer += _without([w for w in (example_weights, class_weights) if w is not None], outer)
     return BilevelProblem(
         inner_objective, outer_objective, inner_variables=inner, outer_variables=outer, dynamics=dynamics,
         state_variables=state_variables(model), proximal=proximal, outer_predictions=for_metrics,
         stop_tolerance=stop_tolerance, features=features if share_representation else None,
-        model=model)
+        model=model, fixed=fixed)
 
 
 def _check_arguments(loss, example_weights, class_weights, outer_call, own, share_representation):
