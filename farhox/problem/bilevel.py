@@ -2,8 +2,6 @@
 
 import numbers
 
-import warnings
-
 import keras
 import tensorflow as tf
 
@@ -11,7 +9,7 @@ from farhox._core import autodiff, checks, exact, functional, tree
 from farhox._core.inner_state import InnerState, OuterGradients, StepResult, float_leaves, with_float_leaves
 from farhox.dynamics.base import GradientDescent, InnerDynamics
 from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
-from farhox.outer.outer_variable import OuterVariable, owners, value_of
+from farhox.outer.outer_variable import OuterVariable, value_of
 from farhox.problem.read import check_derivative, found_outer_variables, warn_of_unnamed
 
 
