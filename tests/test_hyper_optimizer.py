@@ -426,3 +426,40 @@ def test_labels_out_of_range_are_a_value_error_in_fit_and_step():
         make().fit(data, verbose=0)
     with pytest.raises(ValueError, match=message):
         make().step(*next(iter(data)))
+
+
+def two_rates(names, swap=False):
+    first, second = (farhox.Hyperparameter(value, low=0.0, name=name) for value, name in zip((0.1, 0.9), names))
+    w = keras.Variable(1.0, name="w")
+    hyper_optimizer = farhox.HyperOptimizer(farhox.BilevelProblem(
+        lambda batch: first() * w ** 2 + second() * w, lambda batch: w ** 2, [w],
+        [second, first] if swap else [first, second]))
+    hyper_optimizer.compile("adam")
+    return hyper_optimizer
+
+
+def test_weights_are_loaded_into_the_outer_variables_of_the_same_names_or_not_at_all(tmp_path):
+    path = str(tmp_path / "a.weights.h5")
+    saved = two_rates(["a", "b"])
+    saved.problem.hyperparameters[0].assign(0.3)
+    saved.save_weights(path)
+    same = two_rates(["a", "b"])
+    same.load_weights(path)
+    assert outer_of(same) == outer_of(saved)
+    for other in (two_rates(["a", "b"], swap=True), two_rates(["a", "c"])):
+        before = outer_of(other)
+        with pytest.raises(ValueError, match=r"same outer variables in the same order. .* of \['a', 'b'\] for"):
+            other.load_weights(path)
+        assert outer_of(other) == before
+
+
+def test_weights_that_were_saved_without_names_are_loaded_by_position(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.weights.h5")
+    saved = two_rates(["a", "b"])
+    with monkeypatch.context() as patch:
+        patch.delattr(farhox.HyperOptimizer, "save_own_variables")
+        saved.save_weights(path)
+    same = two_rates(["a", "b"])
+    same.problem.hyperparameters[0].assign(0.7)
+    same.load_weights(path)
+    assert outer_of(same) == outer_of(saved)

@@ -18,6 +18,7 @@ from farhox.problem.losses import LABEL_RULE
 _ADVICE = (
     "Try a smaller inner learning rate or tighter bounds on it, fewer inner steps, a smaller outer learning rate or "
     "clipnorm on the outer optimizer; with an inner rate that is learned, an upper bound (high=...) keeps it stable.")
+_NAMES = "names_of_outer_variables"
 _SAVE_RULE = (
     "A HyperOptimizer holds objectives, which are Python code and cannot be saved. Use save_weights (ModelCheckpoint "
     "with save_weights_only=True): it holds inner and outer variables, the outer optimizer and all memory. Save the "
@@ -268,6 +269,22 @@ class HyperOptimizer(keras.Model):
 
     def save(self, *args, **kwargs):
         raise ValueError(_SAVE_RULE)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        # Keras keeps variables by their position alone.
+        store[_NAMES] = np.frombuffer("\n".join(self._names()).encode(), "uint8")
+
+    def load_own_variables(self, store):
+        held = {key: store[key] for key in store.keys()}
+        names = bytes(np.asarray(held.pop(_NAMES, []), "uint8")).decode().split("\n")
+        if names != [""] and names != self._names():
+            raise ValueError("Weights must be loaded into a problem with the same outer variables in the same order. "
+                             f"Received weights of {names} for the outer variables {self._names()}.")
+        super().load_own_variables(held)
+
+    def _names(self):
+        return [variable.name for variable in self._outer]
 
     def _hyper_iteration_data(self, data, training=False):
         """(inner_batches, outer_batch) of an element of the data set."""
