@@ -81,3 +81,17 @@ def test_unravel_works_with_shapes_that_are_unknown_while_tracing():
 
     back = there_and_back(np.ones([3, 2]))
     np.testing.assert_array_equal(back[1], 2.0 * np.ones([3, 2]))
+
+
+def test_what_is_not_a_number_is_not_less_in_any_mode():
+    nan, one, two = (tf.constant(value) for value in (float("nan"), 1.0, 2.0))
+    pairs = [(nan, one), (one, nan), (one, one), (two, one), (one, two)]
+    for options in ({}, {"jit_compile": True}):
+        graph = tf.function(lambda: [tree.not_less(a, b) for a, b in pairs], autograph=False, **options)
+        assert [bool(value) for value in graph()] == [True, True, True, True, False]
+
+
+def test_graphs_of_tensorflow_turn_a_negated_comparison_around():
+    """Once this fails TensorFlow is right, and `tree.not_less` can go."""
+    compare = tf.function(lambda x: tf.logical_not(x < 1.0), autograph=False)
+    assert not compare(tf.constant(float("nan"))) and bool(tf.logical_not(tf.constant(float("nan")) < 1.0))

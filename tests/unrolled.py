@@ -7,10 +7,22 @@ from farhox.data.batches import as_inner_batches, batch_at, num_steps
 
 
 def outer_loss(problem, outer, inner_batches, outer_batch):
-    """E after T inner steps from the initial state, as a plain function of the list λ."""
+    """E after T inner steps from the initial state, as a plain function of the list λ.
+
+    A step is a function that a tape sees as one operation: the rules that hold for its derivatives are in its graph.
+    """
     state = problem.initial_state(outer)
+    given = [state, list(outer), batch_at(inner_batches, 0)]
+
+    def flat_step(*flat):
+        state, outer, batch = tf.nest.pack_sequence_as(given, flat)
+        return tf.nest.flatten(problem.step(state, outer, batch).state)
+
+    step = tf.function(flat_step, autograph=False).get_concrete_function(
+        *[tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tf.nest.flatten(given)])
     for t in range(num_steps(inner_batches)):
-        state = problem.step(state, outer, batch_at(inner_batches, t)).state
+        flat = tf.nest.flatten([state, list(outer), batch_at(inner_batches, t)])
+        state = tf.nest.pack_sequence_as(state, list(step(*flat)))
     return problem.outer_loss(state, outer, outer_batch)
 
 

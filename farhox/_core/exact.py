@@ -1,190 +1,166 @@
-"""TensorFlow functions whose second derivatives are wrong or missing, replaced while a user's objective runs.
+"""Derivatives of a graph that TensorFlow gets wrong, does not have, or stops: set on single operations.
 
-Hypergradients differentiate a gradient. Some functions that Keras layers, losses and optimizers call are not
-made for it:
+Hypergradients differentiate a gradient. When the gradient has been traced into a graph, every operation of it can be
+told by which rule it is to be differentiated once more. What the operations compute stays untouched: first derivatives
+are those of the training that happens.
 
-- `tf.nn.moments` computes the variance around `stop_gradient(mean)`. The first derivative is right, the second is not:
-  batch, layer and group normalisation would be off by up to several hundred percent. Replaced by the same formula
-  with its whole derivative.
-- `tf.nn.softmax_cross_entropy_with_logits` has no mixed derivative with respect to logits and labels, so that learned
-  soft labels would get a gradient of zero. Replaced by -sum(labels * log_softmax(logits)).
-- `tf.image.resize` with interpolation loses its second derivative. It stays, but its second derivative is an error that
-  names the layer, since a missing part of a sum would go unnoticed.
-- `tf.math.sqrt`, `tf.math.rsqrt`, powers less than one and quotients have an infinite derivative at zero, which
-  optimizers multiply by an exact zero: not a number. Inside `finite_roots` their derivative there is zero, the value
-  that the product has.
+- `tf.stop_gradient` stops the first derivative. Its value flows on in the training, so that the second derivative must
+  pass: batch, layer and group normalisation (`tf.nn.moments`), targets that a model makes for itself.
+- `SoftmaxCrossEntropyWithLogits` has no mixed derivative with respect to logits and labels.
+- The gradients of resizing with interpolation have no derivative, or one that is silently missing; softsign's has none.
+- In update rules, `sqrt`, `rsqrt`, powers less than one and quotients have an infinite derivative at zero, which
+  optimizers multiply by an exact zero: not a number. Here their derivative there is zero, the value the product has.
 
-One more function of Keras is no matter of derivatives: under a distribution strategy its losses divide by the number of
-replicas, for gradients that will be added up. Here every replica trains an inner problem of its own on whole batches,
-so nothing is divided.
-
-Otherwise the values computed are unchanged. The replacements are in place only inside the context managers below, which
-count their users, because the replica threads of a distribution strategy enter and leave them in any order.
+The rules hold where a graph is differentiated as a whole, by `tf.gradients` or through the call of a function, in
+eager mode, in graphs and under XLA. A tape around the single operations does not know of them.
 """
 
 import contextlib
-import numbers
-import threading
 
 import tensorflow as tf
-from keras.src.backend.common.name_scope import current_path
-from keras.src.losses import loss as keras_loss
-
-_moments = tf.nn.moments
-_softmax_cross_entropy_with_logits = tf.nn.softmax_cross_entropy_with_logits
-_resize = tf.image.resize
-_sqrt = tf.math.sqrt
-_rsqrt = tf.math.rsqrt
-_pow = tf.pow
-_truediv = tf.Tensor.__truediv__
-_rtruediv = tf.Tensor.__rtruediv__
+from tensorflow.core.framework import attr_value_pb2
 
 
-def _exact_moments(x, axes, shift=None, keepdims=False, name=None):
-    """`tf.nn.moments`, differentiable any number of times."""
-    del shift  # Unused by TensorFlow as well.
-    with tf.name_scope(name or "moments"):
-        x = tf.convert_to_tensor(x)
-        moments = _mean_and_variance(tf.cast(x, tf.float32) if x.dtype == tf.float16 else x, axes)
-        return tuple(tf.cast(moment if keepdims else tf.squeeze(moment, axes), x.dtype) for moment in moments)
+@contextlib.contextmanager
+def exact_derivatives(stops=True):
+    """Sets the rules of the inner gradient on all operations that are added to the current graph inside.
 
-
-def _mean_and_variance(x, axes):
-    """Both with the axes kept.
-
-    Their derivative is written down: a line in x, fewer and cheaper operations than TensorFlow makes of the formulas.
+    Args:
+        stops: Bool. Whether second derivatives pass what stopped the first one.
     """
-    @tf.custom_gradient
-    def moments(x):
-        mean = tf.reduce_mean(x, axes, keepdims=True)
-        variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axes, keepdims=True)
-
-        def gradient(of_mean, of_variance):
-            count = tf.cast(tf.size(x), x.dtype) / tf.cast(tf.size(mean), x.dtype)
-            slope = 2.0 / count * of_variance
-            return slope * x + (of_mean / count - slope * mean)
-
-        return (mean, variance), gradient
-
-    return moments(x)
+    with _marked(_PASSING | _SECOND if stops else _SECOND):
+        yield
 
 
-def _exact_softmax_cross_entropy_with_logits(labels, logits, axis=-1, name=None):
-    """`tf.nn.softmax_cross_entropy_with_logits`, differentiable in labels and logits together."""
-    with tf.name_scope(name or "softmax_cross_entropy_with_logits"):
-        logits = tf.convert_to_tensor(logits)
-        return -tf.reduce_sum(tf.cast(labels, logits.dtype) * tf.nn.log_softmax(logits, axis=axis), axis=axis)
+@contextlib.contextmanager
+def finite_roots():
+    """Sets the rules of update rules on all operations that are added to the current graph inside."""
+    with _marked(_ROOTS):
+        yield
 
 
-def _guarded_resize(images, size, *args, **kwargs):
-    """`tf.image.resize`, whose second derivative is an error instead of a part that is silently missing."""
-    layer = current_path() or "tf.image.resize"
-
-    @tf.custom_gradient
-    def first_derivative(cotangent, images):
-        with tf.GradientTape() as tape:
-            tape.watch(images)
-            resized = _resize(images, size, *args, **kwargs)
-        product = tape.gradient(resized, images, output_gradients=cotangent)
-
-        def second_derivative(*unused):
-            raise ValueError(
-                "A hypergradient needs the second derivative of every layer that the inner variables pass through, and "
-                "TensorFlow has none for tf.image.resize with interpolation. It is used by the layer "
-                f"{layer!r}. Upsample with UpSampling2D(interpolation='nearest') or Conv2DTranspose, resize the data "
-                "before training, or give the dynamics first_order=True."
-            )
-
-        return product, second_derivative
-
-    @tf.custom_gradient
-    def resize(images):
-        return _resize(images, size, *args, **kwargs), lambda cotangent: first_derivative(cotangent, images)
-
-    return resize(tf.convert_to_tensor(images))
+@contextlib.contextmanager
+def _marked(rules):
+    if tf.executing_eagerly():
+        yield
+        return
+    graph = tf.compat.v1.get_default_graph()
+    before = len(graph.get_operations())
+    yield
+    for operation in operations_of(graph, before):
+        rule = rules.get(operation.type)
+        if rule is not None and "_gradient_op_type" not in operation.node_def.attr:
+            operation._set_attr("_gradient_op_type", attr_value_pb2.AttrValue(s=rule.encode()))
 
 
-def _finite_root(root):
-    def finite_root(x, name=None):
-        x = tf.convert_to_tensor(x)
-        positive = x > 0
-        safe = root(tf.where(positive, x, tf.ones_like(x)), name=name)
-        return tf.where(positive, safe, root(tf.stop_gradient(x)))
-
-    return finite_root
-
-
-def _finite_power(x, y, name=None):
-    """`tf.pow` with derivative zero where x = 0 and y < 1."""
-    if not tf.is_tensor(x) or (isinstance(y, numbers.Real) and y >= 1):
-        return _pow(x, y, name=name)
-    x = tf.convert_to_tensor(x)
-    if not x.dtype.is_floating:
-        return _pow(x, y, name=name)
-    y = tf.convert_to_tensor(y, dtype_hint=x.dtype)
-    steep = tf.equal(x, 0) & (y < 1)
-    return tf.where(steep, _pow(tf.stop_gradient(x), tf.stop_gradient(y)),
-                    _pow(tf.where(steep, tf.ones_like(x), x), y, name=name))
+def operations_of(graph, start=0):
+    """The operations of a graph from number `start` on, and all that loops and branches among them hold."""
+    for operation in graph.get_operations()[start:]:
+        yield operation
+        for name in ("_cond_graph", "_body_graph", "_true_graph", "_false_graph"):
+            inner = getattr(operation, name, None)
+            if inner is not None:
+                yield from operations_of(inner)
+        for inner in getattr(operation, "_branch_graphs", None) or []:
+            yield from operations_of(inner)
 
 
-def _finite_quotient(x, y):
-    """x / y with derivative zero where y = 0: optimizers discard such quotients with `where` or `minimum`."""
-    if isinstance(y, numbers.Real):
-        return _truediv(x, y)
-    y = tf.convert_to_tensor(y, dtype_hint=x.dtype)
-    if not y.dtype.is_floating:
-        return _truediv(x, y)
+@tf.RegisterGradient("FarhoxPass")
+def _pass(operation, cotangent):
+    return cotangent
+
+
+@tf.RegisterGradient("FarhoxSoftmaxCrossEntropy")
+def _softmax_cross_entropy(operation, of_loss, of_backprop):
+    """loss = -Σ labels log softmax(logits), backprop = softmax(logits) - labels, both over the last axis."""
+    logits, labels = operation.inputs
+    of_loss = of_loss[..., tf.newaxis]
+    softmax = tf.nn.softmax(logits)
+    inside = tf.reduce_sum(of_backprop * softmax, axis=-1, keepdims=True)
+    of_logits = of_loss * operation.outputs[1] + softmax * (of_backprop - inside)
+    of_labels = -of_loss * tf.nn.log_softmax(logits) - of_backprop
+    return of_logits, of_labels
+
+
+@tf.RegisterGradient("FarhoxSoftsignGrad")
+def _softsign_grad(operation, cotangent):
+    """The operation is g / (1 + |x|)^2."""
+    g, x = operation.inputs
+    base = 1.0 + tf.abs(x)
+    return cotangent / tf.square(base), -2.0 * cotangent * g * tf.sign(x) / base**3
+
+
+def _resize_rule(kind, resize):
+    @tf.RegisterGradient(kind)
+    def rule(operation, cotangent):
+        """The operation is the transposed resizing of its first input; the second one gives a shape or a type."""
+        size = tf.shape(operation.inputs[0])[1:3]
+        product = resize(
+            images=cotangent, size=size, align_corners=operation.get_attr("align_corners"),
+            half_pixel_centers=operation.get_attr("half_pixel_centers"))
+        return tf.cast(product, operation.inputs[0].dtype), None
+
+
+_resize_rule("FarhoxResizeBilinearGrad", tf.raw_ops.ResizeBilinear)
+_resize_rule("FarhoxResizeBicubicGrad", tf.raw_ops.ResizeBicubic)
+_resize_rule("FarhoxResizeNearestNeighborGrad", tf.raw_ops.ResizeNearestNeighbor)
+
+
+@tf.RegisterGradient("FarhoxSqrt")
+def _sqrt(operation, cotangent):
+    (y,) = operation.outputs
+    return _where_not_zero(y, lambda y: cotangent * 0.5 / y)
+
+
+@tf.RegisterGradient("FarhoxRsqrt")
+def _rsqrt(operation, cotangent):
+    (x,), (y,) = operation.inputs, operation.outputs
+    return _where_not_zero(x, lambda x: cotangent * -0.5 * y / x)
+
+
+@tf.RegisterGradient("FarhoxPow")
+def _pow(operation, cotangent):
+    """Zero where x = 0 and the exponent is less than one; d/d exponent is zero where x is."""
+    x, exponent = operation.inputs
+    steep = tf.equal(x, 0) & (exponent < 1)
+    safe = tf.where(steep, tf.ones_like(x), x)
+    of_x = tf.where(steep, tf.zeros_like(x), exponent * tf.pow(safe, exponent - 1))
+    positive = x > 0
+    logarithm = tf.math.log(tf.where(positive, x, tf.ones_like(x)))
+    of_exponent = tf.where(positive | tf.zeros_like(exponent, tf.bool), operation.outputs[0] * logarithm, 0)
+    return _summed(cotangent * of_x, x), _summed(cotangent * of_exponent, exponent)
+
+
+@tf.RegisterGradient("FarhoxRealDiv")
+def _real_div(operation, cotangent):
+    """Zero where the divisor is: optimizers discard such quotients with `where` or `minimum`."""
+    x, y = operation.inputs
     zero = tf.equal(y, 0)
-    return tf.where(zero, _truediv(tf.stop_gradient(x), tf.stop_gradient(y)),
-                    _truediv(x, tf.where(zero, tf.ones_like(y), y)))
+    safe = tf.where(zero, tf.ones_like(y), y)
+    of_x = tf.where(zero, tf.zeros_like(y), 1.0 / safe)
+    return _summed(cotangent * of_x, x), _summed(cotangent * -of_x * (x / safe), y)
 
 
-def _finite_reciprocal(y, x):
-    """`_finite_quotient(x, y)` for an `x` that is not a tensor."""
-    if not y.dtype.is_floating:
-        return _rtruediv(y, x)
-    return _finite_quotient(tf.convert_to_tensor(x, dtype=y.dtype), y)
+def _where_not_zero(x, function):
+    zero = tf.equal(x, 0)
+    value = function(tf.where(zero, tf.ones_like(x), x))
+    return tf.where(zero, tf.zeros_like(value), value)
 
 
-class _Replacement:
-    """Attributes of TensorFlow's modules, replaced while at least one context is open."""
-
-    def __init__(self, *replacements):
-        self._replacements = replacements
-        self._lock = threading.Lock()
-        self._users = 0
-
-    @contextlib.contextmanager
-    def __call__(self):
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                for module, name, _, replacement in self._replacements:
-                    setattr(module, name, replacement)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    for module, name, original, _ in self._replacements:
-                        setattr(module, name, original)
+def _summed(product, like):
+    """The product added up over the axes along which `like` was broadcast."""
+    if product.shape.is_fully_defined() and product.shape == like.shape:
+        return product
+    axes = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(like), s1=tf.shape(product))[0]
+    return tf.reshape(tf.reduce_sum(product, axes), tf.shape(like))
 
 
-exact_derivatives = _Replacement(
-    (tf.nn, "moments", _moments, _exact_moments),
-    (tf.nn, "softmax_cross_entropy_with_logits", _softmax_cross_entropy_with_logits,
-     _exact_softmax_cross_entropy_with_logits),
-    (tf.image, "resize", _resize, _guarded_resize),
-    (keras_loss, "scale_loss_for_distribution", keras_loss.scale_loss_for_distribution, lambda loss: loss),
-)
-finite_roots = _Replacement(
-    (tf.math, "sqrt", _sqrt, _finite_root(_sqrt)),
-    (tf, "sqrt", _sqrt, _finite_root(_sqrt)),
-    (tf.math, "rsqrt", _rsqrt, _finite_root(_rsqrt)),
-    (tf.math, "pow", _pow, _finite_power),
-    (tf, "pow", _pow, _finite_power),
-    (tf.Tensor, "__pow__", tf.Tensor.__pow__, _finite_power),
-    (tf.Tensor, "__truediv__", _truediv, _finite_quotient),
-    (tf.Tensor, "__rtruediv__", _rtruediv, _finite_reciprocal),
-)
+_PASSING = {"StopGradient": "FarhoxPass", "PreventGradient": "FarhoxPass"}
+_SECOND = {
+    "SoftmaxCrossEntropyWithLogits": "FarhoxSoftmaxCrossEntropy",
+    "SoftsignGrad": "FarhoxSoftsignGrad",
+    "ResizeBilinearGrad": "FarhoxResizeBilinearGrad",
+    "ResizeBicubicGrad": "FarhoxResizeBicubicGrad",
+    "ResizeNearestNeighborGrad": "FarhoxResizeNearestNeighborGrad",
+}
+_ROOTS = {"Sqrt": "FarhoxSqrt", "Rsqrt": "FarhoxRsqrt", "Pow": "FarhoxPow", "RealDiv": "FarhoxRealDiv"}

@@ -4,13 +4,14 @@
 nothing outside changes and the result can be differentiated with respect to every tensor that was put in.
 """
 
+import contextlib
+import threading
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope
-
-from farhox._core import exact
+from keras.src.losses import loss as keras_loss
 
 
 class FunctionalResult(NamedTuple):
@@ -74,7 +75,7 @@ def call(function, *arguments, bindings, draws=(), taken_over=()):
         A `FunctionalResult`. No variable changes.
     """
     bindings = list(bindings)
-    with exact.exact_derivatives(), _Scope(bindings, draws, taken_over) as scope:
+    with user_code(), _Scope(bindings, draws, taken_over) as scope:
         value = function(*arguments)
         read = dict(scope.read)
         value = tf.nest.map_structure(
@@ -93,3 +94,41 @@ def is_taken_over(value):
                 return True
         scope = scope.original_scope
     return False
+
+
+class _UserCode:
+    """What holds in TensorFlow and Keras while a user's code is run into the graph of an inner training.
+
+    - Calls of `tf.function`s run their Python function. Their own traces would keep tensors of this graph and hide what
+      the function reads.
+    - Keras' losses are not divided by the number of replicas, as they are under a distribution strategy for gradients
+      that will be added up. Here every replica trains an inner problem of its own on whole batches.
+
+    Contexts are counted: replica threads of a strategy enter and leave them in any order.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._users = 0
+        self._scale = keras_loss.scale_loss_for_distribution
+        self._eagerly = False
+
+    @contextlib.contextmanager
+    def __call__(self):
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._eagerly = tf.config.functions_run_eagerly()
+                tf.config.run_functions_eagerly(True)
+                keras_loss.scale_loss_for_distribution = lambda loss: loss
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    tf.config.run_functions_eagerly(self._eagerly)
+                    keras_loss.scale_loss_for_distribution = self._scale
+
+
+user_code = _UserCode()

@@ -85,3 +85,11 @@ def unravel(vector, like):
     shapes = [leaf.shape if leaf.shape.is_fully_defined() else tf.shape(leaf) for leaf in leaves]
     shaped = [tf.cast(tf.reshape(piece, shape), leaf.dtype) for piece, shape, leaf in zip(pieces, shapes, leaves)]
     return tf.nest.pack_sequence_as(like, shaped)
+
+
+def not_less(first, second):
+    """Whether first < second does not hold, also where one of them is not a number.
+
+    TensorFlow's graph optimizer turns `logical_not(a < b)` into `a >= b`, which does not hold there either.
+    """
+    return tf.logical_or(first >= second, tf.logical_or(tf.math.is_nan(first), tf.math.is_nan(second)))

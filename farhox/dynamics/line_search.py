@@ -68,7 +68,8 @@ class BacktrackingGradientDescent(InnerDynamics):
         def refused(k):
             moved = objective([w - self._factor(k, move.dtype) * move for w, move in zip(variables, moves)])
             # What is not a number has not decreased.
-            return tf.logical_not(moved <= start - self._factor(k, start.dtype) * promised)
+            wanted = start - self._factor(k, start.dtype) * promised
+            return (moved > wanted) | tf.math.is_nan(moved) | tf.math.is_nan(wanted)
 
         k, _ = tf.while_loop(
             lambda k, refuse: tf.logical_and(refuse, k < self.max_backtracks),

@@ -1,15 +1,13 @@
-"""What every hypergradient method shares: the interface, the result, the forward run of the inner training."""
+"""What every hypergradient method shares: the interface and the result."""
 
 import abc
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from farhox._core import autodiff, tree
-from farhox._core.inner_state import float_leaves
-from farhox.data.batches import as_inner_batches, batch_at, num_steps
-from farhox.problem.bilevel import BilevelProblem, variable_names
-from farhox.problem.features import with_shared_features
+from farhox.data.batches import as_inner_batches
+from farhox.problem.bilevel import BilevelProblem
+from farhox.problem.inner_training import InnerTraining
 
 
 class HyperGradientResult(NamedTuple):
@@ -35,36 +33,6 @@ class HyperGradientResult(NamedTuple):
     diagnostics: dict
 
 
-class InnerRun(NamedTuple):
-    """The inner training without derivatives.
-
-    Attributes:
-        state: The state after the last step.
-        losses: `tf.TensorArray` with the inner objective before each step; see `stacked_losses`.
-        gradient_norm: Scalar, the norm of the last inner gradient.
-        steps: Scalar int32, the index of the step after the last one.
-        store: A `StateStore` with the `InnerRecord` of each step, or None.
-    """
-
-    state: Any
-    losses: Any
-    gradient_norm: Any
-    steps: Any
-    store: Any
-
-
-class InnerRecord(NamedTuple):
-    """What is kept of one inner step for the way back.
-
-    Attributes:
-        state: The state before the step.
-        gradients: The inner gradient there, or an empty list where it is not kept.
-    """
-
-    state: Any
-    gradients: list
-
-
 class Evaluation(NamedTuple):
     """The inner training and the outer objective without derivatives.
 
@@ -85,6 +53,9 @@ class HyperGradient(abc.ABC):
     def compute(self, problem, inner_batches, outer_batch, state=None, carry=None):
         """Runs T inner steps and computes the hypergradient. Pure TensorFlow: no variable changes.
 
+        Called eagerly it runs a compiled function, which is traced once for each structure and shape of the arguments
+        and kept with the problem; after `tf.config.run_functions_eagerly(True)` the objectives run step by step.
+
         Args:
             problem: A `BilevelProblem`.
             inner_batches: T inner batches: `repeat`, `gather`, or a nest with a leading axis T.
@@ -101,15 +72,12 @@ class HyperGradient(abc.ABC):
         """
         if not isinstance(problem, BilevelProblem):
             raise TypeError(f"problem must be a farhox.BilevelProblem. Received: {problem!r}")
+        problem.raise_if_model_changed()
         inner_batches = as_inner_batches(inner_batches)
         outer_batch = tf.nest.map_structure(tf.convert_to_tensor, outer_batch)
-        shared = with_shared_features(problem, inner_batches) if self.shares_features else problem
-        result = self._compute(shared, inner_batches, outer_batch, state, carry)
-        if shared is problem:
-            return result
-        gradients = shared.through_features(result.gradients)
-        return result._replace(gradients=gradients, diagnostics={
-            **result.diagnostics, **gradient_diagnostics(gradients, result.outer_loss)})
+        if tf.executing_eagerly() and not tf.config.functions_run_eagerly():
+            return problem.compiled(self, HyperGradient.compute)(inner_batches, outer_batch, state, carry)
+        return self._compute(problem, inner_batches, outer_batch, state, carry)
 
     @abc.abstractmethod
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
@@ -117,20 +85,16 @@ class HyperGradient(abc.ABC):
 
     def evaluate(self, problem, inner_batches, outer_batch):
         """T inner steps from the initial state and the outer objective: an `Evaluation`, no derivative."""
-        inner_batches = as_inner_batches(inner_batches)
-        problem = with_shared_features(problem, inner_batches)
-        outer = problem.outer_values()
-        steps = num_steps(inner_batches)
-        run = run_inner(
-            problem, problem.initial_state(outer), outer, inner_batches, 0, steps, new_losses(problem, steps))
-        return Evaluation(problem.outer_loss(run.state, outer, outer_batch), stacked_losses(problem, run), run.state)
+        if tf.executing_eagerly() and not tf.config.functions_run_eagerly():
+            return problem.compiled(self, HyperGradient.evaluate)(as_inner_batches(inner_batches), outer_batch)
+        training = InnerTraining(problem, inner_batches)
+        run = training.run()
+        outer_loss = problem.outer_loss(run.state, training.outer, outer_batch)
+        return Evaluation(outer_loss, training.losses(run), run.state)
 
     def predict(self, problem, state, outer_batch):
         """Targets, predictions and sample weights (or None) of the outer batch at the state `state`, for metrics."""
         return problem.predict_outer(state, problem.outer_values(), outer_batch)
-
-    # Whether `_compute` may be given a problem with shared features, whose outer values are more than its variables.
-    shares_features = False
 
     # Whether the carry is of use when the inner state starts anew.
     carry_outlives_state = False
@@ -141,147 +105,52 @@ class HyperGradient(abc.ABC):
         return []
 
 
-class StateStore:
-    """States of the inner training by their index, inside loops of a graph.
+class SingleHyperGradient(HyperGradient):
+    """A method that looks at one inner training at a time: what most methods are.
 
-    Args:
-        like: A nest of tensors with the structure, types and shapes to store.
-        size: Number of entries, int or scalar tensor.
-        arrays: For internal use: the tensor arrays of a store that a loop carries.
-
-    Attributes:
-        like: As given.
+    ```python
+    @dataclasses.dataclass(frozen=True)
+    class Explicit(farhox.hypergradients.SingleHyperGradient):
+        def differentiate(self, training, outer_batch, carry):
+            run = training.run()
+            at_end = training.outer_gradients(run.state, outer_batch)
+            gradients = training.gradients(at_end.outer, sees="Explicit sees the outer objective alone.")
+            return farhox.hypergradients.result(training, gradients, at_end.loss, run)
+    ```
     """
 
-    def __init__(self, like, size=None, arrays=None):
-        self.like = like
-        self.arrays = arrays if arrays is not None else [
-            tf.TensorArray(leaf.dtype, size=size, element_shape=leaf.shape, clear_after_read=False)
-            for leaf in tf.nest.flatten(like)]
+    # Whether features of the batch that all steps share may be computed once.
+    shares_features = True
 
-    def write(self, index, state):
-        """The store with `state` at `index`."""
-        return StateStore(self.like, arrays=[
-            array.write(index, leaf) for array, leaf in zip(self.arrays, tf.nest.flatten(state))])
+    def _compute(self, problem, inner_batches, outer_batch, state, carry):
+        training = InnerTraining(problem, inner_batches, state, share_features=self.shares_features)
+        return self.differentiate(training, outer_batch, carry)
 
-    def read(self, index):
-        """The state at `index`."""
-        return tf.nest.pack_sequence_as(self.like, [array.read(index) for array in self.arrays])
+    @abc.abstractmethod
+    def differentiate(self, training, outer_batch, carry):
+        """The hypergradient of one training.
 
-    def with_arrays(self, arrays):
-        """The same store with the arrays that came out of a loop."""
-        return StateStore(self.like, arrays=arrays)
+        Args:
+            training: An `InnerTraining`.
+            outer_batch: The batch of the outer objective, a nest of tensors.
+            carry: The method's memory, or None.
 
-
-def run_inner(problem, state, outer, inner_batches, start, stop, losses, store=None, norm=None, replay=False):
-    """Inner steps `start` to `stop` in one `tf.while_loop`; fewer where the problem's stop tolerance is reached.
-
-    Args:
-        problem: A `BilevelProblem`.
-        state: The state before step `start`.
-        outer: List of tensors, λ.
-        inner_batches: The batches; step t uses batch t.
-        start, stop: Ints or scalar int32 tensors.
-        losses: `tf.TensorArray`; the inner objective before step t is written at t.
-        store: A `StateStore` of `InnerRecord`s or None; that of step t is written at t - start.
-        norm: The norm of the inner gradient at step start - 1, or None.
-        replay: Bool. These steps were taken before: all of them are taken again, whatever the tolerance.
-
-    Returns:
-        An `InnerRun`.
-    """
-    if norm is None:
-        norm = norm_before_first_step(problem)
-
-    def body(t, state, losses, norm, arrays):
-        result = problem.step(state, outer, batch_at(inner_batches, t))
-        if store is not None:
-            record = InnerRecord(state, result.gradients if store.like.gradients else [])
-            arrays = store.with_arrays(arrays).write(t - start, record).arrays
-        return t + 1, result.state, losses.write(t, result.loss), result.gradient_norm, arrays
-
-    steps, state, losses, norm, arrays = tf.while_loop(
-        lambda t, state, losses, norm, arrays: t < stop if replay else goes_on(problem, t, stop, norm), body,
-        [tf.convert_to_tensor(start, tf.int32), state, losses, norm, [] if store is None else store.arrays],
-        parallel_iterations=1)
-    return InnerRun(state, losses, norm, steps, None if store is None else store.with_arrays(arrays))
+        Returns:
+            A `HyperGradientResult`; `result` makes one.
+        """
 
 
-def goes_on(problem, index, stop, norm):
-    """Whether a loop over inner training goes on: `index` < `stop`, and `norm` has not fallen below the tolerance."""
-    if problem.stop_tolerance is None:
-        return index < stop
-    # What is not a number is not below.
-    return tf.logical_and(index < stop, tf.logical_not(norm < problem.stop_tolerance))
-
-
-def norm_before_first_step(problem):
-    """A norm that lets the first step be taken."""
-    return tf.constant(0.0 if problem.stop_tolerance is None else float("inf"), problem.loss_dtype)
-
-
-def stacked_losses(problem, run):
-    """The inner losses of a run as a tensor [T]; after an early stop the last one fills the rest."""
-    losses = run.losses.stack()
-    if problem.stop_tolerance is None:
-        return losses
-    return tf.where(tf.range(tf.shape(losses)[0]) < run.steps, losses, losses[run.steps - 1])
-
-
-def new_losses(problem, steps):
-    """An empty `tf.TensorArray` for the inner losses of `steps` steps."""
-    return tf.TensorArray(problem.loss_dtype, size=steps, element_shape=[], clear_after_read=False)
-
-
-def reached_by_step(problem, state, outer, batch):
-    """Which outer variables one inner step depends on: a list of bools. In a graph its operations are never run."""
-    leaves = float_leaves(state)
-    products = autodiff.transposed_product(
-        lambda inputs: float_leaves(problem.step(state, inputs, batch).state), list(outer), leaves)
-    return [product is not None for product in products]
-
-
-def gradients_or_error(problem, gradients, reached, reason):
-    """The hypergradients, or an error that names the outer variables which nothing depends on.
+def result(training, gradients, outer_loss, run, carry=(), **diagnostics):
+    """The `HyperGradientResult` of a run of the inner training.
 
     Args:
-        problem: A `BilevelProblem`.
-        gradients: List of tensors aligned with `problem.outer_variables`.
-        reached: List of bools: whether anything that was computed depends on the variable.
-        reason: What the method sees, the end of the error message.
-
-    Raises:
-        ValueError: If a variable is not reached.
+        training: An `InnerTraining`.
+        gradients: List of tensors aligned with the outer variables.
+        outer_loss: Scalar.
+        run: The `InnerRun` of all steps.
+        carry: The method's memory.
+        **diagnostics: Further scalar tensors.
     """
-    missing = [variable for variable, ok in zip(problem.outer_variables, reached)
-               if not ok and not problem.is_reached_by_features(variable)]
-    if missing:
-        raise ValueError(f"Every outer variable must have an effect that the method can see. Nothing that was computed "
-                         f"depends on {variable_names(missing)}. {reason}")
-    return gradients
-
-
-def add_initial_dynamics(problem, outer, adjoint, gradients, reached):
-    """gradients + (∂Φ_0/∂λ)' adjoint; `reached` is updated in place with the variables that Φ_0 depends on."""
-    products = autodiff.transposed_product(
-        lambda inputs: float_leaves(problem.initial_state(inputs)), list(outer), adjoint)
-    for i, product in enumerate(products):
-        reached[i] = reached[i] or product is not None
-    return [total if product is None else total + product for total, product in zip(gradients, products)]
-
-
-def zeros_for_none(products, like):
-    """The products, zero tensors where there is none."""
-    return [tf.zeros_like(leaf) if product is None else product for product, leaf in zip(products, like)]
-
-
-def common_diagnostics(gradients, outer_loss, run):
-    """The diagnostics that every method reports."""
-    return {"inner_gradient_norm": run.gradient_norm, "inner_steps": run.steps,
-            **gradient_diagnostics(gradients, outer_loss)}
-
-
-def gradient_diagnostics(gradients, outer_loss):
-    """The diagnostics of the hypergradient alone."""
-    return {"finite": tf.logical_and(tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
-            "hypergradient_norm": tree.norm(gradients)}
+    return HyperGradientResult(
+        gradients, outer_loss, training.losses(run), run.state, list(carry),
+        {**training.diagnostics(gradients, outer_loss, run), **diagnostics})

@@ -4,17 +4,10 @@ import dataclasses
 
 import tensorflow as tf
 
-from farhox._core import autodiff, checks
-from farhox.data.batches import batch_at, num_steps
-from farhox.hypergradients.base import (
-    HyperGradient,
-    HyperGradientResult,
-    common_diagnostics,
-    gradients_or_error,
-    new_losses,
-    run_inner,
-    stacked_losses,
-)
+from farhox._core import checks
+from farhox._core.step_graph import StepGraph
+from farhox.data.batches import batch_at
+from farhox.hypergradients.base import SingleHyperGradient, result
 
 _SEES = ("EvoGradHG sees what the inner and the outer objective depend on, at the end of the inner training. A "
          "learning rate or another setting of the dynamics, and an initial value without a proximal term, act through "
@@ -22,7 +15,7 @@ _SEES = ("EvoGradHG sees what the inner and the outer objective depend on, at th
 
 
 @dataclasses.dataclass(frozen=True)
-class EvoGradHG(HyperGradient):
+class EvoGradHG(SingleHyperGradient):
     """Hypergradient by one step of evolution: perturbed copies of w_T weighted by how well they fit the inner batch.
 
     With L the inner objective on the last inner batch and ε_k random signs,
@@ -70,19 +63,23 @@ class EvoGradHG(HyperGradient):
             checks.positive_number(name, getattr(self, name))
         checks.integer("seed", self.seed)
 
-    def _compute(self, problem, inner_batches, outer_batch, state, carry):
-        outer = problem.outer_values()
-        steps = num_steps(inner_batches)
-        state = problem.initial_state(outer) if state is None else state
-        run = run_inner(problem, state, outer, inner_batches, 0, steps, new_losses(problem, steps))
-        batch = batch_at(inner_batches, run.steps - 1)
-        (draw,) = carry or [tf.constant(0, tf.int64)]
-        noise = self._noise(run.state.variables, draw)
+    shares_features = False
 
-        def mixture_loss(outer):
+    def differentiate(self, training, outer_batch, carry):
+        problem, outer = training.problem, training.outer
+        run = training.run()
+        batch = batch_at(training.inner_batches, run.steps - 1)
+        (draw,) = carry or [tf.constant(0, tf.int64)]
+        given = run.state, self._noise(run.state.variables, draw), batch, outer_batch
+        flat = tf.nest.flatten(given)
+
+        def losses(inputs):
+            outer, (state, noise, batch, outer_batch) = inputs[:len(training.outer)], tf.nest.pack_sequence_as(
+                given, inputs[len(training.outer):])
+
             def inner_loss(perturbation):
-                variables = [w + self.sigma * e for w, e in zip(run.state.variables, perturbation)]
-                loss, _ = problem.inner_loss(variables, run.state.state_variables, outer, batch)
+                variables = [w + self.sigma * e for w, e in zip(state.variables, perturbation)]
+                loss, _ = problem.inner_loss(variables, state.state_variables, outer, batch)
                 return tf.cast(loss, problem.loss_dtype)
 
             # AutoGraph would rewrite the user's objective, and turn its errors into others.
@@ -91,17 +88,22 @@ class EvoGradHG(HyperGradient):
             weights = tf.nn.softmax(-losses / self.temperature)
             # The weights add up to 1, so Σ_k p_k (w + sigma ε_k) = w + sigma Σ_k p_k ε_k.
             mixture = [w + self.sigma * tf.tensordot(tf.cast(weights, e.dtype), e, 1)
-                       for w, e in zip(run.state.variables, noise)]
-            return problem.outer_loss(run.state._replace(variables=mixture), outer, outer_batch), ()
+                       for w, e in zip(state.variables, noise)]
+            # The loop gives a derivative of zero to all that enters it: the last two tell what depends on λ.
+            return [problem.outer_loss(state._replace(variables=mixture), outer, outer_batch),
+                    problem.inner_loss(state.variables, state.state_variables, outer, batch)[0],
+                    problem.outer_loss(state, outer, outer_batch)]
 
-        loss, _, gradients = autodiff.gradients(mixture_loss, outer)
-        reached = _reached(problem, run.state, outer, batch, outer_batch)
-        gradients = gradients_or_error(problem, gradients, reached, _SEES)
-        outer_loss = problem.outer_loss(run.state, outer, outer_batch)
-        diagnostics = common_diagnostics(gradients, outer_loss, run)
-        diagnostics["mixture_loss"] = loss
-        return HyperGradientResult(
-            gradients, outer_loss, stacked_losses(problem, run), run.state, [draw + 1], diagnostics)
+        graph = StepGraph(losses, outer + flat)
+        ones = graph.placeholders(graph.outputs)
+        products = [graph.pullback([loss], graph.inputs[:len(outer)], [one]) for loss, one in zip(graph.outputs, ones)]
+        depends = [inner is not None or explicit is not None for _, inner, explicit in zip(*products)]
+        wanted = [product if ok else None for product, ok in zip(products[0], depends)]
+        values = graph.run([graph.outputs[0], graph.outputs[2], *(part for part in wanted if part is not None)],
+                           [*zip(graph.inputs, outer + flat), (ones[0], tf.ones([], graph.outputs[0].dtype))])
+        found = iter(values[2:])
+        gradients = training.gradients([None if part is None else next(found) for part in wanted], sees=_SEES)
+        return result(training, gradients, values[1], run, carry=[draw + 1], mixture_loss=values[0])
 
     def initial_carry(self, problem):
         return [tf.constant(0, tf.int64)]
@@ -119,15 +121,3 @@ class EvoGradHG(HyperGradient):
                 normal = tf.where(normal < 0, -tf.ones_like(normal), tf.ones_like(normal))
             noise.append(tf.cast(normal, w.dtype))
         return noise
-
-
-def _reached(problem, state, outer, batch, outer_batch):
-    """Which outer variables the objectives depend on: a list of bools. In a graph its operations are never run.
-
-    The loop over perturbations gives a gradient of zero to all that enters it, so it cannot tell.
-    """
-    seen = [
-        autodiff.gradients(lambda outer: problem.inner_loss(
-            state.variables, state.state_variables, outer, batch), outer)[2],
-        autodiff.gradients(lambda outer: (problem.outer_loss(state, outer, outer_batch), ()), outer)[2]]
-    return [any(gradient is not None for gradient in gradients) for gradients in zip(*seen)]

@@ -5,18 +5,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from farhox._core import autodiff, checks, tree
-from farhox._core.inner_state import float_leaves, with_float_leaves
-from farhox.data.batches import batch_at, num_steps
-from farhox.hypergradients.base import (
-    HyperGradient,
-    HyperGradientResult,
-    common_diagnostics,
-    gradients_or_error,
-    new_losses,
-    run_inner,
-    stacked_losses,
-)
+from farhox._core import checks, tree
+from farhox._core.inner_state import float_leaves
+from farhox.hypergradients.base import SingleHyperGradient, result
 from farhox.linear_solvers import ConjugateGradient, FixedPoint, LinearOperator, LinearSolver
 from farhox.problem.bilevel import variable_names
 
@@ -37,7 +28,7 @@ _SEES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ImplicitHG(HyperGradient):
+class ImplicitHG(SingleHyperGradient):
     """Hypergradient by the implicit function theorem at s_T: a linear system in the place of the path.
 
     Nothing of the path is kept, so memory does not grow with T, and the result is exact when inner training has
@@ -83,7 +74,6 @@ class ImplicitHG(HyperGradient):
     warm_start: bool = True
     system: Any = None
 
-    shares_features = True
     carry_outlives_state = True
 
     def __post_init__(self):
@@ -99,8 +89,8 @@ class ImplicitHG(HyperGradient):
         """The system that is solved: that asked for, or the default of the solver."""
         return self.system or ("dynamics" if isinstance(self.linear_solver, FixedPoint) else "objective")
 
-    def _compute(self, problem, inner_batches, outer_batch, state, carry):
-        solver, on_dynamics = self.linear_solver, self.solved_system == "dynamics"
+    def differentiate(self, training, outer_batch, carry):
+        problem, solver, on_dynamics = training.problem, self.linear_solver, self.solved_system == "dynamics"
         if not on_dynamics and problem.constrained_variables:
             raise ValueError(
                 'ImplicitHG(system="objective") needs inner variables without constraints: at the border of one the '
@@ -113,16 +103,10 @@ class ImplicitHG(HyperGradient):
                 f"{type(problem.dynamics).__name__} does not here, because of a penalty or a weight decay that is no "
                 'part of the inner objective. Use ImplicitHG(system="dynamics"), for example '
                 "ImplicitHG(farhox.FixedPoint(max_steps=1000)).")
-        outer = problem.outer_values()
-        steps = num_steps(inner_batches)
-        first = problem.initial_state(outer) if state is None else state
-        run = run_inner(problem, first, outer, inner_batches, 0, steps, new_losses(problem, steps))
-        at_end = problem.outer_gradients(run.state, outer, outer_batch)
-        batch = batch_at(inner_batches, run.steps - 1)
-
+        run = training.run()
+        at_end = training.outer_gradients(run.state, outer_batch)
         build = _dynamics_system if on_dynamics else _objective_system
-        system = build(problem, run.state, outer, batch, at_end, self.damping, solver.uses_transposed)
-        gradients_or_error(problem, outer, system.sees, _SEES[self.solved_system])
+        system = build(training, run, self.damping, solver.uses_transposed)
 
         unknowns = system.unknowns
         rhs = tree.ravel([tf.zeros_like(leaf) if part is None else part
@@ -132,18 +116,17 @@ class ImplicitHG(HyperGradient):
         solution = solver.solve(
             system.operator, rhs, initial if self.warm_start and carry else None, iteration, **arguments)
         products = system.parameter_product(tree.unravel(solution.vector, unknowns))
-        gradients = [_sum(explicit, product, value)
-                     for explicit, product, value in zip(at_end.outer, products, outer)]
+        gradients = training.gradients(
+            at_end.outer, [product if seen else None for product, seen in zip(products, system.sees)],
+            sees=_SEES[self.solved_system])
 
-        size = tf.maximum(tree.norm(first.variables), tree.norm(run.state.variables))
+        size = tf.maximum(tree.norm(training.start.variables), tree.norm(run.state.variables))
         scale = tf.norm(rhs) * tf.cast(size, rhs.dtype)
         gap = tf.math.divide_no_nan(tf.abs(tf.reduce_sum(solution.vector * tree.ravel(system.distance))), scale)
-        diagnostics = common_diagnostics(gradients, at_end.loss, run)
-        diagnostics.update(solver_residual=solution.residual, solver_steps=solution.steps,
-                           solver_failed=solution.failed, stationarity_gap=gap)
         good = tf.logical_not(solution.failed)
         carry = [tf.where(good, solution.vector, tf.zeros_like(rhs)), iteration + 1, *tf.nest.flatten(solution.memory)]
-        return HyperGradientResult(gradients, at_end.loss, stacked_losses(problem, run), run.state, carry, diagnostics)
+        return result(training, gradients, at_end.loss, run, carry=carry, solver_residual=solution.residual,
+                      solver_steps=solution.steps, solver_failed=solution.failed, stationarity_gap=gap)
 
     def initial_carry(self, problem):
         state = problem.initial_state()
@@ -164,7 +147,7 @@ class _System(NamedTuple):
         parameter_product: Callable, list v to the list of its products that the hypergradient adds; None for none.
         distance: List of tensors like the unknowns, such that v'distance is to first order what E changes by on the way
             to the stationary point.
-        sees: List of bools: whether the hypergradient of each outer value is seen.
+        sees: List of bools: whether the products with each parameter are what a hypergradient is made of.
     """
 
     unknowns: list
@@ -174,65 +157,56 @@ class _System(NamedTuple):
     sees: list
 
 
-def _objective_system(problem, state, outer, batch, at_end, damping, with_transposed):
-    """∇²_ww L v = dE/dw, from the inner gradient as a function of (w, λ), recorded once."""
-    del with_transposed  # The matrix is symmetric.
-    gradient = _inner_gradient(problem, state, outer, batch)
+def _objective_system(training, run, damping, with_transposed):
+    """J v = dE/dw with the transposed Jacobian J = ∇²_ww L of the inner gradient, a function of (w, λ).
+
+    It is symmetric unless a part of the objective is under `tf.stop_gradient`: then the inner gradient is that of no
+    function.
+    """
+    t = run.steps - 1
+    gradient = training.gradient_system(run.state, t)
+    unknowns = gradient.unknowns
 
     def product(vector):
-        return tree.ravel(gradient.input_product(tree.unravel(vector, gradient.inputs))) + damping * vector
+        return tree.ravel(gradient.input_product(tree.unravel(vector, unknowns))) + damping * vector
+
+    def transposed(vector):
+        along = gradient.product(tree.unravel(vector, unknowns), [None] * len(training.parameters))
+        return tree.ravel(along) + damping * vector
 
     def parameter_product(v):
         return [None if part is None else -part for part in gradient.parameter_product(v)]
 
-    return _System(gradient.inputs, LinearOperator(product), parameter_product,
-                   [-part for part in gradient.outputs], _seen_by_objectives(gradient, at_end))
+    operator = LinearOperator(product, transposed if with_transposed or training.has_stops else None)
+    distance = [-part for part in training.inner_gradients(run.state, t)[2:2 + len(unknowns)]]
+    return _System(unknowns, operator, parameter_product, distance, gradient.depends_on())
 
 
-def _dynamics_system(problem, state, outer, batch, at_end, damping, with_transposed):
-    """(I - A') v = dE/ds, from one inner step as a function of (s, λ), recorded once: the last step, taken at its end.
+def _dynamics_system(training, run, damping, with_transposed):
+    """(I - A') v = dE/ds, from one inner step as a function of (s, λ): the last step, taken at its end.
 
     Schedules and bias corrections are those of the last step too; there may be none for the step after it.
     """
-    state = state._replace(step=state.step - 1)
+    del with_transposed
+    t = run.steps - 1
+    state = run.state._replace(step=run.state.step - 1)
     leaves = float_leaves(state)
-
-    def step(inputs):
-        at_state = with_float_leaves(state, inputs[:len(leaves)])
-        return float_leaves(problem.step(at_state, inputs[len(leaves):], batch).state)
-
-    linearization = autodiff.Linearization(step, leaves, list(outer))
+    step = training.step_system(state, t)
 
     def product(vector):
-        moved = linearization.input_product(tree.unravel(vector, leaves))
-        return vector - tree.ravel(moved) + damping * vector
+        return vector - tree.ravel(step.input_product(tree.unravel(vector, leaves))) + damping * vector
 
     def transposed(vector):
-        return vector - tree.ravel(forward.product(tree.unravel(vector, leaves))) + damping * vector
+        along = step.product(tree.unravel(vector, leaves), [None] * len(training.parameters))
+        return vector - tree.ravel(along) + damping * vector
 
-    if with_transposed:  # Recorded here, since a loop of the solver would record it anew in each iteration.
-        forward = autodiff.ForwardLinearization(lambda inputs: (step([*inputs, *outer]), ()), leaves)
-    sees = _seen_by_objectives(_inner_gradient(problem, state, outer, batch), at_end)
-    if not all(sees):
-        sees = [seen or moved for seen, moved in zip(sees, _moves_the_fixed_point(problem, len(outer)))]
-    return _System(leaves, LinearOperator(product, transposed), linearization.parameter_product,
-                   tree.subtract(linearization.outputs, leaves), sees)
-
-
-def _inner_gradient(problem, state, outer, batch):
-    """The inner gradient as a function of (w, λ), recorded once: its products are those of ∇²_ww L and ∇²_wλ L."""
-    count = len(state.variables)
-
-    def gradient(inputs):
-        return problem.inner_gradients(inputs[:count], state.state_variables, inputs[count:], batch)[2]
-
-    return autodiff.Linearization(gradient, list(state.variables), list(outer))
-
-
-def _seen_by_objectives(gradient, at_end):
-    """Which outer values the inner gradient or the outer objective depends on: a list of bools."""
-    return [inner is not None or explicit is not None
-            for inner, explicit in zip(gradient.parameter_product(gradient.outputs), at_end.outer)]
+    sees = training.gradient_system(state, t).depends_on()
+    if not all(sees[:len(training.outer)]):
+        moves = _moves_the_fixed_point(training.problem, len(training.outer))
+        sees = [seen or moved for seen, moved in zip(sees, moves)] + sees[len(moves):]
+    after = float_leaves(training.step(state, t)[0])
+    return _System(leaves, LinearOperator(product, transposed), step.parameter_product,
+                   tree.subtract(after, leaves), sees)
 
 
 def _moves_the_fixed_point(problem, count):
@@ -260,8 +234,3 @@ def _moves_the_fixed_point(problem, count):
         moves = [bool(tf.reduce_any(tf.not_equal(here, updated([*outer[:i], value + 0.125, *outer[i + 1:]]))))
                  for i, value in enumerate(outer)]
     return moves + [False] * (count - len(moves))
-
-
-def _sum(explicit, product, like):
-    total = tf.zeros_like(like) if explicit is None else explicit
-    return total if product is None else total + product

@@ -7,17 +7,10 @@ import tensorflow as tf
 
 from farhox._core import checks, tree
 from farhox._core.inner_state import float_leaves
-from farhox.data.batches import batch_at, num_steps
-from farhox.hypergradients.base import (
-    HyperGradient,
-    HyperGradientResult,
-    add_initial_dynamics,
-    gradient_diagnostics,
-    gradients_or_error,
-    new_losses,
-)
+from farhox.hypergradients.base import HyperGradient, HyperGradientResult
 from farhox.hypergradients.episodes import EpisodesHG, episode_at, num_episodes
 from farhox.hypergradients.initial import InitialHG
+from farhox.problem.inner_training import InnerRun, InnerTraining, gradient_diagnostics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,67 +44,47 @@ class ReptileHG(HyperGradient):
             raise TypeError(f"step_weights must be a tuple of numbers or None. Received: {self.step_weights!r}")
 
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
-        outer = problem.outer_values()
-        start = problem.initial_state(outer)
-        steps = num_steps(episode_at(inner_batches, 0))
+        first = InnerTraining(problem, episode_at(inner_batches, 0), share_features=False)
+        start, steps = first.start, first.steps
         weights = None
         if self.step_weights is not None:
             if steps != len(self.step_weights):
                 raise ValueError("step_weights must have one entry per inner step. "
                                  f"Received: {len(self.step_weights)} entries for T={steps}")
             weights = tf.constant(self.step_weights, problem.loss_dtype)
-        reached = [False] * len(outer)
-        add_initial_dynamics(problem, outer, float_leaves(start), [tf.zeros_like(v) for v in outer], reached)
-        gradients_or_error(problem, outer, reached, "ReptileHG learns initial values alone: name the inner variables "
-                                                    "as outer variables too, and nothing else.")
         count = num_episodes(inner_batches)
         kept = carry if carry else self.initial_carry(problem)
-        losses = tf.TensorArray(problem.loss_dtype, count, element_shape=[steps])
-        outer_losses = tf.TensorArray(problem.loss_dtype, count, element_shape=[])
-        ends = [tf.TensorArray(leaf.dtype, count, element_shape=leaf.shape) for leaf in tf.nest.flatten(start)]
 
         def episode(index, kept, direction, losses, outer_losses, ends):
             slots, step = kept
-            batches = episode_at(inner_batches, index)
-            state, direction, inner_losses, norm = self._train(
-                problem, start._replace(slots=slots, step=step), outer, batches, steps, weights, direction)
-            loss = problem.outer_loss(state, outer, tf.nest.map_structure(lambda leaf: leaf[index], outer_batch))
-            ends = [array.write(index, leaf) for array, leaf in zip(ends, tf.nest.flatten(state))]
-            return (index + 1, [state.slots, state.step], direction, losses.write(index, inner_losses),
+            training = InnerTraining(problem, episode_at(inner_batches, index),
+                                     start._replace(slots=slots, step=step), share_features=False)
+            run, direction = _train(training, weights, direction)
+            loss = problem.outer_loss(
+                run.state, training.outer, tf.nest.map_structure(lambda leaf: leaf[index], outer_batch))
+            ends = [array.write(index, leaf) for array, leaf in zip(ends, tf.nest.flatten(run.state))]
+            return (index + 1, [run.state.slots, run.state.step], direction,
+                    losses.write(index, training.losses(run)),
                     outer_losses.write(index, tf.cast(loss, problem.loss_dtype)), ends)
 
+        losses = tf.TensorArray(problem.loss_dtype, count, element_shape=[steps])
+        outer_losses = tf.TensorArray(problem.loss_dtype, count, element_shape=[])
+        ends = [tf.TensorArray(leaf.dtype, count, element_shape=leaf.shape) for leaf in tf.nest.flatten(start)]
         zeros = [tf.zeros_like(variable) for variable in start.variables]
         _, kept, direction, losses, outer_losses, ends = tf.while_loop(
             lambda index, *_: index < count, episode,
             [tf.constant(0), kept, zeros, losses, outer_losses, ends], parallel_iterations=1)
-        direction = [part / tf.cast(count, part.dtype) for part in direction]
         adjoint = [tf.zeros_like(leaf) for leaf in float_leaves(start)]
-        adjoint[:len(direction)] = direction
-        gradients = add_initial_dynamics(
-            problem, outer, adjoint, [tf.zeros_like(value) for value in outer], reached)
+        adjoint[:len(direction)] = [part / tf.cast(count, part.dtype) for part in direction]
+        gradients = first.gradients([None] * len(first.outer), adjoint=adjoint,
+                                    sees="ReptileHG learns initial values alone: name the inner variables as outer "
+                                         "variables too, and nothing else.")
         outer_loss = tf.reduce_mean(outer_losses.stack())
         diagnostics = {
             "inner_gradient_norm": tf.zeros([], problem.loss_dtype), "inner_steps": tf.constant(steps),
             **gradient_diagnostics(gradients, outer_loss)}
         states = tf.nest.pack_sequence_as(start, [array.stack() for array in ends])
         return HyperGradientResult(gradients, outer_loss, losses.stack(), states, kept, diagnostics)
-
-    def _train(self, problem, state, outer, batches, steps, weights, direction):
-        """One episode: its last state, the direction with its share added, its losses, the last gradient's norm."""
-        losses = new_losses(problem, steps)
-
-        def body(t, state, direction, losses, _):
-            result = problem.step(state, outer, batch_at(batches, t))
-            moved = tree.subtract(state.variables, result.state.variables)
-            if weights is not None:
-                moved = [tf.cast(weights[t], part.dtype) * part for part in moved]
-            return (t + 1, result.state, [a + b for a, b in zip(direction, moved)], losses.write(t, result.loss),
-                    result.gradient_norm)
-
-        _, state, direction, losses, norm = tf.while_loop(
-            lambda t, *_: t < steps, body,
-            [tf.constant(0), state, direction, losses, tf.zeros([], problem.loss_dtype)], parallel_iterations=1)
-        return state, direction, losses.stack(), norm
 
     def evaluate(self, problem, inner_batches, outer_batch):
         return EpisodesHG(InitialHG()).evaluate(problem, inner_batches, outer_batch)
@@ -122,3 +95,20 @@ class ReptileHG(HyperGradient):
     def initial_carry(self, problem):
         initial = problem.initial_state()
         return [initial.slots, initial.step]
+
+
+def _train(training, weights, direction):
+    """The run of one episode, and the direction with its share added: Σ_t weight_t (φ_t - φ_{t+1})."""
+    before = training.before_first_step()
+
+    def body(t, state, direction, losses, _):
+        after, loss, norm, _ = training.step(state, t)
+        moved = tree.subtract(state.variables, after.variables)
+        if weights is not None:
+            moved = [tf.cast(weights[t], part.dtype) * part for part in moved]
+        return t + 1, after, [a + b for a, b in zip(direction, moved)], losses.write(t, loss), norm
+
+    steps, state, direction, losses, norm = tf.while_loop(
+        lambda t, *_: t < training.steps, body,
+        [tf.constant(0), before.state, direction, before.losses, before.gradient_norm], parallel_iterations=1)
+    return InnerRun(state, losses, norm, steps), direction

@@ -6,26 +6,13 @@ import fractions
 import numpy as np
 import tensorflow as tf
 
-from farhox._core import autodiff, checks, functional, tree
-from farhox._core.inner_state import InnerState, float_leaves, with_float_leaves
-from farhox.data.batches import batch_at, num_steps
+from farhox._core import checks, functional, tree
+from farhox._core.inner_state import InnerState, float_leaves
 from farhox.dynamics.base import Momentum
 from farhox.dynamics.settings import setting_per_variable
-from farhox.hypergradients.base import (
-    HyperGradient,
-    HyperGradientResult,
-    InnerRun,
-    StateStore,
-    add_initial_dynamics,
-    common_diagnostics,
-    goes_on,
-    gradients_or_error,
-    new_losses,
-    norm_before_first_step,
-    stacked_losses,
-    zeros_for_none,
-)
+from farhox.hypergradients.base import SingleHyperGradient, result
 from farhox.problem.bilevel import variable_names
+from farhox.problem.inner_training import InnerRun, zeros_for_none
 
 _LARGEST_DENOMINATOR = 10 ** 4
 _WORD = 2 ** 63
@@ -33,7 +20,7 @@ _MOST_STEPS_PER_WORD = 2 ** 16
 
 
 @dataclasses.dataclass(frozen=True)
-class ReversibleHG(HyperGradient):
+class ReversibleHG(SingleHyperGradient):
     """Hypergradient of momentum gradient descent, each step undone in integer arithmetic on the way back.
 
     Variables and momenta are fixed-point numbers, 64-bit integers W and M in units of 2^-fractional_bits. With the
@@ -76,38 +63,31 @@ class ReversibleHG(HyperGradient):
     def __post_init__(self):
         checks.integer_in_range("fractional_bits", self.fractional_bits, 10, 52)
 
-    def _compute(self, problem, inner_batches, outer_batch, state, carry):
+    shares_features = False
+
+    def differentiate(self, training, outer_batch, carry):
+        problem = training.problem
         ratio = _momentum_ratio(problem.dynamics)
         if problem.constrained_variables:
             raise ValueError("ReversibleHG cannot undo constraints of the inner variables. Received: constraints on "
                              f"{variable_names(problem.constrained_variables)}")
-        outer = problem.outer_values()
-        from_initial_state = state is None
-        if from_initial_state:
-            state = problem.initial_state(outer)
-        steps = num_steps(inner_batches)
-        training = _ReversibleTraining(problem, outer, inner_batches, state, ratio, self.fractional_bits)
-        begin = training.begin()
-        run, end, memory = training.forward(begin, steps)
+        reversible = _ReversibleTraining(training, ratio, self.fractional_bits)
+        begin = reversible.begin()
+        run, end, memory = reversible.forward(begin, training.steps)
 
-        at_end = problem.outer_gradients(run.state, outer, outer_batch)
-        reached = [gradient is not None for gradient in at_end.outer]
+        at_end = training.outer_gradients(run.state, outer_batch)
         adjoint = zeros_for_none(at_end.state, float_leaves(run.state))
-        gradients = zeros_for_none(at_end.outer, outer)
-        back, adjoint, gradients = training.backward(end, memory, run.steps, adjoint, gradients, reached)
-        if from_initial_state:
-            gradients = add_initial_dynamics(problem, outer, adjoint, gradients, reached)
-        gradients = gradients_or_error(
-            problem, gradients, reached,
-            "ReversibleHG sees what the inner steps, the outer objective and the initial state depend on"
-            f"{'' if from_initial_state else '; a state that is passed in does not depend on initial values'}.")
+        back, adjoint, along = reversible.backward(end, memory, run.steps, adjoint)
+        sees = "ReversibleHG sees what the inner steps, the outer objective and the initial state depend on."
+        if not training.from_initial_state:
+            sees = sees[:-1] + "; a state that is passed in does not depend on initial values."
+        gradients = training.gradients(at_end.outer, along, adjoint=adjoint, sees=sees)
 
         exact = tf.reduce_all([tf.reduce_all(a == b) for a, b in zip(tf.nest.flatten(back), tf.nest.flatten(begin))])
         # A hypergradient along another path is none.
         gradients = [tf.where(exact, gradient, tf.constant(np.nan, gradient.dtype)) for gradient in gradients]
-        diagnostics = common_diagnostics(gradients, at_end.loss, run)
-        diagnostics.update(reversed_exactly=exact, stored_bytes=training.stored_bytes(run.steps))
-        return HyperGradientResult(gradients, at_end.loss, stacked_losses(problem, run), run.state, [], diagnostics)
+        return result(training, gradients, at_end.loss, run, reversed_exactly=exact,
+                      stored_bytes=reversible.stored_bytes(run.steps))
 
 
 class _Fixed:
@@ -161,15 +141,14 @@ class _Fixed:
 class _ReversibleTraining:
     """The loops there and back. A position is a tuple (W, M, digits) of lists of int64 tensors."""
 
-    def __init__(self, problem, outer, inner_batches, state, ratio, bits):
-        self.problem = problem
-        self.outer = outer
-        self.inner_batches = inner_batches
-        self.start = state
+    def __init__(self, training, ratio, bits):
+        self.training = training
+        self.start = training.start
         self.fixed = _Fixed(ratio, bits)
         self.steps_per_word = self.fixed.steps_per_word()
         # Both ways must see the same bits. A function that is not inlined is compiled once, for both loops.
-        self._gradients = _not_inlined(self._gradients, [*state.variables, *state.state_variables, tf.constant(0)])
+        self._gradients = _not_inlined(
+            self._gradients, [*self.start.variables, *self.start.state_variables, tf.constant(0)])
         self._rates = _not_inlined(self._rates, [tf.constant(0)])
 
     def begin(self):
@@ -184,8 +163,9 @@ class _ReversibleTraining:
         Returns:
             An `InnerRun`, the position at its end, and the memory: the words of the buffer and the state variables.
         """
-        words = StateStore(begin[2], -(-steps // self.steps_per_word))
-        extras = StateStore(self.start.state_variables, steps)
+        words = _Store(begin[2], -(-steps // self.steps_per_word))
+        extras = _Store(self.start.state_variables, steps)
+        before = self.training.before_first_step()
 
         def body(t, position, state_variables, losses, norm, valid, words_arrays, extras_arrays):
             variables, momenta, digits = position
@@ -207,21 +187,24 @@ class _ReversibleTraining:
 
         valid = tf.logical_and(self.fixed.encode(self.start.variables)[1], self.fixed.encode(self.start.slots)[1])
         t, end, state_variables, losses, norm, valid, words_arrays, extras_arrays = tf.while_loop(
-            lambda t, position, state_variables, losses, norm, *_: goes_on(self.problem, t, steps, norm), body,
-            [tf.constant(0), begin, self.start.state_variables, new_losses(self.problem, steps),
-             norm_before_first_step(self.problem), valid, words.arrays, extras.arrays],
+            lambda t, position, state_variables, losses, norm, *_: self.training.goes_on(t, steps, norm), body,
+            [tf.constant(0), begin, self.start.state_variables, before.losses, before.gradient_norm, valid,
+             words.arrays, extras.arrays],
             parallel_iterations=1)
         state = self._state(end, state_variables, t, valid)
         memory = words.with_arrays(words_arrays), extras.with_arrays(extras_arrays)
-        return InnerRun(state, losses, norm, t, None), end, memory
+        return InnerRun(state, losses, norm, t), end, memory
 
-    def backward(self, end, memory, steps, adjoint, gradients, reached):
+    def backward(self, end, memory, steps, adjoint):
         """Undoes the training from its end, and adds up the hypergradient on the way.
 
         Returns:
-            The position it arrives at, the adjoint there, and the gradients. `reached` is updated in place.
+            The position it arrives at, the adjoint there, and the sum of the steps' products with the parameters, None
+            where no step depends.
         """
         words, extras = memory
+        parameters = self.training.parameters
+        gradients = [tf.zeros_like(value) for value in parameters]
 
         def body(t, position, adjoint, gradients):
             variables, momenta, digits = position
@@ -232,7 +215,7 @@ class _ReversibleTraining:
             momenta = tree.subtract(momenta, self.fixed.encode(inner_gradients)[0])
             momenta, digits = self.fixed.divide(momenta, digits)
             state = self._state((variables, momenta, digits), state_variables, t)
-            adjoint, gradients = self._step_back(state, t, adjoint, gradients, reached)
+            adjoint, gradients = self._step_back(state, t, adjoint, gradients)
             # All digits of this word are used up: they are zero. The word before holds the next ones.
             earlier = words.read(tf.maximum(t // self.steps_per_word - 1, 0))
             used_up = tf.logical_and(tf.equal(t % self.steps_per_word, 0), t > 0)
@@ -241,7 +224,8 @@ class _ReversibleTraining:
 
         _, position, adjoint, gradients = tf.while_loop(
             lambda t, *_: t >= 0, body, [steps - 1, end, adjoint, gradients], parallel_iterations=1)
-        return position, adjoint, gradients
+        depends = self.training.step_system(self.start, tf.constant(0)).depends_on()
+        return position, adjoint, [part if ok else None for part, ok in zip(gradients, depends)]
 
     def stored_bytes(self, steps):
         """Bytes of the buffer and of the stored state variables after this many steps, a scalar int64 tensor."""
@@ -266,11 +250,8 @@ class _ReversibleTraining:
     def _gradients(self, *arguments):
         count = len(self.start.variables)
         variables, state_variables, t = list(arguments[:count]), list(arguments[count:-1]), arguments[-1]
-        state = InnerState(variables, state_variables, None, None)
-        loss, state_variables, gradients = self.problem.step_gradients(
-            state, self.outer, batch_at(self.inner_batches, t))
-        dtype = self.problem.loss_dtype
-        return [tf.cast(loss, dtype), tf.cast(tree.norm(gradients), dtype), *gradients, *state_variables]
+        state = InnerState(variables, state_variables, self.start.slots, self.start.step + tf.cast(t, tf.int64))
+        return self.training.inner_gradients(state, t)
 
     def _moves(self, momenta, t):
         """The integers [learning_rate M], and whether all are in range."""
@@ -280,28 +261,42 @@ class _ReversibleTraining:
 
     def _rates(self, t):
         return functional.call(
-            setting_per_variable, self.problem.dynamics.learning_rate, self.start.variables,
-            self.start.step + tf.cast(t, tf.int64), bindings=zip(self.problem.outer_variables, self.outer)).value
+            setting_per_variable, self.training.problem.dynamics.learning_rate, self.start.variables,
+            self.start.step + tf.cast(t, tf.int64),
+            bindings=zip(self.training.problem.outer_variables, self.training.outer)).value
 
     def _in_range(self, integers):
         limit = int(self.fixed.limit * self.fixed.scale)
         return tf.reduce_all([tf.reduce_all(tf.abs(integer) < limit) for integer in integers])
 
-    def _step_back(self, state, t, adjoint, gradients, reached):
+    def _step_back(self, state, t, adjoint, gradients):
         """One step of the adjoint, as in `ReverseHG`."""
-        leaves = float_leaves(state)
+        system = self.training.step_system(state, t)
+        gradients = [total if product is None else total + product
+                     for total, product in zip(gradients, system.parameter_product(adjoint))]
+        return system.input_product(adjoint), gradients
 
-        def step(inputs):
-            at_state = with_float_leaves(state, inputs[:len(leaves)])
-            result = self.problem.step(at_state, inputs[len(leaves):], batch_at(self.inner_batches, t))
-            return float_leaves(result.state)
 
-        products = autodiff.transposed_product(step, leaves + list(self.outer), adjoint)
-        for i, product in enumerate(products[len(leaves):]):
-            reached[i] = reached[i] or product is not None
-        return (zeros_for_none(products[:len(leaves)], leaves),
-                [total if product is None else total + product
-                 for total, product in zip(gradients, products[len(leaves):])])
+class _Store:
+    """Nests of tensors of one structure by their index, inside loops of a graph."""
+
+    def __init__(self, like, size=None, arrays=None):
+        self.like = like
+        self.arrays = arrays if arrays is not None else [
+            tf.TensorArray(leaf.dtype, size=size, element_shape=leaf.shape, clear_after_read=False)
+            for leaf in tf.nest.flatten(like)]
+
+    def write(self, index, nest):
+        """The store with the nest at `index`."""
+        return self.with_arrays([array.write(index, leaf) for array, leaf in zip(self.arrays, tf.nest.flatten(nest))])
+
+    def read(self, index):
+        """The nest at `index`."""
+        return tf.nest.pack_sequence_as(self.like, [array.read(index) for array in self.arrays])
+
+    def with_arrays(self, arrays):
+        """The same store with the arrays that came out of a loop."""
+        return _Store(self.like, arrays=arrays)
 
 
 def _not_inlined(function, arguments):

@@ -12,9 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks, tree
-from farhox.data.batches import as_inner_batches, num_steps
-from farhox.hypergradients.base import HyperGradient, new_losses, run_inner
+from farhox.data.batches import as_inner_batches
+from farhox.hypergradients.base import HyperGradient
 from farhox.insight.health import inner_convergence, report_on
+from farhox.problem.inner_training import InnerTraining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +153,7 @@ def check_hypergradient(problem, inner_batches, outer_batch, hypergradient, max_
 
     @tf.function(autograph=False)
     def loss(outer):
-        steps = num_steps(inner_batches)
-        state = problem.initial_state(outer)
-        run = run_inner(problem, state, outer, inner_batches, 0, steps, new_losses(problem, steps))
+        run = InnerTraining(problem, inner_batches, outer=outer).run()
         return problem.outer_loss(run.state, outer, outer_batch)
 
     values = [np.asarray(value) for value in problem.outer_values()]

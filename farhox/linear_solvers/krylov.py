@@ -49,7 +49,7 @@ class ConjugateGradient(LinearSolver):
             operator, rhs, initial, self.max_steps, value_at(self.tolerance, iteration, rhs.dtype))
         if operator.symmetric:
             return solution
-        return solution._replace(failed=solution.failed | tf.logical_not(solution.residual <= 1.0))
+        return solution._replace(failed=solution.failed | (solution.residual > 1.0) | tf.math.is_nan(solution.residual))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,8 @@ def _conjugate_gradient(matvec, rhs, initial, max_steps, tolerance):
     def body(k, x, residual, direction, square, failed):
         product = matvec(direction)
         curvature = tf.reduce_sum(direction * product)
-        failed = tf.logical_not(curvature > 0)
+        # Not written as not (curvature > 0): graphs turn that into curvature <= 0, which not-a-number is not.
+        failed = (curvature <= 0) | tf.math.is_nan(curvature)
         length = tf.where(failed, tf.zeros_like(square), square / tf.where(failed, tf.ones_like(square), curvature))
         # The new iterate is kept before any test: stopping must not return the one before.
         x += length * direction

@@ -123,7 +123,7 @@ def _richardson(matvec, rhs, initial, step_size, max_steps, tolerance):
     # A right-hand side that is not finite passes the loop by: it must not come out as a zero solution.
     finite = tf.math.is_finite(length)
     return LinearSolution(tf.where(finite, x, not_a_number(x)), relative(residual, rhs), steps + products,
-                          tf.logical_not(length <= first))
+                          (length > first) | tf.math.is_nan(length))
 
 
 def _first_direction(like):

@@ -5,7 +5,6 @@ import tensorflow as tf
 from farhox._core import checks
 from farhox.data.batches import RepeatedBatch
 from farhox.data.datasets import pair
-from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
 from farhox.hypergradients.episodes import map_episodes
 from farhox.meta.accuracy import classifies, correct
 from farhox.meta.copies import copy_of
@@ -13,7 +12,7 @@ from farhox.meta.episodes import EpisodeSource
 from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.statistics import support_statistics
 from farhox.meta.weights import joined, order_of_present, scaled, weighted_mean, with_both_weights, with_weights
-from farhox.problem.features import with_shared_features
+from farhox.problem.inner_training import InnerTraining
 from farhox.problem.losses import takes_class_numbers
 from farhox.training.hyper_optimizer import HyperOptimizer
 
@@ -199,13 +198,11 @@ class Learner(HyperOptimizer):
     def _adapted(self, support):
         """States after adaptation, with a leading axis of episodes, and the inner losses [episodes, steps]."""
         inner_batches = self._inner_batches(support, self.evaluation_steps, training=False)
-        steps = self.evaluation_steps
 
         def one(inner_batches, *_):
-            problem = with_shared_features(self.problem, inner_batches)
-            run = run_inner(problem, self._initial_state(), problem.outer_values(), inner_batches, 0, steps,
-                            new_losses(problem, steps))
-            return run.state, stacked_losses(problem, run)
+            training = InnerTraining(self.problem, inner_batches, self._initial_state())
+            run = training.run()
+            return run.state, training.losses(run)
 
         return map_episodes(one, inner_batches, ())
 

@@ -48,6 +48,10 @@ class BilevelProblem:
             and the outer variables, but neither on inner nor on state variables; the inner objective is given what it
             returns in the place of the batch. Where all steps have the same batch (`farhox.repeat`), `ReverseHG` and
             `ImplicitHG` compute it once. What it assigns is dropped. Default: none.
+        stop_gradient: "exact" or "tensorflow", what `tf.stop_gradient` in the inner objective means. It always stops
+            the inner gradient, as in any training. With "exact" its value is data that flows from step to step, and
+            the hypergradient is the derivative of the training that happens; with "tensorflow" it is a constant for
+            the hypergradient too, which is how some papers define theirs.
         stop_tolerance: Positive float: inner training ends after the first step at whose start the norm of the inner
             gradient was below it, and T is the most it can take. Default: none, always T steps.
         model: A `keras.Model` that the variables were taken from. Where other variables of it are trainable later on,
@@ -72,7 +76,7 @@ class BilevelProblem:
 
     def __init__(self, inner_objective, outer_objective, inner_variables, outer_variables, dynamics=None,
                  state_variables=None, proximal=None, outer_predictions=None, stop_tolerance=None,
-                 features=None, model=None, fixed=None, example_batches=None):
+                 features=None, model=None, fixed=None, example_batches=None, stop_gradient="exact"):
         for name, objective in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
             if not callable(objective):
                 raise TypeError(f"{name} must be a callable batch -> scalar. Received: {objective!r}")
@@ -90,6 +94,8 @@ class BilevelProblem:
             raise ValueError(f"proximal must be finite and not negative. Received: {proximal}")
         if stop_tolerance is not None and not (checks.is_number(stop_tolerance) and stop_tolerance > 0):
             raise ValueError(f"stop_tolerance must be a positive number or None. Received: {stop_tolerance!r}")
+        if stop_gradient not in ("exact", "tensorflow"):
+            raise ValueError(f"stop_gradient must be 'exact' or 'tensorflow'. Received: {stop_gradient!r}")
         self.inner_variables = _checked_variables("inner_variables", inner_variables)
         self.dynamics = dynamics.bound_to(self.inner_variables)
         self.fixed = list(fixed or [])
@@ -105,6 +111,8 @@ class BilevelProblem:
         self.proximal = proximal
         self.outer_predictions = outer_predictions
         self.stop_tolerance = stop_tolerance
+        self.stop_gradient = stop_gradient
+        self._compiled = {}
         self._inner_objective = inner_objective
         self._features = features
         self._outer_objective = outer_objective
@@ -145,7 +153,7 @@ class BilevelProblem:
             self._inner_objective, outer_objective, self.inner_variables, outer_variables, dynamics=self.dynamics,
             state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions,
             stop_tolerance=self.stop_tolerance, features=self._features, model=self._model,
-            fixed=[*self.outer_variables, *self.fixed])
+            fixed=[*self.outer_variables, *self.fixed], stop_gradient=self.stop_gradient)
 
     def raise_if_model_changed(self):
         """Raises a ValueError that names the variables if others of the model are trainable than at the beginning."""
@@ -156,6 +164,20 @@ class BilevelProblem:
                 f"The model {self._model.name!r} must stay as it was when the problem was made of it: make the problem "
                 f"anew. No longer trainable: {variable_names(gone) or 'none'}. Trainable now: "
                 f"{variable_names(new) or 'none'}.")
+
+    def compiled(self, method, function):
+        """`function(method, problem, ...)` as a `tf.function` of the rest, one per method: what eager calls run.
+
+        Args:
+            method: A method; functions are kept as long as the problem.
+            function: Its class' function, the first two arguments of which are the method and the problem.
+        """
+        key = id(method), function.__name__
+        if key not in self._compiled:
+            # The method is kept with its function, so that no other one gets its id.
+            self._compiled[key] = method, tf.function(
+                lambda *arguments: function(method, self, *arguments), autograph=False)
+        return self._compiled[key][1]
 
     @property
     def constrained_variables(self):
@@ -192,29 +214,45 @@ class BilevelProblem:
         state_variables = [tf.convert_to_tensor(variable) for variable in self.state_variables]
         return InnerState(variables, state_variables, slots, tf.constant(0, tf.int64))
 
-    def inner_gradients(self, variables, state_variables, outer, batch):
+    def inner_gradients(self, variables, state_variables, outer, batch, features=None):
         """The inner objective and its gradient with respect to the inner variables.
+
+        Traced into a graph, the derivatives of that graph are the exact ones of this map, see `farhox._core.exact`.
 
         Returns:
             loss: Scalar.
             state_variables: List of tensors, their values after the objective ran.
-            gradients: List of tensors aligned with `variables`, None where the objective does not depend.
+            gradients: List of tensors aligned with `variables`.
 
         Raises:
-            ValueError: If the objective is not a scalar or assigns a variable that is not a state variable.
+            ValueError: If the objective is not a scalar, assigns a variable that is not a state variable, or does not
+                depend on an inner variable; it is named.
         """
-        return autodiff.gradients(
-            lambda variables: self.inner_loss(variables, state_variables, outer, batch), variables)
+        with self._inner_derivatives():
+            loss, state_variables, gradients = autodiff.gradients(
+                lambda variables: self._inner_loss(variables, state_variables, outer, batch, features), variables)
+        missing = [v for v, gradient in zip(self.inner_variables, gradients) if gradient is None]
+        if missing:
+            raise ValueError("The inner objective must depend on every inner variable. It does not depend on "
+                             f"{variable_names(missing)}: take them out of inner_variables.")
+        return loss, state_variables, gradients
 
-    def inner_loss(self, variables, state_variables, outer, batch):
+    def inner_loss(self, variables, state_variables, outer, batch, features=None):
         """The inner objective, proximal term included, and the state variables after it.
 
+        Args:
+            features: What `features` returned for the batch, where it was computed before.
+
         Raises:
             ValueError: If the objective is not a scalar or assigns a variable that is not a state variable.
         """
+        with self._inner_derivatives():
+            return self._inner_loss(variables, state_variables, outer, batch, features)
+
+    def _inner_loss(self, variables, state_variables, outer, batch, features):
         self.raise_if_model_changed()
         if self.has_features:
-            batch = self.features(batch, outer)
+            batch = self.features(batch, outer) if features is None else features
         result = functional.call(self._inner_objective, batch, taken_over=self.dynamics.taken_over,
                                  bindings=self._bindings(variables, state_variables, outer))
         warn_of_unnamed(result.read, self._known)
@@ -248,6 +286,10 @@ class BilevelProblem:
         count = len(self.state_variables)
         return loss, (result.values[len(result.values) - count:] if count else [])
 
+    def _inner_derivatives(self):
+        """The rules of further derivatives of the inner objective and its gradient."""
+        return exact.exact_derivatives(stops=self.stop_gradient == "exact")
+
     def features(self, batch, outer):
         """What the inner objective is given of an inner batch, a nest of tensors.
 
@@ -255,66 +297,52 @@ class BilevelProblem:
             ValueError: If the features depend on an inner variable.
         """
         statistics = [(variable, tf.convert_to_tensor(variable)) for variable in self.state_variables]
-        result = functional.call(self._features, batch, bindings=[*zip(self.outer_variables, outer), *statistics])
+        with self._inner_derivatives():
+            result = functional.call(self._features, batch, bindings=[*zip(self.outer_variables, outer), *statistics])
         read = [variable for variable in self.inner_variables if id(variable) in result.read]
         if read:
             raise ValueError("features must not depend on inner variables, which change from step to step. "
                              f"They read {variable_names(read)}.")
         return tf.nest.map_structure(tf.convert_to_tensor, result.value)
 
-    def is_reached_by_features(self, variable):
-        """Whether features that were computed before the inner steps depend on an outer variable."""
-        del variable
-        return False
-
-    def step(self, state, outer, batch):
+    def step(self, state, outer, batch, features=None):
         """One inner step s_{t+1} = Φ_t(s_t, λ).
 
         Args:
             state: An `InnerState`.
             outer: List of tensors, λ.
             batch: The inner batch of this step.
+            features: The features of the batch, where they were computed before.
 
         Returns:
             A `StepResult`.
 
         Raises:
-            ValueError: If the inner objective does not depend on an inner variable; it is named.
+            ValueError: As `inner_gradients`.
         """
-        loss, state_variables, gradients = self.step_gradients(state, outer, batch)
-        variables, slots = self.updated(gradients, state, outer, batch)
+        loss, state_variables, gradients = self.inner_gradients(
+            state.variables, state.state_variables, outer, batch, features)
+        variables, slots = self.updated(gradients, state, outer, batch, features)
         return StepResult(
             state=InnerState(variables, state_variables, slots, state.step + 1),
             loss=tf.cast(loss, self.loss_dtype),
             gradient_norm=tf.cast(tree.norm(gradients), self.loss_dtype),
             gradients=gradients)
 
-    def step_gradients(self, state, outer, batch):
-        """The first half of `step`: `inner_gradients` at a state, as the dynamics are given them.
-
-        Raises:
-            ValueError: If the inner objective does not depend on an inner variable; it is named.
-        """
-        loss, state_variables, gradients = self.inner_gradients(
-            state.variables, state.state_variables, outer, batch)
-        missing = [v for v, gradient in zip(self.inner_variables, gradients) if gradient is None]
-        if missing:
-            raise ValueError("The inner objective must depend on every inner variable. It does not depend on "
-                             f"{variable_names(missing)}: take them out of inner_variables.")
+    def updated(self, gradients, state, outer, batch, features=None):
+        """The second half of `step`: the inner variables and slots that the dynamics make of the gradients."""
         if self.dynamics.first_order:
             gradients = [tf.stop_gradient(gradient) for gradient in gradients]
-        return loss, state_variables, gradients
-
-    def updated(self, gradients, state, outer, batch):
-        """The second half of `step`: the inner variables and slots that the dynamics make of the gradients."""
         objective = []
         if self.dynamics.needs_objective:
-            objective = [lambda variables: self.inner_loss(variables, state.state_variables, outer, batch)[0]]
+            objective = [
+                lambda variables: self.inner_loss(variables, state.state_variables, outer, batch, features)[0]]
 
         def update():
-            variables, slots = self.dynamics.update(
-                gradients, state.variables, state.slots, state.step, *objective)
-            return variables if self.dynamics.applies_constraints else self._constrained(variables), slots
+            with exact.finite_roots():
+                variables, slots = self.dynamics.update(
+                    gradients, state.variables, state.slots, state.step, *objective)
+                return variables if self.dynamics.applies_constraints else self._constrained(variables), slots
 
         result = functional.call(update, bindings=zip(self.outer_variables, outer))
         warn_of_unnamed(result.read, self._known)
@@ -357,9 +385,8 @@ class BilevelProblem:
 
     def _constrained(self, values):
         """The inner variables' constraints, as a Keras optimizer applies them after each step."""
-        with exact.finite_roots():
-            return [value if variable.constraint is None else tf.convert_to_tensor(variable.constraint(value))
-                    for variable, value in zip(self.inner_variables, values)]
+        return [value if variable.constraint is None else tf.convert_to_tensor(variable.constraint(value))
+                for variable, value in zip(self.inner_variables, values)]
 
     def _anchors(self, outer):
         """The initial values w_0, differentiable where they are learned."""

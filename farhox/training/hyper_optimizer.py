@@ -7,12 +7,12 @@ import tensorflow as tf
 from farhox._core import checks, tree
 from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
-from farhox.data.batches import as_inner_batches, num_steps
+from farhox.data.batches import as_inner_batches
 from farhox.data.datasets import as_hyper_iterations, as_tensors, pair
 from farhox.data.finite import first_not_finite, place_in_words
 from farhox.hypergradients import HyperGradient, ReverseHG
-from farhox.hypergradients.base import new_losses, run_inner, stacked_losses
 from farhox.problem.bilevel import BilevelProblem, variable_names
+from farhox.problem.inner_training import InnerTraining
 from farhox.problem.losses import LABEL_RULE
 
 _ADVICE = (
@@ -345,20 +345,15 @@ class HyperOptimizer(keras.Model):
         return tf.no_op()
 
     def _train_inner(self, inner_batches):
-        run = self._run(inner_batches, self.problem.outer_values(), self._kept_state() if self.online else None)
+        training = InnerTraining(self.problem, inner_batches, self._kept_state() if self.online else None)
+        run = training.run()
         finished = self.problem.dynamics.finished(run.state.variables, run.state.slots)
         values = tf.nest.flatten([finished, run.state.state_variables])
         for variable, value in zip(self._inner, values):
             variable.assign(value)
         for variable, value in zip(self._slots, tf.nest.flatten([run.state.slots, run.state.step])):
             variable.assign(value)
-        return stacked_losses(self.problem, run)
-
-    def _run(self, inner_batches, outer, state=None):
-        inner_batches = as_inner_batches(inner_batches)
-        steps = num_steps(inner_batches)
-        state = self.problem.initial_state(outer) if state is None else state
-        return run_inner(self.problem, state, outer, inner_batches, 0, steps, new_losses(self.problem, steps))
+        return training.losses(run)
 
     def _kept_state(self):
         count = len(self.problem.inner_variables)

@@ -1,0 +1,309 @@
+"""A function traced once into a graph that can be read, differentiated and run in pieces.
+
+`tf.function` traces; `tf.gradients` adds derivatives to the same graph, where it obeys the gradients that `exact` has
+set on single operations; `tf.graph_util.import_graph_def` brings what a piece needs into the graph that runs it: the
+body of a loop, say. A tensor that is fed cuts the graph there, and what no fetch needs is not run.
+"""
+
+import re
+
+import tensorflow as tf
+
+from farhox._core.exact import exact_derivatives
+from farhox._core.functional import user_code
+
+
+class StepGraph:
+    """The graph of one function and of its derivatives.
+
+    Args:
+        function: Callable, list of tensors to a nest of tensors. It is called once.
+        inputs: List of tensors, or of anything with a shape and a dtype: what the function will be given.
+
+    Attributes:
+        inputs: List of the graph's tensors in the place of the inputs.
+        outputs: What the function returned: a nest of tensors of the graph, None where it returned that.
+    """
+
+    def __init__(self, function, inputs):
+        traced = []
+
+        def body(*inputs):
+            # A tensor that is returned as it came in must be told from the input.
+            inputs = list(inputs)
+            with user_code():
+                outputs = tf.nest.map_structure(
+                    lambda output: None if output is None else tf.identity(output), function(inputs))
+            traced.extend([inputs, outputs])
+            return ()
+
+        concrete = tf.function(body, autograph=False).get_concrete_function(
+            *[tf.TensorSpec(x.shape, x.dtype) for x in inputs])
+        self.inputs, self.outputs = traced
+        # The graph lives as long as its function.
+        self._concrete = concrete
+        self._definition = None
+        self._nodes = {}
+        self._functions = {}
+
+    @property
+    def graph(self):
+        """The `tf.Graph`."""
+        return self._concrete.graph
+
+    @staticmethod
+    def inside(outputs):
+        """Outputs as the rest of the graph sees them, where it goes on computing with them."""
+        return [output.op.inputs[0] for output in outputs]
+
+    def placeholders(self, like):
+        """New tensors of the graph, to be fed where they are needed, of the shapes and types of `like`."""
+        with self.graph.as_default():
+            return [tf.compat.v1.placeholder(tensor.dtype, tensor.shape) for tensor in like]
+
+    def pullback(self, outputs, inputs, cotangents, held=()):
+        """cotangents' (d outputs / d inputs) as tensors of the graph, None where independent.
+
+        Args:
+            outputs: List of floating-point tensors of the graph.
+            inputs: List of floating-point tensors of the graph.
+            cotangents: List of tensors of the graph aligned with `outputs`; an output whose cotangent is None does not
+                count.
+            held: List of tensors of the graph that are constants.
+
+        Raises:
+            ValueError: If an operation on the way has no derivative; it is named.
+        """
+        pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents) if cotangent is not None]
+        if not pairs:
+            return [None] * len(inputs)
+        outputs, cotangents = zip(*pairs)
+        self._definition = None
+        # What is added here is differentiated once more by `pushforward`.
+        with self.graph.as_default(), user_code(), exact_derivatives():
+            products = _symbolic_gradients(list(outputs), list(inputs), list(cotangents), list(held))
+            return [None if product is None else tf.convert_to_tensor(product) for product in products]
+
+    def pushforward(self, outputs, inputs, tangents):
+        """(d outputs / d inputs) tangents as tensors of the graph, None where independent.
+
+        It is the derivative of the pullback, which is linear in the cotangents, along the tangents.
+
+        Args:
+            outputs, inputs: As in `pullback`.
+            tangents: List of tensors of the graph aligned with `inputs`; None is a tangent of zero.
+        """
+        with self.graph.as_default():
+            # The derivative of a linear function is the same everywhere.
+            cotangents = [tf.zeros(output.shape, output.dtype) if output.shape.is_fully_defined()
+                          else tf.zeros_like(output) for output in outputs]
+        products = self.pullback(outputs, inputs, cotangents)
+        pairs = [(product, tangent) for product, tangent in zip(products, tangents)
+                 if product is not None and tangent is not None]
+        return self.pullback([product for product, _ in pairs], cotangents, [tangent for _, tangent in pairs])
+
+    def run(self, fetches, feeds, checks=False):
+        """Runs what the fetches need in the current graph.
+
+        Args:
+            fetches: List of tensors of this graph.
+            feeds: List of pairs (tensor of this graph, tensor). Of two pairs for one tensor the later one counts.
+            checks: Bool. Run the assertions and prints of the function too, as far as they depend on what is fed.
+
+        Returns:
+            List of tensors aligned with `fetches`.
+
+        Raises:
+            ValueError: If a fetch depends on a placeholder that is not fed.
+        """
+        feeds = list(feeds)
+        if tf.executing_eagerly():
+            return self._run_eagerly(list(fetches), feeds, checks)
+        current = tf.compat.v1.get_default_graph()
+        values = {tensor.name: value for tensor, value in feeds}
+        captured = {internal.name: external for external, internal in self.graph.captures}
+        wanted = [fetch.name for fetch in fetches if fetch.name not in values]
+        nodes, cut = self._needed(wanted, values)
+        missing = sorted(name for name in cut if name not in values and name not in captured)
+        if missing:
+            raise ValueError(f"The graph must be fed all that a fetch depends on. Not fed: {missing}")
+        effects = []
+        for name in self._effects() if checks else []:
+            more, ends = self._needed([f"{name}:0"], values)
+            if all(end in values or end in captured for end in ends):
+                nodes.update(more)
+                cut.update(ends)
+                effects.append(name)
+        outside = {name: _in_graph(current, values[name] if name in values else captured[name])
+                   for name in cut.union(fetch.name for fetch in fetches if fetch.name in values)}
+        imported = iter(self._imported(nodes, {name: outside[name] for name in cut}, wanted, effects))
+        results = [outside[fetch.name] if fetch.name in values else next(imported) for fetch in fetches]
+        for result, fetch in zip(results, fetches):
+            result.set_shape(fetch.shape)
+        return results
+
+    def _run_eagerly(self, fetches, feeds, checks):
+        """`run` by a function of its own: nothing can be imported outside of a graph."""
+        tensors = [tensor for tensor, _ in feeds]
+        key = tuple(fetch.name for fetch in fetches), tuple(tensor.name for tensor in tensors), checks
+        if key not in self._functions:
+            self._functions[key] = tf.function(
+                lambda *values: self.run(fetches, zip(tensors, values), checks), autograph=False,
+            ).get_concrete_function(*[tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors])
+        return self._functions[key](*[value for _, value in feeds])
+
+    def independent(self, wanted, sources):
+        """Where a computation of `wanted` can be cut so that nothing before the cut depends on `sources`.
+
+        Integers are not cut: they are shapes and indices, which are cheap, and which XLA must know when it compiles.
+
+        Returns:
+            List of tensors of the graph.
+        """
+        nodes, _ = self._needed([tensor.name for tensor in wanted], {})
+        dependent = self._dependent(nodes, {tensor.op.name for tensor in sources})
+        cut, seen = {}, set()
+        stack = [tensor.name for tensor in wanted]
+        while stack:
+            name = stack.pop()
+            if name in seen or name.startswith("^"):
+                continue
+            seen.add(name)
+            node = self._nodes[name.split(":")[0]]
+            if node.name not in dependent and node.op not in ("Placeholder", "Const"):
+                tensor = self.graph.get_tensor_by_name(name)
+                if not tensor.dtype.is_integer:
+                    cut[name] = tensor
+                    continue
+            stack.extend(_full_name(source) for source in node.input)
+        return list(cut.values())
+
+    def ancestors(self, tensors):
+        """The names of all operations that the tensors depend on, their own among them."""
+        return set(self._needed([tensor.name for tensor in tensors], {})[0])
+
+    def dependents(self, wanted, sources):
+        """The names of the operations that `wanted` needs and that depend on `sources`, the sources with them."""
+        nodes, _ = self._needed([tensor.name for tensor in wanted], {})
+        return self._dependent(nodes, {tensor.op.name for tensor in sources})
+
+    def operations(self, names):
+        """The operations of these names, in the order in which they were added."""
+        return [operation for operation in self.graph.get_operations() if operation.name in names]
+
+    def _dependent(self, nodes, sources):
+        """The names among `nodes` that depend on an operation among `sources`, the sources with them."""
+        users = {}
+        for node in nodes.values():
+            for source in node.input:
+                users.setdefault(source.lstrip("^").split(":")[0], []).append(node.name)
+        found, stack = set(), list(sources)
+        while stack:
+            name = stack.pop()
+            if name not in found:
+                found.add(name)
+                stack.extend(users.get(name, ()))
+        return found
+
+    def _imported(self, nodes, input_map, wanted, effects):
+        if not nodes:
+            # What is fetched came in as it is: captured from outside.
+            return [input_map[name] for name in wanted]
+        # Loops and branches are functions, which live as long as this graph does.
+        tf.compat.v1.add_to_collection("farhox_imported", self)
+        definition = tf.compat.v1.GraphDef()
+        definition.versions.CopyFrom(self._definition.versions)
+        definition.library.CopyFrom(self._definition.library)
+        for node in nodes.values():
+            copy = definition.node.add()
+            copy.CopyFrom(node)
+            kept = [source for source in node.input if not source.startswith("^") or source[1:] in nodes]
+            if len(kept) < len(node.input):
+                del copy.input[:]
+                copy.input.extend(kept)
+        inside = [name for name in wanted if name not in input_map]
+        imported = iter(tf.graph_util.import_graph_def(
+            definition, input_map=input_map, return_elements=inside + effects, name=_scope()))
+        return [input_map[name] if name in input_map else next(imported) for name in wanted]
+
+    def _read(self):
+        """The definition of the graph, read again when derivatives were added."""
+        if self._definition is None:
+            self._definition = self.graph.as_graph_def()
+            self._nodes = {node.name: node for node in self._definition.node}
+            for node in self._nodes.values():
+                node.attr.pop("_class", None)
+        return self._nodes
+
+    def _effects(self):
+        return [node.name for node in self._read().values() if node.op in _EFFECTS]
+
+    def _needed(self, wanted, fed):
+        """The nodes that the tensors `wanted` need, by name, and the names of the tensors where the graph is cut."""
+        every = self._read()
+        nodes, cut, seen, stack = {}, set(), set(), list(wanted)
+        while stack:
+            tensor = stack.pop()
+            name = tensor.lstrip("^").split(":")[0]
+            if tensor in seen:
+                continue
+            seen.add(tensor)
+            node = every[name]
+            if node.op == "Placeholder":
+                if not tensor.startswith("^"):
+                    cut.add(tensor)
+                continue
+            if name in nodes:
+                continue
+            nodes[name] = node
+            for source in node.input:
+                full = _full_name(source)
+                if full in fed:
+                    cut.add(full)
+                else:
+                    stack.append(full)
+        return nodes, cut
+
+
+# Operations that act without anybody reading what they return.
+_EFFECTS = frozenset(["Assert", "Print", "PrintV2"])
+
+
+def _scope():
+    """A name for what is imported that differs from those in the graphs around the current one.
+
+    A loop names what it takes from outside after its names there: equal names in both would meet in its body.
+    """
+    depth, graph = 0, tf.compat.v1.get_default_graph()
+    while getattr(graph, "outer_graph", None) is not None:
+        depth, graph = depth + 1, graph.outer_graph
+    return f"step_of_level_{depth}"
+
+
+def _full_name(source):
+    """The name of a tensor, or of a control input with its ^, from its short form in a node."""
+    return source if ":" in source or source.startswith("^") else f"{source}:0"
+
+
+def _in_graph(graph, value):
+    """A tensor of the graph or of a graph around it, or an eager tensor, as a tensor of the graph."""
+    return graph.capture(value) if graph.building_function else tf.convert_to_tensor(value)
+
+
+def _symbolic_gradients(outputs, inputs, cotangents, held):
+    try:
+        return tf.gradients(outputs, inputs, grad_ys=cotangents, stop_gradients=held)
+    except LookupError as error:
+        raise ValueError(_no_derivative(error)) from error
+
+
+def _no_derivative(error):
+    """The message of an operation whose gradient TensorFlow does not have, with its name and type."""
+    found = re.search(r"operation ?'([^']*)' \(op type: ([^)]*)\)", str(error))
+    if found is None:
+        return f"Every operation of the inner training must have derivatives in TensorFlow. {error}"
+    name, kind = found.groups()
+    return (
+        "A hypergradient needs the derivative of every operation that the inner variables or the outer variables pass "
+        f"through, also of the first derivative's. TensorFlow has none for the operation {kind} at {name!r}. Put "
+        "another layer or loss in its place, move it into the data, or give the dynamics first_order=True.")

@@ -1,0 +1,104 @@
+"""One step of the way back through an inner training: its products, and what is kept for them."""
+
+import tensorflow as tf
+
+from farhox._core.cut import tensors_to_keep
+from farhox.problem.inner_training import zeros_for_none
+
+
+class BackStep:
+    """adjoint' (∂Φ_t/∂s, ∂Φ_t/∂λ) on the graph of a step.
+
+    Only leaves of the state whose adjoint can be other than zero take part: those that the outer objective reads, and
+    those that these depend on over one or more steps.
+
+    Args:
+        training: An `InnerTraining`.
+        sources: List of ints, the leaves of the state that the outer objective reads.
+
+    Attributes:
+        active: List of ints, the leaves that take part.
+        parameter_products: List of tensors of the graph aligned with the training's parameters, None where no active
+            leaf of the next state depends.
+    """
+
+    def __init__(self, training, sources):
+        self._training = training
+        self._graph = graph = training.graph
+        outputs = training.leaf_outputs
+        placeholders = graph.placeholders(outputs)
+        active = set(sources)
+        while True:
+            self.active = sorted(active)
+            self._cotangents = [placeholders[i] for i in self.active]
+            products = graph.pullback([outputs[i] for i in self.active],
+                                      training.leaf_inputs + training.parameter_inputs, self._cotangents)
+            of_leaves = products[:len(outputs)]
+            reached = {i for i, product in enumerate(of_leaves) if product is not None}
+            if reached <= active:
+                break
+            active |= reached
+        self._leaf_products = [of_leaves[i] for i in self.active]
+        self.parameter_products = products[len(outputs):]
+
+    @property
+    def passes_on(self):
+        """Whether a step leaves every adjoint as it is and adds nothing to the hypergradient."""
+        return (all(_source(product) is cotangent
+                    for product, cotangent in zip(self._leaf_products, self._cotangents))
+                and all(product is None for product in self.parameter_products))
+
+    def kept(self, memory, steps):
+        """The tensors of each step's graph to keep for the way back, beside the states.
+
+        Args:
+            memory: Bytes for those of `steps` steps.
+            steps: Int, or a tensor where the number is not known before: then nothing is kept.
+        """
+        if not isinstance(steps, int) or not memory:
+            return []
+        return tensors_to_keep(self._graph, self._products(), self._free(), self._forward(), self._cotangents,
+                               memory / max(steps, 1))
+
+    def run(self, t, state, after, kept, adjoint):
+        """One step back.
+
+        Args:
+            t: Scalar int32, the step.
+            state, after: The inner states before and after it.
+            kept: Values of the kept tensors.
+            adjoint: List of tensors, dE/ds_{t+1} over the active leaves.
+
+        Returns:
+            dE/ds_t over the active leaves, and the products with the parameters, None where independent.
+        """
+        training = self._training
+        feeds = [*zip(self._graph.inputs, training.inputs(state, t)), *zip(self._next_state(), tf.nest.flatten(after)),
+                 *kept, *zip(self._cotangents, adjoint)]
+        wanted = iter(self._graph.run(self._products(), feeds))
+        products = [None if product is None else next(wanted)
+                    for product in self._leaf_products + self.parameter_products]
+        count = len(self.active)
+        return zeros_for_none(products[:count], adjoint), products[count:]
+
+    def _products(self):
+        return [product for product in self._leaf_products + self.parameter_products if product is not None]
+
+    def _next_state(self):
+        return self._graph.inside(tf.nest.flatten(self._graph.outputs.state))
+
+    def _free(self):
+        """What the way back has anyhow: the state before the step, the parameters, the batch, the state after it."""
+        return list(self._graph.inputs) + self._next_state()
+
+    def _forward(self):
+        """What the training computes anyhow."""
+        outputs = self._graph.outputs
+        return [*tf.nest.flatten(outputs.state), outputs.loss, outputs.gradient_norm]
+
+
+def _source(tensor):
+    """What a tensor is a copy of; None stays None."""
+    while tensor is not None and tensor.op.type == "Identity":
+        tensor = tensor.op.inputs[0]
+    return tensor

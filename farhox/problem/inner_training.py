@@ -1,0 +1,504 @@
+"""One inner training: a problem, a start and T batches, with the step traced once into a graph.
+
+Every method runs, walks back along or pushes tangents through the same graph, so that there is one training: what
+Python or a random generator draws while it is traced is the same in all directions, and what was mended in the graph is
+mended everywhere.
+"""
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from farhox._core import tree
+from farhox._core.inner_state import InnerState, OuterGradients, float_leaves, with_float_leaves
+from farhox._core.refusals import check_operations
+from farhox._core.step_graph import StepGraph
+from farhox.data.batches import RepeatedBatch, as_inner_batches, batch_at, num_steps
+
+
+class InnerRun(NamedTuple):
+    """A part of the inner training.
+
+    Attributes:
+        state: The state after the last step.
+        losses: `tf.TensorArray` with the inner objective before each step.
+        gradient_norm: Scalar, the norm of the last inner gradient.
+        steps: Scalar int32, the index of the step after the last one.
+        record: The `Record` of these steps, or None.
+    """
+
+    state: Any
+    losses: Any
+    gradient_norm: Any
+    steps: Any
+    record: Any = None
+
+
+class InnerTraining:
+    """T steps of inner training from one state, and the derivatives of a step.
+
+    A method runs the training, asks for products at its steps, and makes its result:
+
+    ```python
+    training = InnerTraining(problem, inner_batches, state)
+    run = training.run()
+    at_end = training.outer_gradients(run.state, outer_batch)
+    ```
+
+    Derivatives are over `leaves`, the floating-point tensors of an inner state, and over `parameters`: the values of
+    the outer variables and, after them, features of the batch that all steps share.
+
+    Args:
+        problem: A `BilevelProblem`.
+        inner_batches: T inner batches.
+        state: Inner state to start from; default: the initial state Φ_0(λ).
+        outer: List of tensors, λ; default: the current values of the outer variables.
+        share_features: Bool. Compute the problem's features once where all steps have the same batch.
+
+    Attributes:
+        problem, inner_batches: As given.
+        outer: List of tensors, λ.
+        parameters: List of tensors, see above.
+        steps: T, an int where it is static, else a scalar int32 tensor.
+        start: The state before the first step.
+        from_initial_state: Bool, whether that is Φ_0(λ).
+    """
+
+    def __init__(self, problem, inner_batches, state=None, outer=None, share_features=True):
+        self.problem = problem
+        self.inner_batches = as_inner_batches(inner_batches)
+        self.outer = problem.outer_values() if outer is None else outer
+        self.steps = num_steps(self.inner_batches)
+        self.from_initial_state = state is None
+        self.start = problem.initial_state(self.outer) if state is None else state
+        self._feature_graph = self._features = None
+        if share_features and problem.has_features and isinstance(self.inner_batches, RepeatedBatch):
+            batch = self.inner_batches.batch
+            values = self.outer + tf.nest.flatten(batch)
+            self._feature_graph = StepGraph(
+                lambda inputs: problem.features(
+                    tf.nest.pack_sequence_as(batch, inputs[len(self.outer):]), inputs[:len(self.outer)]), values)
+            check_operations(self._feature_graph, self._feature_graph.outputs)
+            self._features = self._run(self._feature_graph, self._feature_graph.outputs, values, checks=True)
+        self.parameters = self.outer + ([] if self._features is None else float_leaves(self._features))
+
+    # The training without derivatives.
+
+    def run(self, start=0, stop=None, earlier=None, record=None, replay=False):
+        """Steps `start` to `stop` in one loop; fewer where the problem's stop tolerance is reached.
+
+        Args:
+            start, stop: Ints or scalar int32 tensors. Default: all T steps.
+            earlier: The `InnerRun` of the steps before. Default: none were taken.
+            record: An empty `Record` for these steps, or None.
+            replay: Bool. These steps were taken before: all of them are taken again, whatever the tolerance.
+
+        Returns:
+            An `InnerRun`.
+        """
+        stop = self.steps if stop is None else stop
+        earlier = self.before_first_step() if earlier is None else earlier
+        kept = [] if record is None else record.kept
+
+        def body(t, state, losses, norm, arrays):
+            state, loss, norm, kept_values = self.step(state, t, kept)
+            if record is not None:
+                arrays = record.with_arrays(arrays).written(t - start, state, kept_values).arrays
+            return t + 1, state, losses.write(t, loss), norm, arrays
+
+        arrays = [] if record is None else record.written_first(earlier.state).arrays
+        steps, state, losses, norm, arrays = tf.while_loop(
+            lambda t, state, losses, norm, arrays: t < stop if replay else self.goes_on(t, stop, norm), body,
+            [tf.convert_to_tensor(start, tf.int32), earlier.state, earlier.losses, earlier.gradient_norm, arrays],
+            parallel_iterations=1)
+        return InnerRun(state, losses, norm, steps, None if record is None else record.with_arrays(arrays))
+
+    def before_first_step(self):
+        """The `InnerRun` of no step."""
+        # A norm that lets the first step be taken.
+        norm = 0.0 if self.problem.stop_tolerance is None else float("inf")
+        losses = tf.TensorArray(self.problem.loss_dtype, size=self.steps, element_shape=[], clear_after_read=False)
+        return InnerRun(self.start, losses, tf.constant(norm, self.problem.loss_dtype), tf.constant(0))
+
+    def goes_on(self, index, stop, norm):
+        """Whether a loop over steps goes on: `index` < `stop`, and `norm` has not fallen below the tolerance."""
+        if self.problem.stop_tolerance is None:
+            return index < stop
+        # What is not a number is not below.
+        return tf.logical_and(index < stop, tree.not_less(norm, tf.cast(self.problem.stop_tolerance, norm.dtype)))
+
+    def step(self, state, t, kept=()):
+        """The step t from `state`: the next state, the loss and the gradient norm before it, the tensors `kept`.
+
+        Args:
+            kept: List of tensors of `graph`.
+        """
+        if tf.executing_eagerly() and not kept:  # Functions run eagerly: for debugging the user's objective.
+            result = self.problem.step(state, self.outer, batch_at(self.inner_batches, t), self._features)
+            return result.state, result.loss, result.gradient_norm, []
+        outputs = self.graph.outputs
+        flat = [*tf.nest.flatten(outputs.state), outputs.loss, outputs.gradient_norm, *kept]
+        values = self._run(self.graph, flat, self.inputs(state, t), checks=True)
+        count = len(flat) - len(kept) - 2
+        return tf.nest.pack_sequence_as(state, values[:count]), values[count], values[count + 1], values[count + 2:]
+
+    def inner_gradients(self, state, t):
+        """The first half of the step t at `state`.
+
+        Returns:
+            A flat list: the loss, the gradient norm, the inner gradients, the next state variables.
+        """
+        outputs = self.graph.outputs
+        wanted = [outputs.loss, outputs.gradient_norm, *outputs.gradients, *outputs.state.state_variables]
+        return self._run(self.graph, wanted, self.inputs(state, t))
+
+    def losses(self, run):
+        """The inner losses of a run as a tensor [T]; after an early stop the last one fills the rest."""
+        losses = run.losses.stack()
+        if self.problem.stop_tolerance is None:
+            return losses
+        return tf.where(tf.range(tf.shape(losses)[0]) < run.steps, losses, losses[run.steps - 1])
+
+    # The graph of a step.
+
+    @functools.cached_property
+    def graph(self):
+        """The `StepGraph` of a step. Its outputs are a `StepResult`; see `inputs` for what it is given."""
+        batch = batch_at(self.inner_batches, 0)
+        counts = [len(tf.nest.flatten(self.start)), len(self.parameters)]
+
+        def step(inputs):
+            state = tf.nest.pack_sequence_as(self.start, inputs[:counts[0]])
+            parameters = inputs[counts[0]:sum(counts)]
+            features = self._features
+            if features is not None:
+                features = with_float_leaves(features, parameters[len(self.outer):])
+            return self.problem.step(state, parameters[:len(self.outer)],
+                                     tf.nest.pack_sequence_as(batch, inputs[sum(counts):]), features)
+
+        graph = StepGraph(step, tf.nest.flatten(self.start) + self.parameters + tf.nest.flatten(batch))
+        check_operations(graph, graph.outputs)
+        return graph
+
+    def inputs(self, state, t):
+        """What the graph of a step is given, a flat list: the state, the parameters, the batch of step t."""
+        return tf.nest.flatten(state) + self.parameters + tf.nest.flatten(batch_at(self.inner_batches, t))
+
+    @property
+    def leaf_inputs(self):
+        """The tensors of `graph` in the place of the leaves of the state."""
+        return [x for x in self.graph.inputs[:len(tf.nest.flatten(self.start))] if x.dtype.is_floating]
+
+    @property
+    def parameter_inputs(self):
+        """The tensors of `graph` in the place of the parameters."""
+        start = len(tf.nest.flatten(self.start))
+        return self.graph.inputs[start:start + len(self.parameters)]
+
+    @property
+    def leaf_outputs(self):
+        """The tensors of `graph` that are the leaves of the next state."""
+        return float_leaves(self.graph.outputs.state)
+
+    def gradient_system(self, state, t):
+        """The inner gradient as a function of (w, parameters) at `state` on the batch of step t, as a `LinearizedMap`.
+
+        Its products are those of ∇²_ww L and ∇²_wλ L, proximal term included.
+        """
+        return LinearizedMap(self.graph, self.inputs(state, t), self.leaf_inputs[:len(state.variables)],
+                             self.parameter_inputs, self.graph.outputs.gradients, list(state.variables))
+
+    def step_system(self, state, t):
+        """The step t as a function of (s, parameters) at `state`, as a `LinearizedMap` over the leaves."""
+        return LinearizedMap(self.graph, self.inputs(state, t), self.leaf_inputs, self.parameter_inputs,
+                             self.leaf_outputs, float_leaves(state))
+
+    def update_system(self, state, t):
+        """The next inner variables as a function of (inner gradient, parameters), as a `LinearizedMap`.
+
+        The gradient is an input like any other: products with the parameters do not pass through it.
+        """
+        graph = self.graph
+        gradients = graph.inside(graph.outputs.gradients)
+        return LinearizedMap(graph, self.inputs(state, t), gradients, self.parameter_inputs,
+                             list(graph.outputs.state.variables), list(state.variables), held=gradients)
+
+    def mixed_difference(self, state, t, direction, distance):
+        """(∂g/∂λ)' direction, of the inner gradient g on the batch of step t, by a central difference in w.
+
+        Values under `tf.stop_gradient` stay those at `state`: g is the gradient with them held.
+
+        Args:
+            direction: List of tensors aligned with the inner variables.
+            distance: Scalar tensor, the length of the step along the direction.
+
+        Returns:
+            List aligned with the parameters, None where the inner objective does not depend.
+        """
+        graph, loss = self.graph, self.graph.outputs.loss
+        (one,) = graph.placeholders([loss])
+        products = graph.pullback([loss], self.parameter_inputs, [one])
+        needed = graph.ancestors([product for product in products if product is not None])
+        stops = [operation.outputs[0] for operation in graph.graph.get_operations()
+                 if operation.type == "StopGradient" and operation.name in needed]
+        values = self.inputs(state, t)
+        held = list(zip(stops, self._run(graph, stops, values)))
+
+        def at(sign):
+            moved = [w + tf.cast(sign * distance, w.dtype) * d for w, d in zip(state.variables, direction)]
+            feeds = [*zip(graph.inputs, moved), *held, (one, tf.ones([], loss.dtype))]
+            return self._run(graph, products, values, feeds)
+
+        return [None if plus is None else (plus - minus) / tf.cast(2.0 * distance, plus.dtype)
+                for plus, minus in zip(at(1.0), at(-1.0))]
+
+    @property
+    def has_stops(self):
+        """Whether a part of the inner objective is under `tf.stop_gradient`."""
+        needed = self.graph.ancestors(self.graph.outputs.gradients)
+        return any(operation.type == "StopGradient" for operation in self.graph.operations(needed))
+
+    def initial_system(self):
+        """Φ_0 as a function of λ, as a `LinearizedMap` without inputs over the leaves of the state."""
+        graph = StepGraph(lambda outer: float_leaves(self.problem.initial_state(outer)), self.outer)
+        return LinearizedMap(graph, self.outer, [], list(graph.inputs), graph.outputs, float_leaves(self.start))
+
+    # The outer objective.
+
+    def outer_graph(self, outer_batch):
+        """The outer objective and its derivatives, traced once: a callable state -> `OuterGradients`.
+
+        Its attribute `depends` is a list of bools, whether the objective reads each leaf of the state.
+        """
+        return _OuterObjective(self, outer_batch)
+
+    def outer_gradients(self, state, outer_batch):
+        """The outer objective and its derivatives at `state`, as `OuterGradients`."""
+        return self.problem.outer_gradients(state, self.outer, outer_batch)
+
+    # The result.
+
+    def gradients(self, *parts, adjoint=None, sees):
+        """The hypergradient: the sum of its parts, what came through shared features, and (∂Φ_0/∂λ)' adjoint.
+
+        Args:
+            *parts: Lists aligned with `parameters` (or with `outer`), None where nothing depends.
+            adjoint: dE/ds_0 over the leaves, or None where Φ_0 does not count.
+            sees: What the method sees, the end of the error message.
+
+        Raises:
+            ValueError: If an outer variable is not reached; it is named.
+        """
+        parts = [list(part) + [None] * (len(self.parameters) - len(part)) for part in parts]
+        total = [_sum(column) for column in zip(*parts)]
+        own, of_features = total[:len(self.outer)], total[len(self.outer):]
+        if of_features:
+            own = [_sum(pair) for pair in zip(own, self._through_features(of_features))]
+        if adjoint is not None and self.from_initial_state:
+            own = [_sum(pair) for pair in zip(own, self.initial_system().parameter_product(adjoint))]
+        missing = [variable for variable, part in zip(self.problem.outer_variables, own) if part is None]
+        if missing:
+            names = ", ".join(repr(variable.path) for variable in missing)
+            raise ValueError("Every outer variable must have an effect that the method can see. Nothing that was "
+                             f"computed depends on {names}. {sees}")
+        return own
+
+    def _through_features(self, gradients):
+        graph = self._feature_graph
+        outputs = float_leaves(graph.outputs)
+        cotangents = [None if gradient is None else placeholder
+                      for gradient, placeholder in zip(gradients, graph.placeholders(outputs))]
+        products = graph.pullback(outputs, graph.inputs[:len(self.outer)], cotangents)
+        feeds = [(cotangent, gradient) for cotangent, gradient in zip(cotangents, gradients) if cotangent is not None]
+        values = self.outer + tf.nest.flatten(self.inner_batches.batch)
+        return self._run(graph, products, values, feeds)
+
+    def diagnostics(self, gradients, outer_loss, run):
+        """The diagnostics that every method reports."""
+        return {"inner_gradient_norm": run.gradient_norm, "inner_steps": run.steps,
+                **gradient_diagnostics(gradients, outer_loss)}
+
+    @staticmethod
+    def _run(graph, fetches, inputs, feeds=(), checks=False):
+        """Values of a nest of tensors of the graph, None staying None."""
+        flat = [fetch for fetch in tf.nest.flatten(fetches) if fetch is not None]
+        values = iter(graph.run(flat, [*zip(graph.inputs, inputs), *feeds], checks))
+        return tf.nest.map_structure(lambda fetch: None if fetch is None else next(values), fetches)
+
+
+class Record:
+    """States of consecutive steps, and tensors of each step's graph, by index inside loops of a graph.
+
+    Args:
+        like: An inner state.
+        kept: List of tensors of the step's graph.
+        size: Steps at most, int or scalar tensor.
+        arrays: For internal use.
+    """
+
+    def __init__(self, like, kept, size=None, arrays=None):
+        self.like = like
+        self.kept = kept
+        self.arrays = arrays
+        if arrays is None:
+            self.arrays = [
+                tf.TensorArray(leaf.dtype, size=count, element_shape=leaf.shape, clear_after_read=False)
+                for leaves, count in ((tf.nest.flatten(like), size + 1), (kept, size)) for leaf in leaves]
+
+    def with_arrays(self, arrays):
+        """The same record with the arrays that came out of a loop."""
+        return Record(self.like, self.kept, arrays=arrays)
+
+    def written_first(self, state):
+        """The record with the state before the first step."""
+        return self._written([0] * len(tf.nest.flatten(state)), tf.nest.flatten(state))
+
+    def written(self, index, state, kept):
+        """The record with the state after step `index`, and the kept tensors of that step."""
+        leaves = tf.nest.flatten(state)
+        return self._written([index + 1] * len(leaves) + [index] * len(kept), leaves + kept)
+
+    def _written(self, indices, leaves):
+        written = [array.write(index, leaf) for array, index, leaf in zip(self.arrays, indices, leaves)]
+        return self.with_arrays(written + self.arrays[len(written):])
+
+    def state(self, index):
+        """The state before step `index`."""
+        count = len(tf.nest.flatten(self.like))
+        return tf.nest.pack_sequence_as(self.like, [array.read(index) for array in self.arrays[:count]])
+
+    def kept_values(self, index):
+        """The kept tensors of step `index`."""
+        count = len(tf.nest.flatten(self.like))
+        return [array.read(index) for array in self.arrays[count:]]
+
+
+class LinearizedMap:
+    """A map read off a traced graph, at a point: its products with cotangents and tangents can be taken many times.
+
+    What does not depend on cotangents or tangents is computed once, in the graph where the map was made, also when
+    products are taken inside a loop.
+
+    Args:
+        graph: A `StepGraph`.
+        values: Values of the graph's inputs, the point.
+        inputs, parameters: Lists of tensors of the graph that the map depends on.
+        outputs: List of tensors of the graph.
+        unknowns: List of values of the shapes of `inputs`.
+        held: List of tensors of the graph through which products with the parameters do not pass.
+
+    Attributes:
+        unknowns: As given.
+    """
+
+    def __init__(self, graph, values, inputs, parameters, outputs, unknowns, held=()):
+        self.unknowns = unknowns
+        self._graph = graph
+        self._feeds = list(zip(graph.inputs, values))
+        self._inputs = inputs
+        self._parameters = parameters
+        self._outputs = outputs
+        self._held = held
+        self._home = contextlib.nullcontext if tf.executing_eagerly() else tf.compat.v1.get_default_graph().as_default
+        self._products = {}
+
+    def input_product(self, cotangents):
+        """(d outputs / d inputs)' cotangents as a list, zero where no output depends on an input."""
+        products = self._transposed("inputs", self._inputs, cotangents, ())
+        return zeros_for_none(products, self.unknowns)
+
+    def parameter_product(self, cotangents):
+        """(d outputs / d parameters)' cotangents as a list, None where no output depends on a parameter."""
+        return self._transposed("parameters", self._parameters, cotangents, self._held)
+
+    def product(self, tangents, of_parameters):
+        """(d outputs / d (inputs, parameters)) tangents as a list, zero where an output is independent.
+
+        Args:
+            tangents: List aligned with inputs; None is a tangent of zero.
+            of_parameters: The same for the parameters.
+        """
+        tangents = list(tangents) + list(of_parameters)
+        key = ("forward", tuple(tangent is None for tangent in tangents))
+        if key not in self._products:
+            sources = self._inputs + self._parameters
+            placeholders = [None if tangent is None else placeholder for tangent, placeholder in zip(
+                tangents, self._graph.placeholders(sources))]
+            self._products[key] = placeholders, self._staged(
+                self._graph.pushforward(self._outputs, sources, placeholders), placeholders)
+        return zeros_for_none(self._at(key, tangents), self.unknowns)
+
+    def depends_on(self):
+        """Which parameters the outputs depend on: a list of bools."""
+        cotangents = self._graph.placeholders(self._outputs)
+        return [product is not None
+                for product in self._graph.pullback(self._outputs, self._parameters, cotangents)]
+
+    def _transposed(self, name, sources, cotangents, held):
+        key = (name, tuple(cotangent is None for cotangent in cotangents))
+        if key not in self._products:
+            placeholders = [None if cotangent is None else placeholder for cotangent, placeholder in zip(
+                cotangents, self._graph.placeholders(self._outputs))]
+            self._products[key] = placeholders, self._staged(
+                self._graph.pullback(self._outputs, sources, placeholders, held), placeholders)
+        return self._at(key, cotangents)
+
+    def _staged(self, products, placeholders):
+        """The products, and what they need that does not depend on the placeholders, computed at home."""
+        wanted = [product for product in products if product is not None]
+        base = self._graph.independent(wanted, [p for p in placeholders if p is not None])
+        with self._home():
+            values = self._graph.run(base, self._feeds)
+        return products, list(zip(base, values))
+
+    def _at(self, key, values):
+        placeholders, (products, base) = self._products[key]
+        feeds = self._feeds + base + [(p, value) for p, value in zip(placeholders, values) if p is not None]
+        wanted = iter(self._graph.run([product for product in products if product is not None], feeds))
+        return [None if product is None else next(wanted) for product in products]
+
+
+class _OuterObjective:
+    """See `InnerTraining.outer_graph`."""
+
+    def __init__(self, training, outer_batch):
+        problem, start, outer = training.problem, training.start, training.outer
+        flat = tf.nest.flatten(outer_batch)
+        counts = [len(tf.nest.flatten(start)), len(outer)]
+
+        def gradients(inputs):
+            state = tf.nest.pack_sequence_as(start, inputs[:counts[0]])
+            return problem.outer_gradients(state, inputs[counts[0]:sum(counts)],
+                                           tf.nest.pack_sequence_as(outer_batch, inputs[sum(counts):]))
+
+        self._graph = StepGraph(gradients, tf.nest.flatten(start) + outer + flat)
+        check_operations(self._graph, self._graph.outputs, outer=True)
+        self._rest = outer + flat
+        self.depends = [part is not None for part in self._graph.outputs.state]
+
+    def __call__(self, state):
+        return InnerTraining._run(
+            self._graph, self._graph.outputs, tf.nest.flatten(state) + self._rest, checks=True)
+
+
+def zeros_for_none(products, like):
+    """The products, zero tensors where there is none."""
+    return [tf.zeros(leaf.shape, leaf.dtype) if product is None and leaf.shape.is_fully_defined()
+            else tf.zeros_like(leaf) if product is None else product for product, leaf in zip(products, like)]
+
+
+def gradient_diagnostics(gradients, outer_loss):
+    """The diagnostics of the hypergradient alone."""
+    return {"finite": tf.logical_and(tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
+            "hypergradient_norm": tree.norm(gradients)}
+
+
+def _sum(parts):
+    present = [part for part in parts if part is not None]
+    return functools.reduce(tf.add, present) if present else None
+
+
+__all__ = ["InnerRun", "InnerState", "InnerTraining", "LinearizedMap", "OuterGradients", "Record",
+           "gradient_diagnostics", "zeros_for_none"]
