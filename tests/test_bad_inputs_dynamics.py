@@ -139,6 +139,6 @@ def test_a_bad_input_gives_the_error_with_the_rule(call, error, words):
 @pytest.mark.parametrize("setting", [
     0, 0.1, np.float32(0.1), functools.partial(lambda scale, step: scale, 0.1), np.sqrt,
     OPTIMIZERS.schedules.ExponentialDecay(0.1, 10, 0.5), keras.Variable(0.1), farhox.Hyperparameter(0.1),
-    farhox.LearnedSchedule(3)], ids=repr)
+    farhox.LearnedSchedule(3)], ids=lambda setting: type(setting).__name__)
 def test_what_is_a_setting_passes(setting):
     farhox.GradientDescent(setting)

@@ -182,6 +182,20 @@ class StepGraph:
         """The names of all operations that the tensors depend on, their own among them."""
         return set(self._needed([tensor.name for tensor in tensors], {})[0])
 
+    def passes_to(self, tensors):
+        """The names of all operations whose derivatives may reach the tensors: not through integers, nor through stops
+        that no rule lets pass."""
+        seen, stack = set(), [tensor.op for tensor in tensors]
+        while stack:
+            operation = stack.pop()
+            if operation.name in seen:
+                continue
+            seen.add(operation.name)
+            if operation.type != "StopGradient" or "_gradient_op_type" in operation.node_def.attr:
+                stack.extend(tensor.op for tensor in operation.inputs
+                             if tensor.dtype.is_floating or tensor.dtype in (tf.variant, tf.resource))
+        return seen
+
     def dependents(self, wanted, sources):
         """The names of the operations that `wanted` needs and that depend on `sources`, the sources with them."""
         nodes, _ = self._needed([tensor.name for tensor in wanted], {})

@@ -25,21 +25,23 @@ class BackStep:
     def __init__(self, training, sources):
         self._training = training
         self._graph = graph = training.graph
-        outputs = training.leaf_outputs
-        placeholders = graph.placeholders(outputs)
-        active = set(sources)
-        while True:
-            self.active = sorted(active)
-            self._cotangents = [placeholders[i] for i in self.active]
-            products = graph.pullback([outputs[i] for i in self.active],
-                                      training.leaf_inputs + training.parameter_inputs, self._cotangents)
-            of_leaves = products[:len(outputs)]
-            reached = {i for i, product in enumerate(of_leaves) if product is not None}
-            if reached <= active:
-                break
-            active |= reached
+        outputs, inputs = training.leaf_outputs, training.leaf_inputs
+        self.active = self._closure(sources, outputs, inputs)
+        self._cotangents = graph.placeholders([outputs[i] for i in self.active])
+        products = graph.pullback([outputs[i] for i in self.active], inputs + training.parameter_inputs,
+                                  self._cotangents)
+        of_leaves = products[:len(outputs)]
         self._leaf_products = [of_leaves[i] for i in self.active]
         self.parameter_products = products[len(outputs):]
+
+    def _closure(self, sources, outputs, inputs):
+        """The leaves that the sources depend on over any number of steps, the sources with them, in order."""
+        active, new = set(), set(sources)
+        while new:
+            active |= new
+            reached = self._graph.passes_to([outputs[i] for i in new])
+            new = {i for i, leaf in enumerate(inputs) if leaf.op.name in reached} - active
+        return sorted(active)
 
     @property
     def passes_on(self):
