@@ -8,6 +8,7 @@ by the price of keeping that; an operation that is run again needs its inputs, a
 
 import collections
 import math
+from typing import Any, NamedTuple
 
 # Arithmetic operations that are as dear as one byte. Where multiplications of matrices meet, choices do not depend on
 # it within a wide range; a low price would keep results that are cheap to compute.
@@ -25,6 +26,22 @@ _LOOPS = frozenset(["While", "StatelessWhile", "If", "StatelessIf", "Case", "Sta
                     "StatefulPartitionedCall"])
 # What is in a loop is not counted: run it again only where it cannot be kept.
 _LOOP_COST = 1e9
+
+
+class Choice(NamedTuple):
+    """A tensor that is kept, or an operation that is run again.
+
+    Attributes:
+        name: Its name in the graph.
+        shape: Tuple, the shape of the tensor or of the operation's first result.
+        bytes: Int, what keeping it takes.
+        arithmetic: Float, the arithmetic operations of computing it again.
+    """
+
+    name: str
+    shape: Any
+    bytes: int
+    arithmetic: float
 
 
 def tensors_to_keep(graph, wanted, free, forward, sources, budget):
@@ -55,6 +72,22 @@ def tensors_to_keep(graph, wanted, free, forward, sources, budget):
         else:
             low = middle
     return kept
+
+
+def choices(graph, kept, wanted, free, sources):
+    """What `tensors_to_keep` decided, in a form for people: what is kept, and what is run again, the dearest first."""
+    at_hand = {tensor.name for tensor in [*kept, *free]}
+    needed = graph.ancestors(wanted, at_hand) - graph.dependents(wanted, sources)
+    again = [_choice(operation) for operation in graph.operations(needed) if _arithmetic(operation) > 0]
+    again.sort(key=lambda choice: -choice.arithmetic)
+    return [_choice(tensor.op) for tensor in kept], again
+
+
+def _choice(operation):
+    tensor = operation.outputs[0]
+    size = tensor.shape.num_elements()
+    return Choice(operation.name, tuple(tensor.shape), 0 if size is None else size * tensor.dtype.size,
+                  _arithmetic(operation))
 
 
 def kept_bytes(tensors):

@@ -178,9 +178,13 @@ class StepGraph:
             stack.extend(_full_name(source) for source in node.input)
         return list(cut.values())
 
-    def ancestors(self, tensors):
-        """The names of all operations that the tensors depend on, their own among them."""
-        return set(self._needed([tensor.name for tensor in tensors], {})[0])
+    def ancestors(self, tensors, fed=()):
+        """The names of all operations that the tensors depend on, their own among them.
+
+        Args:
+            fed: Names of tensors that need not be computed.
+        """
+        return set(self._needed([tensor.name for tensor in tensors if tensor.name not in fed], fed)[0])
 
     def passes_to(self, tensors):
         """The names of all operations whose derivatives may reach the tensors: not through integers, nor through stops

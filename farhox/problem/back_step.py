@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from farhox._core.cut import tensors_to_keep
+from farhox._core.cut import choices, tensors_to_keep
 from farhox.problem.inner_training import zeros_for_none
 
 
@@ -61,6 +61,11 @@ class BackStep:
             return []
         return tensors_to_keep(self._graph, self._products(), self._free(), self._forward(), self._cotangents,
                                memory / max(steps, 1))
+
+    def plan(self, memory, steps):
+        """What is kept of each step, and the dearest of what is run again, as lists of `Choice`."""
+        kept, again = choices(self._graph, self.kept(memory, steps), self._products(), self._free(), self._cotangents)
+        return kept, again[:10]
 
     def run(self, t, state, after, kept, adjoint):
         """One step back.

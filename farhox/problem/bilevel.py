@@ -10,6 +10,7 @@ from farhox._core.inner_state import InnerState, OuterGradients, StepResult, flo
 from farhox.dynamics.base import GradientDescent, InnerDynamics
 from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
 from farhox.outer.outer_variable import OuterVariable, value_of
+from farhox.problem.memory_plan import memory_plan
 from farhox.problem.read import check_derivative, found_outer_variables, warn_of_unnamed
 
 
@@ -164,6 +165,30 @@ class BilevelProblem:
                 f"The model {self._model.name!r} must stay as it was when the problem was made of it: make the problem "
                 f"anew. No longer trainable: {variable_names(gone) or 'none'}. Trainable now: "
                 f"{variable_names(new) or 'none'}.")
+
+    def memory_plan(self, steps, inner_batch, memory=128 * 2**20):
+        """What `ReverseHG(memory=memory)` stores of an inner training, and why.
+
+        ```python
+        print(problem.memory_plan(100, (x[:32], y[:32])))
+        ```
+
+        Args:
+            steps: Positive int, the steps that are stored at a time: T, or `checkpoint_every`.
+            inner_batch: The batch of one inner step.
+            memory: Bytes for intermediate results of these steps beside the states, or None for no limit.
+
+        Returns:
+            A `MemoryPlan`.
+
+        Raises:
+            ValueError: If a number is out of range.
+        """
+        checks.positive_integer("steps", steps)
+        if memory is not None:
+            checks.non_negative_integer("memory", memory)
+        batch = tf.nest.map_structure(tf.convert_to_tensor, inner_batch)
+        return memory_plan(self, batch, steps, float("inf") if memory is None else memory)
 
     def compiled(self, method, function):
         """`function(method, problem, ...)` as a `tf.function` of the rest, one per method: what eager calls run.
