@@ -12,8 +12,8 @@ import tempfile
 import time
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags
 import numpy as np
+from absl import app, flags
 
 from farhox import export, meta
 

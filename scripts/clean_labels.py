@@ -17,10 +17,10 @@ Reference: Franceschi et al., Forward and reverse gradient-based hyperparameter 
 import pathlib
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import app, flags
 
 import farhox
 

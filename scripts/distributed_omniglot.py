@@ -16,10 +16,10 @@ import hashlib
 import pathlib
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags
 import keras
 import omniglot
 import tensorflow as tf
+from absl import app, flags
 
 from farhox import meta
 

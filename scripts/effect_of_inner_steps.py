@@ -16,10 +16,10 @@ import dataclasses
 import pathlib
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import app, flags
 
 import farhox
 from farhox import meta

@@ -12,9 +12,9 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import flags, logging  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
+from absl import flags, logging  # noqa: E402
 
 from farhox.callbacks import Resumable, Resume  # noqa: E402
 

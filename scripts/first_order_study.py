@@ -15,9 +15,9 @@ Reference: Nichol et al., On first-order meta-learning algorithms, 2018, section
 import pathlib
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags
 import keras
 import tensorflow as tf
+from absl import app, flags
 
 import farhox
 from farhox import meta

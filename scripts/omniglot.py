@@ -12,10 +12,10 @@ batch-norm statistics of the queries (transductive) and of the support set.
 import pathlib
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import app, flags
 
 import farhox
 from farhox import meta

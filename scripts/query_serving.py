@@ -13,9 +13,9 @@ import urllib.error
 import urllib.request
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags
 import numpy as np
 import tensorflow as tf
+from absl import app, flags
 
 from farhox import meta
 

@@ -12,10 +12,10 @@ Reference: Finn et al., Model-agnostic meta-learning for fast adaptation of deep
 import pathlib
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import app, flags
 
 from farhox import meta
 

@@ -13,14 +13,14 @@ functions, 2019, section 4.2 and table 2.
 """
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags, logging
 import keras
 import numpy as np
-
-from farhox import stn
 import stn_experiment
 import stn_networks
+from absl import app, flags, logging
 from stn_training import Range, Task
+
+from farhox import stn
 
 SETTINGS = ("width", *stn_experiment.SETTINGS)
 QUICK = {"width": 0.03, "train_examples": 200, "validation_examples": 100, "steps": 12, "evaluate_every": 6,

@@ -17,9 +17,8 @@ import math
 import pathlib
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags
 import numpy as np
-
+from absl import app, flags
 from stn_training import PlainTrainer, self_tune
 
 SEARCHES = {"grid": "Grid search", "random": "Random search", "tpe": "Parzen estimator"}

@@ -14,13 +14,13 @@ functions, 2019, section 4.
 """
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags
 import keras
-
-from farhox import stn
 import stn_experiment
 import stn_networks
+from absl import app, flags
 from stn_training import Range, Task
+
+from farhox import stn
 
 SETTINGS = ("model", "width", *stn_experiment.SETTINGS)
 QUICK = {"width": 0.5, "train_examples": 500, "validation_examples": 250, "steps": 40, "evaluate_every": 20,

@@ -20,14 +20,14 @@ import pathlib
 import re
 
 import experiment  # First: it sets TensorFlow's log level.
-from absl import app, flags, logging
 import keras
 import numpy as np
+import stn_experiment
+from absl import app, flags, logging
+from stn_training import Range, Task
 
 from farhox import stn
 from farhox.stn.layers import SelfTuning
-import stn_experiment
-from stn_training import Range, Task
 
 SETTINGS = ("level", "folder", "vocabulary", "units", "window", "test_examples",
             *stn_experiment.SETTINGS)

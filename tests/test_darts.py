@@ -5,8 +5,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from problems import (
-    CURVATURE, GOAL, RATE, START, STEPS, TARGET, TOLERANCE, assert_close, heavy_ball, network_problem,
-    scalar_quadratic, variable)
+    CURVATURE,
+    GOAL,
+    RATE,
+    START,
+    STEPS,
+    TARGET,
+    TOLERANCE,
+    assert_close,
+    heavy_ball,
+    network_problem,
+    scalar_quadratic,
+    variable,
+)
 
 import farhox
 

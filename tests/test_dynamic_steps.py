@@ -5,8 +5,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from problems import (
-    CURVATURE, RATE, START, STEPS, TARGET, assert_close, assert_identical, model_and_data, network_problem,
-    scalar_quadratic)
+    CURVATURE,
+    RATE,
+    START,
+    STEPS,
+    TARGET,
+    assert_close,
+    assert_identical,
+    model_and_data,
+    network_problem,
+    scalar_quadratic,
+)
 
 import farhox
 

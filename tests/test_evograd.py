@@ -5,8 +5,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from problems import (
-    CURVATURE, GOAL, TOLERANCE, assert_close, assert_identical, model_and_data, network_problem, scalar_quadratic,
-    variable)
+    CURVATURE,
+    GOAL,
+    TOLERANCE,
+    assert_close,
+    assert_identical,
+    model_and_data,
+    network_problem,
+    scalar_quadratic,
+    variable,
+)
 
 import farhox
 

@@ -6,8 +6,21 @@ import pytest
 import tensorflow as tf
 import unrolled
 from problems import (
-    CURVATURE, GOAL, RATE, START, STEPS, TARGET, TOLERANCE, assert_close, network_problem, proximal_quadratic,
-    ridge_representation, scalar_quadratic, variable, weighted_mean)
+    CURVATURE,
+    GOAL,
+    RATE,
+    START,
+    STEPS,
+    TARGET,
+    TOLERANCE,
+    assert_close,
+    network_problem,
+    proximal_quadratic,
+    ridge_representation,
+    scalar_quadratic,
+    variable,
+    weighted_mean,
+)
 
 import farhox
 

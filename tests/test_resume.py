@@ -12,6 +12,7 @@ from resumable_runs import all_variables, fit, make, values
 
 from farhox.callbacks import Resumable, Resume
 
+
 class Fails(Exception):
     pass
 

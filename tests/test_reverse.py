@@ -6,8 +6,22 @@ import pytest
 import tensorflow as tf
 import unrolled
 from problems import (
-    CURVATURE, GOAL, RATE, START, STEPS, TARGET, TOLERANCE, assert_close, assert_identical, heavy_ball, model_and_data,
-    network_problem, proximal_quadratic, scalar_quadratic, variable)
+    CURVATURE,
+    GOAL,
+    RATE,
+    START,
+    STEPS,
+    TARGET,
+    TOLERANCE,
+    assert_close,
+    assert_identical,
+    heavy_ball,
+    model_and_data,
+    network_problem,
+    proximal_quadratic,
+    scalar_quadratic,
+    variable,
+)
 
 import farhox
 from farhox._core.cut import kept_bytes

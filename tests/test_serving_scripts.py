@@ -20,8 +20,8 @@ import types
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_docs import blocks
 from tensorflow.core.framework import tensor_pb2
+from test_docs import blocks
 
 from farhox import export, meta
 

@@ -8,10 +8,10 @@ import pathlib
 import subprocess
 import sys
 
-from absl import flags
 import keras
 import numpy as np
 import pytest
+from absl import flags
 
 import farhox
 

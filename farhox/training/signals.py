@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 
-
 _NUMBERS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP")]
 
 
