@@ -142,7 +142,7 @@ def test_forward_linearization_gives_the_numbers_of_the_accumulator():
 
     inputs = [tf.constant([1.0, 2.0], tf.float64), tf.constant([3.0, 4.0], tf.float64), tf.ones([3], tf.float64)]
     tangents = [tf.constant([0.5, -1.0], tf.float64), tf.constant([2.0, 1.0], tf.float64), tf.ones([3], tf.float64)]
-    outputs, accumulated = autodiff.forward_product(function, inputs, tangents)
+    outputs, accumulated, _ = autodiff.forward_product(lambda inputs: (function(inputs), []), inputs, tangents)
     linearization = autodiff.ForwardLinearization(lambda inputs: (function(inputs), "auxiliary"), inputs)
     assert_close(linearization.product(tangents), accumulated, 1e-15)
     assert_close(linearization.product([tangents[0], None, None])[0], tangents[0] * inputs[1], 1e-15)

@@ -1,10 +1,12 @@
-"""The only tapes: gradients, transposed products and forward products of functions on flat lists of tensors.
+"""The only tapes: gradients and forward products of functions on flat lists of tensors.
 
 All functions take `function(list of tensors) -> nest of tensors` and watch just the tensors they are given. A missing
 dependency is reported as None, so that callers can tell "does not depend" from "is zero".
 """
 
 import tensorflow as tf
+
+from farhox._core.exact import exact_derivatives
 
 
 def dense(gradient):
@@ -36,50 +38,6 @@ def gradients(function, inputs):
         tape.watch(inputs)
         value, auxiliary = function(inputs)
     return value, auxiliary, [dense(gradient) for gradient in tape.gradient(value, inputs)]
-
-
-class Linearization:
-    """A function recorded once at a point, whose transposed products can be taken any number of times.
-
-    Args:
-        function: `list -> list of tensors`, called with `inputs + parameters`.
-        inputs: List of floating-point tensors.
-        parameters: List of floating-point tensors.
-
-    Attributes:
-        inputs, parameters: The point of linearisation.
-        outputs: function(inputs + parameters).
-    """
-
-    def __init__(self, function, inputs, parameters):
-        self.inputs = _distinct(inputs)
-        self.parameters = _distinct(parameters)
-        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as self._tape:
-            self._tape.watch(self.inputs + self.parameters)
-            self.outputs = function(self.inputs + self.parameters)
-
-    def input_product(self, cotangents):
-        """(d outputs / d inputs)' cotangents as a list, zero where no output depends on an input."""
-        products = self._products(self.inputs, cotangents)
-        return [tf.zeros_like(x) if product is None else product for x, product in zip(self.inputs, products)]
-
-    def parameter_product(self, cotangents):
-        """(d outputs / d parameters)' cotangents as a list, None where no output depends on a parameter."""
-        return self._products(self.parameters, cotangents)
-
-    def product(self, cotangents):
-        """Both at once, over inputs + parameters: a list, None where no output with a cotangent depends on one.
-
-        Args:
-            cotangents: List aligned with `outputs`; an output whose cotangent is None does not count.
-        """
-        return self._products(self.inputs + self.parameters, cotangents)
-
-    def _products(self, sources, cotangents):
-        pairs = [(output, c) for output, c in zip(self.outputs, cotangents) if c is not None]
-        outputs, cotangents = [output for output, _ in pairs], [c for _, c in pairs]
-        return [dense(product) for product in
-                self._tape.gradient(outputs, sources, output_gradients=cotangents)]
 
 
 class ForwardLinearization:
@@ -126,31 +84,42 @@ class ForwardLinearization:
                                    unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 
-def transposed_product(function, inputs, cotangents):
-    """cotangents' (d function / d inputs) at `inputs`: one step of reverse mode. List, None where independent."""
-    inputs = _distinct(inputs)
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(inputs)
-        outputs = function(inputs)
-    return [dense(product) for product in tape.gradient(outputs, inputs, output_gradients=cotangents)]
-
-
 def forward_product(function, inputs, tangents):
     """(d function / d inputs) tangents: one step of forward mode.
+
+    In a graph the function is traced into a graph of its own, so that derivatives of the product are exact too, see
+    `farhox._core.exact`.
 
     TensorFlow's forward accumulator cannot enter the loops of a graph (LSTM and GRU without `unroll`) and some
     functions with a gradient of their own. There the product is the derivative of the transposed product u'J in u,
     along the tangents: the same numbers for about twice the work. An error of the function itself comes up again there.
 
+    Args:
+        function: `list -> (list of tensors, auxiliary list of tensors)`.
+        inputs, tangents: Lists of floating-point tensors.
+
     Returns:
-        Outputs of the function, and the list of their tangents (zeros where independent).
+        Outputs of the function, the list of their tangents (zeros where independent), and the auxiliary list.
     """
     inputs = _distinct(inputs)
+    if not tf.executing_eagerly():
+        function = _as_one_operation(function, inputs)
     try:
         with tf.autodiff.ForwardAccumulator(inputs, tangents) as accumulator:
-            outputs = function(inputs)
-        return outputs, [
-            accumulator.jvp(output, unconnected_gradients=tf.UnconnectedGradients.ZERO) for output in outputs]
+            outputs, auxiliary = function(inputs)
+        return outputs, [accumulator.jvp(output, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+                         for output in outputs], auxiliary
     except Exception:  # The accumulator fails with errors of many kinds.
-        linearization = ForwardLinearization(lambda inputs: (function(inputs), ()), inputs)
-        return linearization.outputs, linearization.product(tangents)
+        linearization = ForwardLinearization(function, inputs)
+        return linearization.outputs, linearization.product(tangents), linearization.auxiliary
+
+
+def _as_one_operation(function, inputs):
+    """The function as the call of a graph that the rules of exact derivatives have been set in."""
+    def body(*inputs):
+        with exact_derivatives():
+            return function(list(inputs))
+
+    traced = tf.function(body, autograph=False).get_concrete_function(
+        *[tf.TensorSpec(x.shape, x.dtype) for x in inputs])
+    return lambda inputs: traced(*inputs)

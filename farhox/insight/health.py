@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from farhox._core import autodiff, tree
-from farhox._core.inner_state import float_leaves, with_float_leaves
+from farhox._core import tree
+from farhox._core.inner_state import float_leaves
 from farhox.data.batches import as_inner_batches, batch_at
 from farhox.hypergradients.base import HyperGradient
 from farhox.hypergradients.episodes import EpisodesHG
 from farhox.hypergradients.forward import ForwardHG
 from farhox.hypergradients.implicit import ImplicitHG
 from farhox.hypergradients.reverse import ReverseHG
+from farhox.problem.inner_training import InnerTraining
 
 _CONVERGED = 1e-3
 _RESIDUAL = 1e-2
@@ -168,14 +169,11 @@ def _gradient_norm(problem, state, batch):
 def _contraction(problem, state, batch, power_steps):
     """Growth factor of a power iteration with A' of one step at `state`; None where it is not finite."""
     leaves = float_leaves(state)
-    outer = problem.outer_values()
 
     @tf.function(autograph=False)
     def iterate():
-        def step(inputs):
-            return float_leaves(problem.step(with_float_leaves(state, inputs[:len(leaves)]), outer, batch).state)
-
-        system = autodiff.Linearization(step, leaves, [])
+        training = InnerTraining(problem, tf.nest.map_structure(lambda leaf: tf.convert_to_tensor(leaf)[None], batch))
+        system = training.step_system(state, 0)
         start = [tf.cast(tf.random.stateless_normal(tf.shape(leaf), [i, 1]), leaf.dtype)
                  for i, leaf in enumerate(leaves)]
 

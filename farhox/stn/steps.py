@@ -189,14 +189,15 @@ class DeltaSTN(Method):
 
     def _linearized(self, x, training, weights, values, difference):
         """Predictions at zero plus their derivative along the gates' input `difference`; updates of the state."""
-        structure, updates = [], []
+        structure, updated = [], []
 
         def forward(gates):
             result = self.network.run(
                 lambda predictions: predictions, x, training, weights, values, self.gates(gates[0]))
-            structure[:], updates[:] = [result.value], result.updates
-            return tf.nest.flatten(result.value)
+            structure[:], updated[:] = [result.value], [variable for variable, _ in result.updates]
+            return tf.nest.flatten(result.value), [tf.convert_to_tensor(value) for _, value in result.updates]
 
-        outputs, tangents = autodiff.forward_product(forward, [tf.zeros_like(difference)], [difference])
+        outputs, tangents, values_after = autodiff.forward_product(
+            forward, [tf.zeros_like(difference)], [difference])
         linear = [output + tangent for output, tangent in zip(outputs, tangents)]
-        return tf.nest.pack_sequence_as(structure[0], linear), updates
+        return tf.nest.pack_sequence_as(structure[0], linear), list(zip(updated, values_after))
