@@ -27,6 +27,8 @@ from absl import app, flags, logging
 from stn_training import Range, Task
 
 from farhox import stn
+import stn_experiment
+from stn_training import Range, Task
 from farhox.stn.layers import SelfTuning
 
 SETTINGS = ("level", "folder", "vocabulary", "units", "window", "test_examples",
@@ -131,7 +133,7 @@ def open_gates(model, hyperparameters):
 
 def _set_response(model, trainable):
     for layer in model._flatten_layers():
-        if isinstance(layer, SelfTuning):
+        if isinstance(layer, stn.SelfTuning):
             for variable in layer.response_variables:
                 variable.trainable = trainable
 

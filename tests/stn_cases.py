@@ -7,7 +7,7 @@ import farhox
 from farhox import stn
 from farhox._core import functional
 
-IMAGES, STEPS, TOKENS = (6, 5, 4), (7, 3), (5,)
+IMAGES, STEPS, TOKENS, VIDEO = (6, 5, 4), (7, 3), (5,), (3, 4, 5, 2)
 
 # Name: (make a layer for hyperparameters, shape of an example, units with a gate on kernels, biases, plain parameters).
 LAYERS = {
@@ -16,6 +16,13 @@ LAYERS = {
     "conv1d": (lambda h, **k: stn.Conv1D(4, 3, h, padding="causal", dilation_rate=2, **k), STEPS),
     "conv2d": (lambda h, **k: stn.Conv2D(4, 3, h, strides=2, padding="same", activation="relu", **k), IMAGES),
     "conv2d_groups": (lambda h, **k: stn.Conv2D(6, (2, 3), h, groups=2, **k), IMAGES),
+    "conv3d": (lambda h, **k: stn.Conv3D(2, 2, h, **k), VIDEO),
+    "transpose": (lambda h, **k: stn.Conv2DTranspose(3, 3, h, strides=2, activation="tanh", **k), IMAGES),
+    "separable": (lambda h, **k: stn.SeparableConv2D(3, 2, h, depth_multiplier=2, **k), IMAGES),
+    "einsum": (lambda h, **k: stn.EinsumDense("abc,cde->aebd", (5, None, 2), h, bias_axes="ed", **k), STEPS),
+    "einsum_shared": (lambda h, **k: stn.EinsumDense("abc,bcd->abd", (7, 2), h, bias_axes="d", **k), STEPS),
+    "einsum_right": (lambda h, **k: stn.EinsumDense("...x,xy->...y", 6, h, bias_axes="y", **k), STEPS),
+    "einsum_left": (lambda h, **k: stn.EinsumDense("ab...,bc->ac...", (5,), h, bias_axes="c", **k), STEPS),
     "depthwise": (lambda h, **k: stn.DepthwiseConv2D(3, h, depth_multiplier=2, **k), IMAGES),
     "embedding": (lambda h, **k: stn.Embedding(11, 4, h, mask_zero=True, **k), TOKENS),
     "lstm": (lambda h, **k: stn.LSTM(4, h, return_sequences=True, **k), STEPS),
@@ -24,6 +31,9 @@ LAYERS = {
     "gru_no_bias": (lambda h, **k: stn.GRU(4, h, use_bias=False, **k), STEPS),
 }
 PLAIN = {"dense": keras.layers.Dense, "dense_on_steps": keras.layers.Dense, "conv1d": keras.layers.Conv1D,
+         "conv3d": keras.layers.Conv3D, "transpose": keras.layers.Conv2DTranspose,
+         "separable": keras.layers.SeparableConv2D,
+         **dict.fromkeys(["einsum", "einsum_shared", "einsum_right", "einsum_left"], keras.layers.EinsumDense),
          "conv2d": keras.layers.Conv2D, "conv2d_groups": keras.layers.Conv2D, "depthwise": keras.layers.DepthwiseConv2D,
          "embedding": keras.layers.Embedding, "lstm": keras.layers.LSTM, "gru": keras.layers.GRU,
          "gru_before": keras.layers.GRU, "gru_no_bias": keras.layers.GRU}

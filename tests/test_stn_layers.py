@@ -15,12 +15,8 @@ DRAWS = np.random.default_rng(5).normal(size=(4, 3))
 
 def plain_twin(name, layer, weights):
     """The Keras layer with the given weights, from the configuration of the self-tuning one."""
-    own = ("hyperparameters", "gate_initializer", "centred", "reference", "recurrent_dropconnect")
-    config = {key: "zeros" if key.endswith("_initializer") else value
-              for key, value in layer.get_config().items() if key not in own}
-    if name == "embedding":
-        config = {key: value for key, value in config.items() if key not in ("dropout", "seed")}
-    twin = PLAIN[name].from_config(config)
+    twin = layer.to_keras()
+    assert type(twin) is type(layer).plain is PLAIN[name] and "farhox" not in str(twin.get_config())
     twin(inputs(LAYERS[name][1]))
     twin.set_weights(weights)
     return twin
@@ -33,7 +29,8 @@ def test_each_example_is_computed_with_the_weights_of_its_own_draw(name, float64
     for i, draw in enumerate(DRAWS):
         gates = draw @ gated(layer).gate.kernel.numpy()
         weights, start = [], 0
-        for weight, hyper_weight, shape in gated(layer)._responding.values():
+        for weight, hyper_weight, axes, _ in gated(layer)._elementary.values():
+            shape = [size if axis in axes else 1 for axis, size in enumerate(weight.shape)]
             size = int(np.prod(shape))
             weights.append(weight.numpy() + gates[start:start + size].reshape(shape) * hyper_weight.numpy())
             start += size
@@ -77,6 +74,9 @@ def test_centred_gates_are_closed_at_the_current_hyperparameters(name, float64):
     ("conv2d", [(3 * 3 * 4, 4)], 4),
     ("conv2d_groups", [(2 * 3 * 2, 6)], 6),
     ("depthwise", [(3 * 3, 8)], 8),
+    ("conv3d", [(2 * 2 * 2 * 2, 2)], 2),
+    ("transpose", [(3 * 3 * 4, 3)], 3),
+    ("separable", [(2 * 2, 8), (8, 3)], 3),
     ("embedding", [(11, 4)], 0),
     ("lstm", [(3, 16), (4, 16)], 16),
     ("gru", [(3, 12), (4, 12)], 24),
@@ -155,7 +155,7 @@ def test_gates_are_on_the_channels_of_channels_first_layers(make, shape):
     layer = make(hyperparameters())
     layer.build((None, *shape))
     outputs = tf.zeros([2, *layer.compute_output_shape((2, *shape))[1:]])
-    gates = stn.layers.per_output(tf.zeros([2, outputs.shape[1]]), outputs, 1)
+    gates = stn.self_tuning.on_axes(tf.zeros([2, outputs.shape[1]]), outputs.shape.rank, [1])
     assert gates.shape == [2, outputs.shape[1]] + [1] * (outputs.shape.rank - 2)
 
 
@@ -234,7 +234,8 @@ def test_embedding_dropout_drops_the_same_words_in_the_whole_batch_and_keeps_the
     assert abs(np.mean(kept == 0) - 0.25) < 0.04
 
 
-@pytest.mark.parametrize("name", ["dense", "conv2d", "depthwise", "embedding", "lstm", "gru"])
+@pytest.mark.parametrize("name", ["dense", "conv2d", "depthwise", "transpose", "separable", "einsum", "embedding",
+                                  "lstm", "gru"])
 def test_forward_product_in_the_draws_is_the_derivative_of_finite_differences(name, float64):
     layer, x = layer_and_input(name)
     tangent = np.random.default_rng(9).normal(size=DRAWS.shape)

@@ -15,12 +15,34 @@ NORMAL = np.sqrt(3.0) * np.array([-1.0, 0.0, 0.0, 0.0, 0.0, 1.0])[:, np.newaxis]
 ONES = np.ones((6, 1)), np.zeros((6, 1))
 
 
-def linear_response(loss, hyperparameter, method, scale=0.5, units=1):
+def linear_response(loss, hyperparameter, method, units=1, rate=0.1):
     """A model whose weights are w(u) = elementary + gate(u) * hyper, on the input 1."""
     layer = stn.Dense(units, [hyperparameter], use_bias=False)
-    model = stn.SelfTuningModel(keras.Sequential([keras.Input([1]), layer]), method=method, initial_scale=scale)
-    model.compile(keras.optimizers.SGD(0.1), "sgd", loss=loss)
+    model = stn.SelfTuningModel(keras.Sequential([keras.Input([1]), layer]), method=method)
+    model.compile(keras.optimizers.SGD(rate), "sgd", loss=loss)
     return model, layer
+
+
+def training(model, noise=NORMAL):
+    """A function that starts anew at a scale of the draws and takes a number of training steps, all in one graph."""
+    x, y, noise = (tf.constant(part) for part in (*ONES, noise))
+    start = [(v, v.numpy()) for v in model.model.trainable_variables]
+
+    @tf.function(autograph=False)
+    def run(steps):
+        def step(i):
+            model._training_step(x, y, None, noise)
+            return i + 1
+
+        return tf.while_loop(lambda i: i < steps, step, [0])
+
+    def train(steps, scale=0.5):
+        for variable, value in start:
+            variable.assign(value)
+        model.draws.raw_scales.assign(np.full(model.draws.raw_scales.shape, np.log(np.expm1(scale))))
+        run(tf.constant(steps))
+
+    return train
 
 
 def slopes(layer):
@@ -29,16 +51,16 @@ def slopes(layer):
 
 
 @pytest.mark.parametrize("method", ["stn", "delta"])
-@pytest.mark.parametrize("scale", [0.3, 1.0])
-def test_gate_learns_the_exact_jacobian_of_a_quadratic_problem_whatever_the_scale(method, scale, float64):
+def test_gate_learns_the_exact_jacobian_of_a_quadratic_problem_whatever_the_scale(method, float64):
     """f = a/2 w^2 - b w u has the response w = (b / a) u."""
     u = farhox.Hyperparameter(1.0, name="u")
-    model, layer = linear_response(lambda y, w: w[:, 0] ** 2 - 3 * w[:, 0] * u(), u, method, scale)
-    for _ in range(1500):
-        model.training_step(ONES, NORMAL)
-    np.testing.assert_allclose(slopes(layer), [[1.5]], rtol=1e-8)
-    np.testing.assert_allclose(layer.kernel, [[1.5 if method == "delta" else 0.0]], atol=1e-8)
-    np.testing.assert_allclose(model(np.ones((1, 1))), [[1.5]], rtol=1e-8)
+    model, layer = linear_response(lambda y, w: w[:, 0] ** 2 - 3 * w[:, 0] * u(), u, method)
+    train = training(model)
+    for scale in (0.3, 1.0):
+        train(1500, scale)
+        np.testing.assert_allclose(slopes(layer), [[1.5]], rtol=1e-8)
+        np.testing.assert_allclose(layer.kernel, [[1.5 if method == "delta" else 0.0]], atol=1e-8)
+        np.testing.assert_allclose(model(np.ones((1, 1))), [[1.5]], rtol=1e-8)
 
 
 @pytest.mark.parametrize("method", ["stn", "delta"])
@@ -52,25 +74,22 @@ def test_gates_learn_the_exact_jacobian_of_a_quadratic_problem_in_several_dimens
                 - tf.reduce_sum(w * tf.linalg.matmul(u(), b, transpose_b=True), axis=1))
 
     model, layer = linear_response(loss, u, method, units=2)
-    noise = np.sqrt(3.0) * np.concatenate([np.eye(3), -np.eye(3)])
-    for _ in range(3000):
-        model.training_step(ONES, noise)
+    training(model, np.sqrt(3.0) * np.concatenate([np.eye(3), -np.eye(3)]))(3000)
     np.testing.assert_allclose(slopes(layer), np.linalg.solve(a, b), atol=1e-8)
     np.testing.assert_allclose(model(np.ones((1, 1)))[0], np.linalg.solve(a, b @ u.numpy()), atol=1e-8)
 
 
-@pytest.mark.parametrize("scale", [0.5, 0.25, 0.125])
-def test_bias_of_the_response_vanishes_with_the_scale_as_predicted_and_delta_has_none(scale, float64):
+@pytest.mark.parametrize("method", ["stn", "delta"])
+def test_bias_of_the_response_vanishes_with_the_scale_as_predicted_and_delta_has_none(method, float64):
     """f = (w - 1)^2 / 2 + u w^2 / 2 at u = 1: m = 1 / (2 - scale^2 / 2), slope -m / 2; without bias 1/2 and -1/4."""
-    for method, value in (("stn", 1 / (2 - scale ** 2 / 2)), ("delta", 0.5)):
-        u = farhox.Hyperparameter(1.0, name="u")
-        model, layer = linear_response(
-            lambda y, w: 0.5 * (w[:, 0] - 1) ** 2 + 0.5 * u() * w[:, 0] ** 2, u, method, scale)
-        layer.hyper_kernel.assign([[1.0]])  # The slope is a product, and learned slowly where both factors are small.
-        for optimizer in filter(None, [model.optimizer, model.response_optimizer]):
-            optimizer.learning_rate = 0.5
-        for _ in range(2000):
-            model.training_step(ONES, NORMAL)
+    u = farhox.Hyperparameter(1.0, name="u")
+    model, layer = linear_response(
+        lambda y, w: 0.5 * (w[:, 0] - 1) ** 2 + 0.5 * u() * w[:, 0] ** 2, u, method, rate=0.5)
+    layer.hyper_kernel.assign([[1.0]])  # The slope is a product, and learned slowly where both factors are small.
+    train = training(model)
+    for scale in (0.5, 0.25, 0.125):
+        train(2000, scale)
+        value = 0.5 if method == "delta" else 1 / (2 - scale ** 2 / 2)
         np.testing.assert_allclose(model(np.ones((1, 1))), [[value]], rtol=1e-6)
         np.testing.assert_allclose(slopes(layer), [[-value / 2]], rtol=1e-5)
 
@@ -113,7 +132,7 @@ def test_training_loss_is_never_differentiated_with_respect_to_a_hyperparameter(
     natural = farhox.Hyperparameter.natural_value
     monkeypatch.setattr(farhox.Hyperparameter, "natural_value", lambda self: never_differentiated(natural(self)))
     model, (x, y) = self_tuning(method), digits_like()
-    noise = model.perturbation.noise(24)
+    noise = model.draws.noise(24)
     variables = [entry.variable.value for entry in model.hyperparameters]
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(variables)
@@ -131,7 +150,7 @@ def test_training_loss_is_never_differentiated_with_respect_to_a_hyperparameter(
 def logits_of(model, x, gates, relative=False):
     """The network in inference as its gated layers one after another, for gates in the order of the model's."""
     gated = [layer for layer in model.model.layers if isinstance(layer, stn.Dense)]
-    gates = np.take(gates, model.perturbation.columns_of(gated[0].hyperparameters), axis=1)
+    gates = np.take(gates, model.draws.columns_of(gated[0].hyperparameters), axis=1)
     gates = gates - gated[0].gate.input_of_gates.reference if relative else gates
     return np.asarray(with_draws(gated[1], with_draws(gated[0], x, gates), gates))
 
@@ -149,7 +168,7 @@ def test_gradients_of_hyperparameters_and_scales_are_those_of_finite_differences
     noise = np.random.default_rng(2).normal(size=(24, 3))
     step = model._steps.validation(x, y, None, tf.constant(noise) if perturbed else None)
     u = np.array([entry.variable.numpy() for entry in model.hyperparameters])
-    raw = model.perturbation.raw_scales.numpy()
+    raw = model.draws.raw_scales.numpy()
 
     def value(u, raw):
         return validation_value(model, x, y, u, np.log1p(np.exp(raw)), noise if perturbed else 0 * noise)
@@ -169,7 +188,7 @@ def test_delta_takes_the_network_linearised_in_the_gates(compiled, float64):
     """Predictions y(0) + J d, against finite differences of the network in its gates, and so for the gradients."""
     model, (x, y) = self_tuning("delta", entropy_weight=0.0), digits_like()
     noise = np.random.default_rng(2).normal(size=(24, 3))
-    scales = model.perturbation.scales().numpy()
+    scales = model.draws.scales().numpy()
 
     def logits(gates):
         return logits_of(model, x, gates)
@@ -217,9 +236,9 @@ def test_a_training_step_moves_weights_and_statistics_and_a_validation_step_hype
         step(batch)
         return {v.path for v in model.variables if not np.array_equal(before[v.path], v.numpy())}
 
-    tuned = {v.path for v in [*model.perturbation.variables_of, model.perturbation.raw_scales]}
+    tuned = {v.path for v in [*model.draws.variables_of, model.draws.raw_scales]}
     others = {v.path for metric in model.metrics for v in metric.variables} | {
-        model.perturbation.seed_generator.state.path}
+        model.draws.seed_generator.state.path, *(v.path for v in model.guard.variables)}
     trained = changed(model.training_step) - others
     everything = {v.path for v in model.model.variables}
     assert trained >= {v.path for v in model.model.trainable_variables}
@@ -248,7 +267,9 @@ def test_fit_alternates_steps_and_logs_hyperparameters_in_natural_units():
     # 6 training batches an epoch: validation steps after the 3rd and the 6th, the first of them within warm-up.
     assert int(model.optimizer.iterations.numpy()) == 18
     assert int(model.hyper_optimizer.iterations.numpy()) == int(model.scale_optimizer.iterations.numpy()) == 10
-    assert set(history) == {"loss", "outer_loss", "accuracy", "val_loss", "val_accuracy", "dropout", "holes", "decay"}
+    assert set(history) == {"loss", "outer_loss", "inner_loss", "skipped_updates", "accuracy", "val_loss",
+                            "val_accuracy", "dropout", "holes", "decay"}
+    assert history["loss"] == history["outer_loss"] != history["inner_loss"]
     for entry in model.hyperparameters:
         assert np.isclose(history[entry.name][-1], entry.numpy(), rtol=1e-5)
     assert all(np.isfinite(values).all() for values in history.values())
@@ -287,13 +308,13 @@ def test_training_and_validation_losses_can_differ(float64):
 
 def test_hyperparameters_of_weights_have_one_draw_per_batch():
     model = self_tuning()
-    noise = model.perturbation.noise(5).numpy()
+    noise = model.draws.noise(5).numpy()
     assert len(set(noise[:, 2])) == 1 and len(set(noise[:, 0])) == len(set(noise[:, 1])) == 5
     connect, words, own = (farhox.Hyperparameter(0.2, low=0.0, high=0.9, name=name) for name in "abc")
     net = keras.Sequential([keras.Input((4,), dtype="int32"), stn.Embedding(5, 3, [connect, words, own], dropout=words),
                             stn.LSTM(3, [connect, words, own], recurrent_dropconnect=connect)])
-    assert stn.SelfTuningModel(net).perturbation._one_draw == [True, True, False]
-    assert stn.SelfTuningModel(net, one_draw=[own]).perturbation._one_draw == [True, True, True]
+    assert stn.SelfTuningModel(net).draws._one_draw == [True, True, False]
+    assert stn.SelfTuningModel(net, one_draw=[own]).draws._one_draw == [True, True, True]
 
 
 def test_a_discrete_hyperparameter_moves_and_is_used_floored():
@@ -352,18 +373,18 @@ def test_a_model_trains_in_half_precision_with_a_scaled_loss():
         keras.config.set_dtype_policy("float32")
     data = digits_like()
     history = model.fit(*data, epochs=3, batch_size=8, validation_data=data, verbose=0).history
-    assert history["loss"][-1] < history["loss"][0] < 3
+    assert history["inner_loss"][-1] < history["inner_loss"][0] < 3
 
 
 def test_scales_follow_the_entropy_and_stay_without_an_optimizer():
     model, batch = self_tuning(entropy_weight=100.0), digits_like()
-    before = model.perturbation.scales().numpy()
+    before = model.draws.scales().numpy()
     np.testing.assert_allclose(before, 0.5, rtol=1e-5)
     model.validation_step(batch)
-    assert np.all(model.perturbation.scales().numpy() > before)
+    assert np.all(model.draws.scales().numpy() > before)
     model = self_tuning(scale_optimizer=None)
     model.validation_step(batch)
-    np.testing.assert_array_equal(model.perturbation.scales().numpy(), before)
+    np.testing.assert_array_equal(model.draws.scales().numpy(), before)
 
 
 def test_a_hyperparameter_that_nothing_reads_is_an_error_that_names_it():
@@ -391,8 +412,8 @@ def tuned(**arguments):
     (lambda: tuned(hyperparameters=[farhox.Hyperparameter(1.0, name="other")]), ValueError,
      "layer 'first' with 'inside', which is none of \\['other'\\]"),
     (lambda: tuned(method="exact"), ValueError, "method must be one of"),
-    (lambda: tuned(training_steps=0), ValueError, "training_steps must be an integer of at least 1"),
-    (lambda: tuned(warmup_steps=-1), ValueError, "warmup_steps must be an integer of at least 0"),
+    (lambda: tuned(training_steps=0), ValueError, "training_steps must be a positive integer"),
+    (lambda: tuned(warmup_steps=-1), ValueError, "warmup_steps must be a non-negative integer"),
     (lambda: tuned(initial_scale=0.0), ValueError, "initial_scale must be a positive"),
     (lambda: tuned().compile("sgd", "adam"), ValueError, "must be compiled with a loss"),
     (lambda: tuned().compile("sgd", "adam", loss=3), TypeError, "A loss must be the name"),

@@ -9,10 +9,15 @@ def log_names(problem):
     owned = {id(entry.variable) for entry in problem.hyperparameters}
     entries = problem.hyperparameters + [
         v for v in problem.outer_variables if id(v) not in owned and tuple(v.shape) == ()]
+    return unique_names(entries)
+
+
+def unique_names(entries, taken=()):
+    """Dictionary from unique names, none of which is taken, to the entries: `rate`, `rate_1`, `rate_2`."""
     named = {}
     for entry in entries:
         name, count = entry.name, 1
-        while name in named:
+        while name in named or name in taken:
             name, count = f"{entry.name}_{count}", count + 1
         named[name] = entry
     return named

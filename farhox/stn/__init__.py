@@ -1,7 +1,19 @@
 """Self-tuning networks: layers that carry their own best response to hyperparameters, and a model that tunes these."""
 
+from farhox.stn.attention import EinsumDense, GroupQueryAttention, MultiHeadAttention
 from farhox.stn.conversion import bake, convert, summary
+from farhox.stn.convolutions import Conv1D, Conv2D, Conv2DTranspose, Conv3D, DepthwiseConv2D, SeparableConv2D
+from farhox.stn.dropout import (
+    AlphaDropout,
+    Dropout,
+    GaussianDropout,
+    GaussianNoise,
+    SpatialDropout1D,
+    SpatialDropout2D,
+    SpatialDropout3D,
+)
 from farhox.stn.images import (
+    Augmentation,
     RandomBrightness,
     RandomContrast,
     RandomHue,
@@ -9,23 +21,21 @@ from farhox.stn.images import (
     RandomSaturation,
     RandomTranslation,
 )
-from farhox.stn.layers import Conv1D, Conv2D, Dense, DepthwiseConv2D, Embedding
+from farhox.stn.keras_strengths import strengths_of
+from farhox.stn.layers import Dense, Embedding
 from farhox.stn.losses import LabelSmoothing
 from farhox.stn.model import SelfTuningModel
-from farhox.stn.perturbations import (
-    ActivityRegularization,
-    Cutout,
-    Dropout,
-    GaussianNoise,
-    PerturbationLayer,
-    RandomScale,
-)
+from farhox.stn.perturbations import ActivityRegularization, Cutout, PerturbationLayer, RandomScale
 from farhox.stn.recurrent import GRU, LSTM, GRUCell, LSTMCell
 from farhox.stn.schedules import ScheduleRecorder, ScheduleReplay
+from farhox.stn.self_tuning import Response, SelfTuning, SelfTuningParts
 
 __all__ = [
-    "ActivityRegularization", "Conv1D", "Conv2D", "Cutout", "Dense", "DepthwiseConv2D", "Dropout", "Embedding", "GRU",
-    "GRUCell", "GaussianNoise", "LSTM", "LSTMCell", "LabelSmoothing", "PerturbationLayer", "RandomBrightness",
-    "RandomContrast", "RandomHue", "RandomRotation", "RandomSaturation", "RandomScale", "RandomTranslation",
-    "ScheduleRecorder", "ScheduleReplay", "SelfTuningModel", "bake", "convert", "summary",
+    "ActivityRegularization", "AlphaDropout", "Augmentation", "Conv1D", "Conv2D", "Conv2DTranspose", "Conv3D", "Cutout",
+    "Dense", "DepthwiseConv2D", "Dropout", "EinsumDense", "Embedding", "GRU", "GRUCell", "GaussianDropout",
+    "GaussianNoise", "GroupQueryAttention", "LSTM", "LSTMCell", "LabelSmoothing", "MultiHeadAttention",
+    "PerturbationLayer", "RandomBrightness", "RandomContrast", "RandomHue", "RandomRotation", "RandomSaturation",
+    "RandomScale", "RandomTranslation", "Response", "ScheduleRecorder", "ScheduleReplay", "SelfTuning",
+    "SelfTuningModel", "SelfTuningParts", "SeparableConv2D", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D",
+    "bake", "convert", "strengths_of", "summary",
 ]

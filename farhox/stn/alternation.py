@@ -3,15 +3,37 @@
 import numpy as np
 import tensorflow as tf
 
+from farhox._core import checks
 
-def as_dataset(data, batch_size, shuffle, name):
+
+def training_data(x, y, sample_weight):
+    """The data set that `x` is, or the arrays as one.
+
+    Raises:
+        ValueError: If there are targets or sample weights besides a data set.
+    """
+    if not isinstance(x, tf.data.Dataset):
+        return (x, y) if sample_weight is None else (x, y, sample_weight)
+    if y is not None or sample_weight is not None:
+        raise ValueError("A tf.data.Dataset must hold targets and sample weights itself. Received: y or sample_weight "
+                         "besides a data set")
+    return x
+
+
+def as_dataset(data, batch_size, shuffle, name, steps=None):
     """Batches (x, y) or (x, y, sample_weight) from arrays, or a `tf.data.Dataset` as it is.
 
     Raises:
-        ValueError: If there is no data, or it is not made of examples with targets.
+        ValueError: If there is no data, it is not made of examples with targets, or has no end and no number of steps.
     """
     if isinstance(data, tf.data.Dataset):
         _check_batch(data.element_spec, name)
+        cardinality = data.cardinality().numpy()
+        if cardinality == 0:
+            raise ValueError(f"{name} must have a batch. Received an empty data set")
+        if cardinality == tf.data.INFINITE_CARDINALITY and steps is None:
+            raise ValueError(f"{name} must end, or have a number of steps: steps_per_epoch, validation_steps. Received "
+                             "an infinite data set")
         return data
     if not isinstance(data, (tuple, list)) or len(data) not in (2, 3) or any(part is None for part in data[:2]):
         raise ValueError(f"{name} must be a tf.data.Dataset of batches, or arrays (x, y) or (x, y, sample_weight). "
@@ -20,10 +42,13 @@ def as_dataset(data, batch_size, shuffle, name):
     sizes = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in tf.nest.flatten(data)}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(f"The arrays of {name} must have one entry per example each. Received lengths: {sizes}")
+    if sizes == {0}:
+        raise ValueError(f"{name} must have an example. Received arrays of length 0")
+    batch_size = 32 if batch_size is None else checks.positive_integer("batch_size", batch_size)
     dataset = tf.data.Dataset.from_tensor_slices(data)
     if shuffle:
         dataset = dataset.shuffle(sizes.pop(), reshuffle_each_iteration=True)
-    return dataset.batch(batch_size or 32)
+    return dataset.batch(batch_size)
 
 
 def alternate(train, validation, training_steps, validation_steps):

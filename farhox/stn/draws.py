@@ -7,9 +7,10 @@ import numpy as np
 import tensorflow as tf
 
 from farhox.stn.gates import num_entries, unconstrained
+from farhox.stn.saved_names import check_names, save_names
 
 
-class Perturbation(keras.layers.Layer):
+class Draws(keras.layers.Layer):
     """Draws u + scale * noise in unconstrained space, noise standard normal, scale = softplus(raw_scales).
 
     Holds the hyperparameters' variables too, so that a model that has this layer saves them.
@@ -25,7 +26,7 @@ class Perturbation(keras.layers.Layer):
     """
 
     def __init__(self, hyperparameters, initial_scale, one_draw=()):
-        super().__init__(name="perturbation")
+        super().__init__(name="draws")
         self._hyperparameters = tuple(hyperparameters)
         self.variables_of = [entry.variable for entry in hyperparameters]
         self._sizes = [num_entries(entry) for entry in hyperparameters]
@@ -73,6 +74,19 @@ class Perturbation(keras.layers.Layer):
         parts = tf.split(tf.stop_gradient(draws), self._sizes, axis=-1)
         return [(variable, tf.reshape(part[0] if one else part, ([] if one else [-1]) + list(variable.shape)))
                 for variable, part, one in zip(self.variables_of, parts, self._one_draw)]
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        # Keras leaves the state of generators out.
+        store["seed"] = self.seed_generator.state
+        save_names(store, self._hyperparameters)
+
+    def load_own_variables(self, store):
+        check_names(store, self._hyperparameters, self.name)
+        variables = [*self._trainable_variables, *self._non_trainable_variables]
+        for i, variable in enumerate(variables):
+            variable.assign(store[str(i)])
+        self.seed_generator.state.assign(store["seed"])
 
     def columns_of(self, hyperparameters):
         """Indices into [n] of the entries of some of the hyperparameters, in their order."""

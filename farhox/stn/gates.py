@@ -16,7 +16,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox.outer.hyperparameters import Hyperparameter
+from farhox._core import checks
+from farhox.outer.outer_variable import OuterVariable
+from farhox.stn.saved_names import check_names, save_names
 
 
 class GateInput:
@@ -44,10 +46,11 @@ class GateInput:
         self.hyperparameters = as_hyperparameters(hyperparameters, owner)
         self.size = sum(num_entries(entry) for entry in self.hyperparameters)
         self.centred = bool(centred)
-        self.reference = [0.0] * self.size if reference is None else [float(number) for number in reference]
-        if len(self.reference) != self.size:
+        reference = [0.0] * self.size if reference is None else list(reference)
+        if len(reference) != self.size:
             raise ValueError(f"The reference of {owner!r} must have one number for each of the {self.size} entries of "
                              f"its hyperparameters. Received: reference={reference}")
+        self.reference = [checks.finite_number(f"A number in the reference of {owner!r}", each) for each in reference]
         self.variable = keras.Variable(np.zeros([self.size]), dtype=keras.config.floatx(), trainable=False,
                                        name="gate_input")
 
@@ -94,6 +97,14 @@ class Gate(keras.layers.Layer):
         gates = tf.matmul(u, kernel) if u.shape.rank == 2 else tf.linalg.matvec(kernel, u, transpose_a=True)
         return tf.split(gates, self._units, axis=-1)
 
+    def save_own_variables(self, store):
+        store["kernel"] = self.kernel
+        save_names(store, self.input_of_gates.hyperparameters)
+
+    def load_own_variables(self, store):
+        check_names(store, self.input_of_gates.hyperparameters, self.path)
+        self.kernel.assign(store["kernel"])
+
 
 @keras.saving.register_keras_serializable(package="farhox")
 class FanInUniform(keras.initializers.Initializer):
@@ -105,12 +116,16 @@ class FanInUniform(keras.initializers.Initializer):
     """
 
     def __init__(self, fan_in=None, seed=None):
-        self.fan_in = fan_in
+        self.fan_in = None if fan_in is None else checks.positive_integer("fan_in", fan_in)
         self.seed = seed
 
     def __call__(self, shape, dtype=None, **kwargs):
-        limit = 1.0 / np.sqrt(self.fan_in)
-        return keras.initializers.RandomUniform(-limit, limit, seed=self.seed)(shape, dtype)
+        return self.to_keras()(shape, dtype)
+
+    def to_keras(self):
+        """The initializer of Keras that does the same."""
+        limit = 1.0 / float(np.sqrt(self.fan_in))
+        return keras.initializers.RandomUniform(-limit, limit, seed=self.seed)
 
     def get_config(self):
         return {"fan_in": self.fan_in, "seed": self.seed}
@@ -118,13 +133,13 @@ class FanInUniform(keras.initializers.Initializer):
 
 def as_hyperparameters(hyperparameters, owner):
     """The hyperparameters as a tuple; errors name `owner`."""
-    if isinstance(hyperparameters, Hyperparameter):
+    if isinstance(hyperparameters, OuterVariable):
         hyperparameters = [hyperparameters]
     if not isinstance(hyperparameters, (list, tuple)):
         raise TypeError(f"hyperparameters of {owner!r} must be a list of farhox.Hyperparameter. "
                         f"Received: {hyperparameters!r}")
     for entry in hyperparameters:
-        if not isinstance(entry, Hyperparameter):
+        if not isinstance(entry, OuterVariable):
             raise TypeError(f"hyperparameters of {owner!r} must be farhox.Hyperparameter objects. Received: {entry!r}")
     if not hyperparameters:
         raise ValueError(f"{owner!r} needs at least one hyperparameter to respond to. Received: {hyperparameters!r}")

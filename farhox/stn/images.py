@@ -1,72 +1,159 @@
-"""Augmentation of images with a strength per example, on the transformations of Keras' preprocessing layers.
+"""Augmentation of images with a strength per example: by the augmentation layers of Keras, whose bounds are a tensor.
 
-Keras draws a transformation per image and applies it. Here it is drawn at full strength, made smaller example by
-example, and applied by Keras.
+Keras draws a transformation per image between bounds, and applies it. Here the bounds are those of each example.
 """
 
-import abc
+import dataclasses
 import math
 
 import keras
 import tensorflow as tf
 
-from farhox.stn.perturbations import PerturbationLayer
+from farhox.outer.serialization import deserialized, serialized
+from farhox.stn.perturbations import PerturbationLayer, checked_data_format
+from farhox.stn.strengths import checked_strength
 
 
-class _Augmentation(PerturbationLayer):
-    """An augmentation by a Keras layer at full strength, made by `_full_strength` and drawn by `_transformation`."""
+@dataclasses.dataclass(frozen=True)
+class _Factor:
+    """An argument of a Keras layer that bounds what it draws.
 
-    STRENGTHS = {"factor": (0.0, math.inf)}
+    Attributes:
+        bounds: The names of its attributes for the lower and the upper bound, or of one attribute for both.
+        rank: Int, the rank of what is drawn.
+        greatest: Float, the greatest strength that Keras takes.
+        direction: Tuple (lower, upper), the bounds at strength 1 of a layer that does nothing.
+    """
 
-    def __init__(self, factor, seed=None, data_format=None, **kwargs):
-        super().__init__(seed=seed, factor=factor, **kwargs)
-        self.data_format = keras.backend.image_data_format() if data_format is None else data_format
-        self._full = self._full_strength()
-
-    @abc.abstractmethod
-    def _full_strength(self):
-        """A Keras preprocessing layer, or None if its transformation leaves no place for a strength."""
-
-    @abc.abstractmethod
-    def _transformation(self, inputs):
-        """A transformation of that layer with strengths per example."""
-
-    def build(self, input_shape):
-        if self._full is not None:
-            self._full.build(input_shape)
-        self.built = True
-
-    def perturb(self, inputs):
-        return tf.cast(self._full.transform_images(inputs, self._transformation(inputs), training=True), inputs.dtype)
-
-    def _drawn(self, inputs):
-        return self._full.get_random_transformation(inputs, training=True)
-
-    def _factor(self, inputs, rank):
-        factor = self.strength("factor", inputs)
-        return tf.reshape(factor, [-1] + [1] * (rank - 1)) if factor.shape.rank else factor
-
-    def get_config(self):
-        return {**super().get_config(), "data_format": self.data_format}
+    bounds: tuple
+    rank: int
+    greatest: float
+    direction: tuple = (-1.0, 1.0)
 
 
-class _Color(_Augmentation):
-    """A change of colours; Keras computes on values between 0 and 1."""
+_SIZES = {f"{axis}_factor": _Factor((f"{axis}_lower", f"{axis}_upper"), 2, 1.0) for axis in ("height", "width")}
+_FACTORS = {
+    keras.layers.RandomRotation: {"factor": _Factor(("factor",), 1, 1.0)},
+    keras.layers.RandomTranslation: _SIZES,
+    keras.layers.RandomZoom: {name: dataclasses.replace(factor, greatest=0.99) for name, factor in _SIZES.items()},
+    keras.layers.RandomContrast: {"factor": _Factor(("factor",), 4, 1.0, (0.0, 1.0))},
+    keras.layers.RandomBrightness: {"factor": _Factor(("factor",), 4, 1.0)},
+    keras.layers.RandomErasing: {"factor": _Factor(("factor",), 1, 1.0, (0.0, 1.0))},
+}
 
-    def __init__(self, factor, value_range=(0, 255), seed=None, data_format=None, **kwargs):
-        self.value_range = tuple(value_range)
-        super().__init__(factor, seed=seed, data_format=data_format, **kwargs)
 
-    def perturb(self, inputs):
-        low, high = self.value_range
-        return low + (high - low) * super().perturb((inputs - low) / (high - low))
-
-    def get_config(self):
-        return {**super().get_config(), "value_range": self.value_range}
+def augmentation_strengths(layer):
+    """Dictionary from the factors of a Keras augmentation layer that have a value to (value, greatest value)."""
+    found = {}
+    for name, factor in _FACTORS.get(type(layer), {}).items():
+        bounds = _bounds(layer, name, factor)
+        if bounds is not None:
+            found[name] = max(map(abs, bounds)), factor.greatest
+    return found
 
 
 @keras.saving.register_keras_serializable(package="farhox")
-class RandomBrightness(_Color):
+class Augmentation(PerturbationLayer):
+    """A Keras augmentation layer with strengths per example.
+
+    A strength is the greater of the two bounds, without its sign, and the other keeps its proportion to it: with
+    `RandomRotation((-0.1, 0.2))` and the strength h angles are between -h / 2 and h.
+
+    Args:
+        layer: A `keras.layers.RandomRotation`, `RandomTranslation`, `RandomZoom`, `RandomContrast`, `RandomBrightness`
+            or `RandomErasing`.
+        **strengths: `Hyperparameter` or float for some of its factors, by name; the others stay.
+
+    Raises:
+        TypeError: If the layer is another one, or a strength is no number and no hyperparameter.
+        ValueError: If it has no such factor, or a strength can leave its range.
+    """
+
+    def __init__(self, layer, name=None, dtype=None, trainable=True, **strengths):
+        factors = _FACTORS.get(type(layer))
+        if factors is None:
+            raise TypeError(f"layer must be one of {', '.join(kind.__name__ for kind in _FACTORS)} of Keras. "
+                            f"Received: {layer!r}")
+        valued = augmentation_strengths(layer)
+        unknown = [key for key in strengths if key not in valued]
+        if unknown or not strengths:
+            raise ValueError(f"The strengths of a {type(layer).__name__} must be among {list(valued)}. "
+                             f"Received: {list(strengths)}")
+        super().__init__(name=name or layer.name, dtype=dtype or layer.dtype_policy, trainable=trainable)
+        self.layer = layer
+        self._factors = {}
+        for key, strength in strengths.items():
+            factor = factors[key]
+            setattr(self, key, checked_strength(strength, f"{key} of {self.name!r}", 0.0, factor.greatest))
+            largest = valued[key][0]
+            direction = [bound / largest for bound in _bounds(layer, key, factor)] if largest else factor.direction
+            self._factors[key] = dataclasses.replace(factor, direction=tuple(direction))
+
+    @classmethod
+    def from_plain(cls, layer, strengths):
+        return cls(type(layer).from_config(layer.get_config()), **strengths)
+
+    def build(self, input_shape):
+        self.layer.build(input_shape)
+        self.built = True
+
+    def call(self, inputs, training=None):
+        # As Keras' augmentation layers, on integers too.
+        return super().call(tf.cast(tf.convert_to_tensor(inputs), self.compute_dtype), training=training)
+
+    def perturb(self, inputs):
+        # A stand-in that shares everything but the bounds with the layer, which keeps its own.
+        bounded = object.__new__(type(self.layer))
+        vars(bounded).update(vars(self.layer))
+        for name, factor in self._factors.items():
+            strength = self.strength(name, inputs)
+            if strength.shape.rank:
+                strength = tf.reshape(strength, [-1] + [1] * (factor.rank - 1))
+            bounds = tuple(bound * strength for bound in factor.direction)
+            vars(bounded).update(zip(factor.bounds, bounds if len(factor.bounds) == 2 else [bounds]))
+        transformation = bounded.get_random_transformation(inputs, training=True)
+        return tf.cast(bounded.transform_images(inputs, transformation, training=True), inputs.dtype)
+
+    def to_keras(self):
+        config = self.layer.get_config()
+        for name, factor in self._factors.items():
+            bounds = tuple(bound * self.current(name) for bound in factor.direction)
+            config[name] = bounds if isinstance(config[name], (tuple, list)) else bounds[1]
+        return type(self.layer).from_config(config)
+
+    def get_config(self):
+        config = super().get_config()
+        config.pop("seed")  # The layer has its own.
+        return {**config, "layer": keras.saving.serialize_keras_object(self.layer),
+                **{name: serialized(getattr(self, name)) for name in self._factors}}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**deserialized(config, *config))
+
+
+class _Named(Augmentation):
+    """An augmentation by one strength that is made from numbers, and not from a Keras layer."""
+
+    _settings = ()
+
+    def to_keras(self):
+        # A network that was written with this layer does nothing where it is not told that this is training; Keras'
+        # augmentation layers do.
+        return None
+
+    def get_config(self):
+        config = PerturbationLayer.get_config(self)
+        return {**config, "seed": self.layer.seed, "factor": serialized(self.factor),
+                **{name: getattr(self.layer, name) for name in self._settings}}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**deserialized(config, "factor"))
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class RandomBrightness(_Named):
     """Adds an amount that is uniform between -factor and factor times the value range, then clips.
 
     Args:
@@ -75,140 +162,154 @@ class RandomBrightness(_Color):
         seed: Int or None.
     """
 
-    STRENGTHS = {"factor": (0.0, 1.0)}
+    _settings = ("value_range",)
 
-    def _full_strength(self):
-        return keras.layers.RandomBrightness((-1.0, 1.0), value_range=(0, 1), seed=self.seed)
-
-    def _transformation(self, inputs):
-        drawn = self._drawn(inputs)["rgb_delta"]
-        return {"rgb_delta": tf.cast(drawn, inputs.dtype) * self._factor(inputs, 4)}
+    def __init__(self, factor, value_range=(0, 255), seed=None, **kwargs):
+        layer = keras.layers.RandomBrightness(0.0, value_range=_range(value_range), seed=seed, **_dtype(kwargs))
+        super().__init__(layer, factor=factor, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="farhox")
-class RandomContrast(_Color):
+class RandomContrast(_Named):
     """Scales the distance from the mean of each channel by a number between 1 - factor and 1 + factor, then clips.
 
     Args:
         factor: `Hyperparameter` or float in [0, 1].
         value_range: Tuple, the least and greatest value of a pixel.
         seed: Int or None.
+        data_format: As in Keras.
     """
 
-    STRENGTHS = {"factor": (0.0, 1.0)}
+    _settings = ("value_range", "data_format")
 
-    def _full_strength(self):
-        return keras.layers.RandomContrast(
-            (1.0, 1.0), value_range=(0, 1), seed=self.seed, data_format=self.data_format, dtype=self.dtype_policy)
-
-    def _transformation(self, inputs):
-        drawn = tf.cast(self._drawn(inputs)["contrast_factor"], inputs.dtype)
-        return {"contrast_factor": 1.0 + (drawn - 1.0) * self._factor(inputs, 4)}
+    def __init__(self, factor, value_range=(0, 255), seed=None, data_format=None, **kwargs):
+        layer = keras.layers.RandomContrast(
+            (1.0, 1.0), value_range=_range(value_range), seed=seed, data_format=data_format, **_dtype(kwargs))
+        super().__init__(layer, factor=factor, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="farhox")
-class RandomSaturation(_Color):
+class RandomTranslation(_Named):
+    """Moves images up or down and left or right by a share of their size between -factor and factor.
+
+    Args:
+        factor: `Hyperparameter` or float in [0, 1].
+        fill_mode, interpolation, data_format: As in `keras.layers.RandomTranslation`.
+        seed: Int or None.
+    """
+
+    _settings = ("fill_mode", "interpolation", "data_format")
+
+    def __init__(self, factor, fill_mode="constant", interpolation="bilinear", seed=None, data_format=None, **kwargs):
+        layer = keras.layers.RandomTranslation(
+            0.0, 0.0, fill_mode=fill_mode, interpolation=interpolation, seed=seed, data_format=data_format,
+            **_dtype(kwargs))
+        super().__init__(layer, height_factor=factor, width_factor=factor, **kwargs)
+
+    @property
+    def factor(self):
+        return self.height_factor
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class RandomRotation(_Named):
+    """Turns images around their centre by an angle between -factor and factor, in full turns.
+
+    Args:
+        factor: `Hyperparameter` or float in [0, 1].
+        fill_mode, interpolation, data_format: As in `keras.layers.RandomRotation`.
+        seed: Int or None.
+    """
+
+    _settings = ("fill_mode", "interpolation", "data_format")
+
+    def __init__(self, factor, fill_mode="constant", interpolation="bilinear", seed=None, data_format=None, **kwargs):
+        layer = keras.layers.RandomRotation(
+            0.0, fill_mode=fill_mode, interpolation=interpolation, seed=seed, data_format=data_format, **_dtype(kwargs))
+        super().__init__(layer, factor=factor, **kwargs)
+
+
+class _Colour(PerturbationLayer):
+    """A change of colours by a Keras layer that computes on values between 0 and 1."""
+
+    def __init__(self, factor, value_range=(0, 255), seed=None, data_format=None, **kwargs):
+        super().__init__(seed=seed, factor=factor, **kwargs)
+        self.value_range = _range(value_range)
+        self.data_format = checked_data_format(data_format, self.name)
+        self._full = self._keras((0.0, 1.0), value_range=(0, 1), seed=seed, data_format=self.data_format,
+                                 dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        self._full.build(input_shape)
+        self.built = True
+
+    def perturb(self, inputs):
+        low, high = self.value_range
+        factor = self.strength("factor", inputs)
+        factor = tf.reshape(factor, [-1]) if factor.shape.rank else factor
+        changed = self._full.transform_images(
+            (inputs - low) / (high - low), {"factor": self._drawn(inputs, factor)}, training=True)
+        return low + (high - low) * tf.cast(changed, inputs.dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "data_format": self.data_format, "value_range": self.value_range}
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class RandomSaturation(_Colour):
     """Multiplies the saturation by a number between 1 - factor and 1 + factor.
 
     Args:
         factor: `Hyperparameter` or float in [0, 1].
         value_range: Tuple, the least and greatest value of a pixel.
         seed: Int or None.
+        data_format: As in Keras.
     """
 
     STRENGTHS = {"factor": (0.0, 1.0)}
+    _keras = keras.layers.RandomSaturation
 
-    def _full_strength(self):
-        return keras.layers.RandomSaturation(
-            (0.0, 1.0), value_range=(0, 1), seed=self.seed, data_format=self.data_format, dtype=self.dtype_policy)
-
-    def _transformation(self, inputs):
-        drawn = self.uniform([tf.shape(inputs)[0]], inputs, -1.0, 1.0)
-        return {"factor": 1.0 + drawn * self._factor(inputs, 1)}
+    def _drawn(self, inputs, factor):
+        return 1.0 + self.uniform([tf.shape(inputs)[0]], inputs, -1.0, 1.0) * factor
 
 
 @keras.saving.register_keras_serializable(package="farhox")
-class RandomHue(_Color):
+class RandomHue(_Colour):
     """Shifts the hue by an angle between -factor and factor, in turns of the colour circle.
 
     Args:
         factor: `Hyperparameter` or float in [0, 0.5].
         value_range: Tuple, the least and greatest value of a pixel.
         seed: Int or None.
+        data_format: As in Keras.
     """
 
     STRENGTHS = {"factor": (0.0, 0.5)}
+    _keras = keras.layers.RandomHue
 
-    def _full_strength(self):
-        return keras.layers.RandomHue(
-            (0.0, 1.0), value_range=(0, 1), seed=self.seed, data_format=self.data_format, dtype=self.dtype_policy)
-
-    def _transformation(self, inputs):
+    def _drawn(self, inputs, factor):
         # Keras' full strength is half a turn to either side.
-        return {"factor": tf.cast(self._drawn(inputs)["factor"], inputs.dtype) * 2.0 * self._factor(inputs, 1)}
+        drawn = self._full.get_random_transformation(inputs, training=True)["factor"]
+        return tf.cast(drawn, inputs.dtype) * 2.0 * factor
 
 
-class _Move(_Augmentation):
-    """A movement of the pixels."""
-
-    STRENGTHS = {"factor": (0.0, 1.0)}
-
-    def __init__(self, factor, fill_mode="constant", interpolation="bilinear", seed=None, data_format=None, **kwargs):
-        self.fill_mode, self.interpolation = fill_mode, interpolation
-        super().__init__(factor, seed=seed, data_format=data_format, **kwargs)
-
-    @property
-    def _settings(self):
-        return {"fill_mode": self.fill_mode, "interpolation": self.interpolation, "data_format": self.data_format}
-
-    def get_config(self):
-        return {**super().get_config(), "fill_mode": self.fill_mode, "interpolation": self.interpolation}
-
-
-@keras.saving.register_keras_serializable(package="farhox")
-class RandomTranslation(_Move):
-    """Moves images up or down and left or right by a share of their size between -factor and factor.
-
-    Args:
-        factor: `Hyperparameter` or float in [0, 1].
-        fill_mode, interpolation: As in `keras.layers.RandomTranslation`.
-        seed: Int or None.
-    """
-
-    def _full_strength(self):
-        return keras.layers.RandomTranslation(1.0, 1.0, seed=self.seed, **self._settings)
-
-    def _transformation(self, inputs):
-        drawn = self._drawn(inputs)
-        return {**drawn, "translations": drawn["translations"] * tf.cast(self._factor(inputs, 2), tf.float32)}
-
-
-@keras.saving.register_keras_serializable(package="farhox")
-class RandomRotation(_Move):
-    """Turns images around their centre by an angle between -factor and factor, in full turns.
-
-    Args:
-        factor: `Hyperparameter` or float in [0, 1].
-        fill_mode, interpolation: As in `keras.layers.RandomRotation`.
-        seed: Int or None.
-    """
-
-    def _full_strength(self):
+def _bounds(layer, name, factor):
+    """(lower, upper) of a factor of a Keras layer, or None if the layer goes without it."""
+    if getattr(layer, name) is None:
         return None
+    values = [getattr(layer, bound) for bound in factor.bounds]
+    return tuple(values) if len(values) == 2 else tuple(values[0])
 
-    def _transformation(self, inputs):
-        """The map from places in the output to places in the input, as 8 numbers per image."""
-        rows, columns = (2, 3) if self.data_format == "channels_first" else (1, 2)
-        angle = 2.0 * math.pi * tf.cast(self._factor(inputs, 1), tf.float32)
-        angle *= tf.cast(self.uniform([tf.shape(inputs)[0]], inputs, -1.0, 1.0), tf.float32)
-        y, x = ((tf.cast(tf.shape(inputs)[axis], tf.float32) - 1.0) / 2.0 for axis in (rows, columns))
-        cosine, sine, zero = tf.cos(angle), tf.sin(angle), tf.zeros_like(angle)
-        return tf.stack([cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y, zero, zero],
-                        axis=-1)
 
-    def perturb(self, inputs):
-        # Keras' layer keeps the matrix that belongs to its angle, so that no strength can be put in afterwards.
-        moved = keras.ops.image.affine_transform(
-            inputs, self._transformation(inputs), interpolation=self.interpolation, fill_mode=self.fill_mode,
-            data_format=self.data_format)
-        return tf.cast(moved, inputs.dtype)
+def _range(value_range):
+    """(least, greatest) as numbers, of which the first is less."""
+    pair = tuple(value_range) if isinstance(value_range, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in pair) or (
+            pair[0] >= pair[1]):
+        raise ValueError("value_range must be two finite numbers, the least and the greatest value of a pixel. "
+                         f"Received: {value_range!r}")
+    return pair
+
+
+def _dtype(kwargs):
+    return {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}

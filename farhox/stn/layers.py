@@ -14,143 +14,46 @@ weights always do. Regularizers apply to the weights as they respond: to those o
 example has a draw of its own. Outside of a `SelfTuningModel` weights respond to the hyperparameters' current values.
 """
 
-import math
-
 import keras
 import tensorflow as tf
 
-from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.serialization import deserialized, serialized
-from farhox.stn.gates import FanInUniform, Gate
+from farhox.stn.gates import FanInUniform
+from farhox.stn.self_tuning import SelfTuning, on_axes
 from farhox.stn.strengths import checked_strength, strength_value
 
 
-class SelfTuning:
-    """What self-tuning layers have in common: gates, hyper weights, regularizers, configuration.
+class Affine(SelfTuning):
+    """A layer activation(linear(x, kernel(u)) + bias(u)), which leaves `linear` to its subclasses."""
 
-    A mixin in front of a Keras layer. The constructor calls `_set_up` and `build` calls `_add_response`.
-    """
+    gate_axes = {"kernel": (-1,), "bias": (-1,)}
+
+    def call(self, inputs, training=None):
+        response = self.response()
+        outputs = self.linear(inputs, response)
+        if "bias" in response:
+            outputs = response.added("bias", outputs, [self.channel_axis])
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def linear(self, inputs, response):
+        """Outputs without their bias."""
+        raise NotImplementedError
 
     @property
-    def hyperparameters(self):
-        """Tuple of the hyperparameters that the weights respond to."""
-        return self.gate.input_of_gates.hyperparameters
+    def channel_axis(self):
+        return -1
 
-    @property
-    def response_variables(self):
-        """Hyper weights and gates, without the elementary weights."""
-        return [hyper_weight for _, hyper_weight, _ in self._responding.values()] + [self.gate.kernel]
-
-    def elementary_weights(self):
-        """Dictionary of variables by name."""
-        return {name: weight for name, (weight, _, _) in self._responding.items()}
-
-    def realized_weights(self):
-        """Dictionary of tensors by name: the weights at the current hyperparameters, or those of the first example."""
-        return {name: self._realized(name, gates) for name, gates in self._gates(None).items()}
-
-    def enable_lora(self, *args, **kwargs):
-        raise ValueError(f"A self-tuning layer cannot have LoRA weights. Received: enable_lora() of {self.name!r}")
-
-    def get_config(self):
-        config = super().get_config()
-        for unused in ("lora_rank", "lora_alpha", "quantization_config"):
-            config.pop(unused, None)
-        return {**config, "hyperparameters": serialized(self.hyperparameters),
-                "gate_initializer": keras.initializers.serialize(self.gate.initializer),
-                "centred": self.gate.input_of_gates.centred, "reference": self.gate.input_of_gates.reference}
-
-    @classmethod
-    def from_config(cls, config):
-        return super().from_config(deserialized(config, "hyperparameters"))
-
-    def save_own_variables(self, store):
-        # The Keras layers store the weights they know by name.
-        keras.layers.Layer.save_own_variables(self, store)
-
-    def load_own_variables(self, store):
-        keras.layers.Layer.load_own_variables(self, store)
-
-    def _set_up(self, hyperparameters, gate_initializer, centred, reference):
-        self.gate = Gate(hyperparameters, gate_initializer, self.name, centred, reference, dtype=self.dtype_policy)
-
-    def _set_fan_in(self, fan_in, *names):
+    def set_fan_in(self, fan_in, *names):
+        """Tells initializers of the paper, at attributes of those names, the number of inputs of a unit."""
         for name in names:
             initializer = getattr(self, name)
             if isinstance(initializer, FanInUniform) and initializer.fan_in is None:
                 setattr(self, name, FanInUniform(fan_in, initializer.seed))
 
-    def _add_response(self, weights, initializer, axes=None, initializers=None):
-        """Adds a hyper weight and gates for every weight.
-
-        Args:
-            weights: List of (name, variable or None).
-            initializer: Keras initializer of the hyper weights.
-            axes: Dictionary by name, how many of the last axes of a weight have a gate per entry. Default: one.
-            initializers: Dictionary by name, other initializers for some of the hyper weights.
-        """
-        self._responding = {}
-        for name, weight in weights:
-            if weight is not None:
-                weight.regularizer = None  # Regularizers see the response.
-                hyper_weight = self.add_weight(
-                    shape=weight.shape, initializer=(initializers or {}).get(name, initializer), name=f"hyper_{name}")
-                setattr(self, f"hyper_{name}", hyper_weight)
-                self._responding[name] = (weight, hyper_weight, tuple(weight.shape)[-(axes or {}).get(name, 1):])
-        self.gate.build([math.prod(shape) for _, _, shape in self._responding.values()])
-
-    def _gates(self, dtype):
-        """Gates by name of the weight: [units], or [batch, units] while every example has a draw of its own."""
-        return dict(zip(self._responding, self.gate.values(dtype or self.variable_dtype)))
-
-    def _realized(self, name, gates):
-        weight, hyper_weight, shape = self._responding[name]
-        gates = tf.reshape(gates[0] if gates.shape.rank == 2 else gates, shape)
-        return tf.cast(weight, gates.dtype) + gates * tf.cast(hyper_weight, gates.dtype)
-
-    def _add_penalties(self, regularizers, gates):
-        for name, regularizer in regularizers.items():
-            if regularizer is not None and name in gates:
-                self.add_loss(regularizer(self._realized(name, tf.cast(gates[name], self.variable_dtype))))
-
-
-class _Affine(SelfTuning):
-    """A layer activation(linear(x, kernel(u)) + bias(u)), which leaves `_linear` to its subclasses."""
-
-    def call(self, inputs, training=None):
-        gates = self._gates(self.compute_dtype)
-        self._add_penalties({"kernel": self._kernel_regularizer(), "bias": self.bias_regularizer}, gates)
-        channel_axis = 1 if getattr(self, "data_format", None) == "channels_first" else -1
-        if gates["kernel"].shape.rank == 1:
-            outputs = self._linear(inputs, self._realized("kernel", gates["kernel"]))
-            bias = self._realized("bias", gates["bias"])[tf.newaxis] if self.use_bias else None
-        else:
-            kernel, hyper_kernel, _ = self._responding["kernel"]
-            # One product with both kernels side by side is no faster, and needs memory for them.
-            response = self._linear(inputs, tf.cast(hyper_kernel, inputs.dtype))
-            outputs = self._linear(inputs, tf.cast(kernel, inputs.dtype))
-            outputs += per_output(gates["kernel"], response, channel_axis) * response
-            if self.use_bias:
-                bias, hyper_bias, _ = self._responding["bias"]
-                bias = tf.cast(bias, outputs.dtype) + gates["bias"] * tf.cast(hyper_bias, outputs.dtype)
-        if self.use_bias:
-            outputs += per_output(bias, outputs, channel_axis)
-        return outputs if self.activation is None else self.activation(outputs)
-
-    def _kernel_regularizer(self):
-        return self.kernel_regularizer
-
-
-def per_output(gates, outputs, channel_axis):
-    """Gates [batch or 1, units] in a shape that broadcasts to the outputs, with units on the channel axis."""
-    shape = [1] * outputs.shape.rank
-    shape[channel_axis] = gates.shape[-1]
-    shape[0] = 1 if gates.shape[0] == 1 else -1
-    return tf.reshape(gates, shape)
-
 
 @keras.saving.register_keras_serializable(package="farhox")
-class Dense(_Affine, keras.layers.Dense):
+class Dense(Affine, keras.layers.Dense):
     """`keras.layers.Dense` with a best response, y = x W(u) + b(u).
 
     Of the parameters units (2 fan_in + n) are for the weights and units (2 + n) for the biases (Eq. 11).
@@ -165,98 +68,21 @@ class Dense(_Affine, keras.layers.Dense):
         output by a learned scalar, which is not in the paper and not here.
     """
 
+    plain = keras.layers.Dense
+
     def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None, bias_initializer=None,
-                 centred=False, reference=None, **kwargs):
-        super().__init__(units, kernel_initializer=kernel_initializer or FanInUniform(),
+                 **kwargs):
+        super().__init__(units, hyperparameters=hyperparameters, gate_initializer=gate_initializer,
+                         kernel_initializer=kernel_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred, reference)
 
     def build(self, input_shape):
-        self._set_fan_in(input_shape[-1], "kernel_initializer", "bias_initializer")
+        self.set_fan_in(input_shape[-1], "kernel_initializer", "bias_initializer")
         super().build(input_shape)
-        self._add_response([("kernel", self.kernel), ("bias", self.bias)], FanInUniform(input_shape[-1]))
 
-    def _linear(self, inputs, kernel):
-        return tf.matmul(inputs, kernel) if inputs.shape.rank == 2 else tf.tensordot(inputs, kernel, axes=1)
-
-
-class _Convolution(_Affine):
-    """What `Conv1D` and `Conv2D` have in common."""
-
-    def __init__(self, filters, kernel_size, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 bias_initializer=None, centred=False, reference=None, **kwargs):
-        super().__init__(filters, kernel_size, kernel_initializer=kernel_initializer or FanInUniform(),
-                         bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred, reference)
-
-    def build(self, input_shape):
-        channels = input_shape[1 if self.data_format == "channels_first" else -1]
-        fan_in = math.prod(self.kernel_size) * channels // self.groups
-        self._set_fan_in(fan_in, "kernel_initializer", "bias_initializer")
-        super().build(input_shape)
-        self._add_response([("kernel", self.kernel), ("bias", self.bias)], FanInUniform(fan_in))
-
-    def _linear(self, inputs, kernel):
-        padding = self.padding
-        if padding == "causal":
-            amount = self.dilation_rate[0] * (self.kernel_size[0] - 1)
-            time = 2 if self.data_format == "channels_first" else 1
-            inputs = tf.pad(inputs, [[amount, 0] if axis == time else [0, 0] for axis in range(3)])
-            padding = "valid"
-        return keras.ops.conv(inputs, kernel, strides=list(self.strides), padding=padding,
-                              dilation_rate=self.dilation_rate, data_format=self.data_format)
-
-
-@keras.saving.register_keras_serializable(package="farhox")
-class Conv1D(_Convolution, keras.layers.Conv1D):
-    """`keras.layers.Conv1D` with a best response: one gate per output channel.
-
-    Args:
-        filters, kernel_size: As in Keras.
-        hyperparameters, gate_initializer, centred, reference: See the module.
-        **kwargs: As in Keras.
-    """
-
-
-@keras.saving.register_keras_serializable(package="farhox")
-class Conv2D(_Convolution, keras.layers.Conv2D):
-    """`keras.layers.Conv2D` with a best response: one gate per output channel.
-
-    Args:
-        filters, kernel_size: As in Keras.
-        hyperparameters, gate_initializer, centred, reference: See the module.
-        **kwargs: As in Keras.
-    """
-
-
-@keras.saving.register_keras_serializable(package="farhox")
-class DepthwiseConv2D(_Affine, keras.layers.DepthwiseConv2D):
-    """`keras.layers.DepthwiseConv2D` with a best response: one gate per output channel.
-
-    Args:
-        kernel_size: As in Keras.
-        hyperparameters, gate_initializer, centred, reference: See the module.
-        **kwargs: As in Keras.
-    """
-
-    def __init__(self, kernel_size, hyperparameters, gate_initializer=None, depthwise_initializer=None,
-                 bias_initializer=None, centred=False, reference=None, **kwargs):
-        super().__init__(kernel_size, depthwise_initializer=depthwise_initializer or FanInUniform(),
-                         bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred, reference)
-
-    def build(self, input_shape):
-        fan_in = math.prod(self.kernel_size)
-        self._set_fan_in(fan_in, "depthwise_initializer", "bias_initializer")
-        super().build(input_shape)
-        self._add_response([("kernel", self.kernel), ("bias", self.bias)], FanInUniform(fan_in), {"kernel": 2})
-
-    def _kernel_regularizer(self):
-        return self.depthwise_regularizer
-
-    def _linear(self, inputs, kernel):
-        return keras.ops.depthwise_conv(inputs, kernel, strides=self.strides, padding=self.padding,
-                                        dilation_rate=self.dilation_rate, data_format=self.data_format)
+    def linear(self, inputs, response):
+        return response.linear("kernel", lambda kernel: (
+            tf.matmul(inputs, kernel) if inputs.shape.rank == 2 else tf.tensordot(inputs, kernel, axes=1)))
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -281,38 +107,35 @@ class Embedding(SelfTuning, keras.layers.Embedding):
         [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), section 4.3.
     """
 
+    plain = keras.layers.Embedding
+    gate_axes = {"embeddings": (-1,)}
+    own_settings = (*SelfTuning.own_settings, "dropout", "seed")
+
     def __init__(self, input_dim, output_dim, hyperparameters, gate_initializer=None, embeddings_initializer=None,
-                 dropout=0.0, seed=None, centred=False, reference=None, **kwargs):
-        super().__init__(input_dim, output_dim, embeddings_initializer=embeddings_initializer or _uniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred, reference)
+                 dropout=0.0, seed=None, **kwargs):
+        super().__init__(input_dim, output_dim, hyperparameters=hyperparameters, gate_initializer=gate_initializer,
+                         embeddings_initializer=embeddings_initializer or _uniform(), **kwargs)
         self.dropout = checked_strength(dropout, f"dropout of {self.name!r}", 0.0, 1.0)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     @property
     def hyperparameters_with_one_draw(self):
-        """Hyperparameters that apply to the batch as a whole."""
-        return [self.dropout] if isinstance(self.dropout, Hyperparameter) else []
+        return [self.dropout] if isinstance(self.dropout, OuterVariable) else []
 
-    def build(self, input_shape=None):
-        if self.built:
-            return
-        super().build(input_shape)
-        self._add_response([("embeddings", self.embeddings)], _uniform())
+    def hyper_initializer(self, name):
+        return _uniform()
 
     def call(self, inputs, training=None, reverse=False):
         if reverse:
             self._check_reverse()
             return tf.tensordot(tf.cast(inputs, self.compute_dtype),
                                 tf.cast(tf.convert_to_tensor(self.embeddings), self.compute_dtype), [[-1], [1]])
-        gates = self._gates(self.compute_dtype)
-        self._add_penalties({"embeddings": self.embeddings_regularizer}, gates)
         indices = tf.cast(inputs, "int32")
-        table, hyper_table, _ = self._responding["embeddings"]
-        elementary = tf.cast(tf.gather(table, indices), self.compute_dtype)
-        response = tf.cast(tf.gather(hyper_table, indices), self.compute_dtype)
-        gates = gates["embeddings"]
-        outputs = elementary + (gates if gates.shape.rank == 1 else per_output(gates, response, -1)) * response
+        # Rows that were read respond, and not the whole table.
+        table, hyper_table, gates = self.response().parts("embeddings", realize=False)
+        responding = tf.gather(hyper_table, indices)
+        outputs = tf.gather(table, indices) + on_axes(gates, responding.shape.rank, [-1]) * responding
         if training and (self.hyperparameters_with_one_draw or self.dropout):
             rate = tf.cast(strength_value(self.dropout), outputs.dtype)
             words = keras.random.uniform([self.input_dim], dtype=self.compute_dtype, seed=self.seed_generator)
@@ -330,6 +153,16 @@ class Embedding(SelfTuning, keras.layers.Embedding):
         if self.mask_zero:
             raise ValueError("An embedding must not mask zeros if it is called with reverse=True: what it is called on "
                              f"then is no index. Received: {self.name!r} with mask_zero=True")
+
+    def to_keras(self):
+        if any(node.arguments.kwargs.get("reverse") for node in self._inbound_nodes):
+            raise ValueError("stn.bake needs layers that have a plain twin. Received: "
+                             f"{self.name!r}, called with reverse=True")
+        return super().to_keras()
+
+    @classmethod
+    def settings_of_plain(cls, layer):
+        return {key: value for key, value in super().settings_of_plain(layer).items() if key != "weights"}
 
     def get_config(self):
         return {**super().get_config(), "seed": self.seed, "dropout": serialized(self.dropout)}

@@ -29,40 +29,76 @@ def as_loss(loss, dtype):
 
 @keras.saving.register_keras_serializable(package="farhox")
 class LabelSmoothing(keras.losses.Loss):
-    """Cross-entropy from logits with smoothed labels, each example with its own smoothing while it is perturbed.
+    """Cross-entropy with smoothed labels, each example with its own smoothing while it is perturbed.
 
-    The target is (1 - smoothing) one_hot(label) + smoothing / classes.
+    The target is (1 - smoothing) one_hot(label) + smoothing / classes; of a binary loss, (1 - smoothing) y +
+    smoothing / 2.
 
     Args:
         smoothing: `Hyperparameter` or float in [0, 1].
-        sparse: Bool. Targets are labels [batch, ...]; otherwise distributions [batch, ..., classes].
+        sparse: Bool, without a `loss`. Targets are labels [batch, ...]; otherwise distributions [batch, ..., classes].
+        loss: A Keras loss with label smoothing, of which the smoothing takes the place: `CategoricalCrossentropy`,
+            `BinaryCrossentropy`, `CategoricalFocalCrossentropy` or `BinaryFocalCrossentropy`, or
+            `SparseCategoricalCrossentropy`, which has none in Keras. Default: from logits.
 
     Raises:
-        ValueError: If the smoothing can leave [0, 1].
+        TypeError: If the loss is another one.
+        ValueError: If the smoothing can leave [0, 1], or the loss leaves out a class.
     """
 
-    def __init__(self, smoothing, sparse=True, name="label_smoothing", **kwargs):
-        super().__init__(name=name, **kwargs)
+    def __init__(self, smoothing, sparse=True, loss=None, name="label_smoothing", **kwargs):
+        if loss is None:
+            kind = keras.losses.SparseCategoricalCrossentropy if sparse else keras.losses.CategoricalCrossentropy
+            loss = kind(from_logits=True, **kwargs)
+        elif type(loss) not in (*_SMOOTHING, keras.losses.SparseCategoricalCrossentropy):
+            raise TypeError("Labels are smoothed in cross-entropies of Keras: "
+                            f"{', '.join(kind.__name__ for kind in _SMOOTHING)}, SparseCategoricalCrossentropy. "
+                            f"Received: {loss!r}")
+        config = loss.get_config()
+        if config.get("ignore_class") is not None:
+            raise ValueError("The loss must not leave out a class: its label has no place among the smoothed ones. "
+                             f"Received: ignore_class={config['ignore_class']}")
+        super().__init__(name=name, reduction=loss.reduction, dtype=loss.dtype)
         self.smoothing = checked_strength(smoothing, "smoothing", 0.0, 1.0)
-        self.sparse = bool(sparse)
+        self.loss = loss
+        self.sparse = isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+        if self.sparse:
+            settings = {key: config[key] for key in ("from_logits", "axis") if key in config}
+            self._hard = keras.losses.CategoricalCrossentropy(reduction=None, dtype=loss.dtype, **settings)
+        else:
+            self._hard = type(loss).from_config({**config, "label_smoothing": 0.0, "reduction": None})
 
     def call(self, y_true, y_pred):
-        log_probabilities = tf.nn.log_softmax(y_pred)
-        classes = y_pred.shape[-1]
+        y_pred = tf.convert_to_tensor(y_pred)
+        axis = self._hard.get_config().get("axis", -1)
+        targets = tf.convert_to_tensor(y_true)
         if self.sparse:
-            labels = tf.cast(y_true, "int32")
-            labels = tf.squeeze(labels, -1) if labels.shape.rank == y_pred.shape.rank else labels
-            of_label = tf.gather(log_probabilities, labels, batch_dims=labels.shape.rank)
-        else:
-            of_label = tf.reduce_sum(y_true * log_probabilities, axis=-1)
+            labels = tf.squeeze(targets, axis) if targets.shape.rank == y_pred.shape.rank else targets
+            targets = tf.one_hot(tf.cast(labels, "int32"), y_pred.shape[axis], axis=axis, dtype=y_pred.dtype)
+        targets = tf.cast(targets, y_pred.dtype)
+        if targets.shape.rank == y_pred.shape.rank - 1:  # As Keras, of binary labels.
+            targets = targets[..., tf.newaxis]
         smoothing = tf.cast(strength_value(self.smoothing), y_pred.dtype)
         if smoothing.shape.rank:
-            smoothing = tf.reshape(smoothing, [-1] + [1] * (of_label.shape.rank - 1))
-        return -(1 - smoothing) * of_label - smoothing / classes * tf.reduce_sum(log_probabilities, axis=-1)
+            smoothing = tf.reshape(smoothing, [-1] + [1] * (targets.shape.rank - 1))
+        classes = 2 if isinstance(self._hard, _BINARY) else y_pred.shape[axis]
+        return self._hard.call(targets * (1.0 - smoothing) + smoothing / classes, y_pred)
+
+    def to_keras(self):
+        """The Keras loss with the current smoothing; without any for labels that are numbers of classes."""
+        config = self.loss.get_config()
+        if self.sparse:
+            return type(self.loss).from_config(config)
+        return type(self.loss).from_config({**config, "label_smoothing": float(strength_value(self.smoothing))})
 
     def get_config(self):
-        return {**super().get_config(), "smoothing": serialized(self.smoothing), "sparse": self.sparse}
+        return {"name": self.name, "smoothing": serialized(self.smoothing),
+                "loss": keras.losses.serialize(self.loss)}
 
     @classmethod
     def from_config(cls, config):
-        return cls(**deserialized(config, "smoothing"))
+        return cls(**deserialized(config, "smoothing", "loss"))
+
+
+_BINARY = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
+_SMOOTHING = (*_BINARY, keras.losses.CategoricalCrossentropy, keras.losses.CategoricalFocalCrossentropy)

@@ -6,17 +6,24 @@ import keras
 import tensorflow as tf
 
 from farhox._core import checks
-from farhox._core.logs import log_values
+from farhox._core.logs import log_values, unique_names
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn import conversion
-from farhox.stn.alternation import alternate, as_dataset, unpack
-from farhox.stn.draws import Perturbation
+from farhox.stn.alternation import alternate, as_dataset, training_data, unpack
+from farhox.stn.draws import Draws
 from farhox.stn.gates import as_hyperparameters
+from farhox.stn.guard import StopWhenDiverged, UpdateGuard
 from farhox.stn.losses import as_loss
+from farhox.stn.held import hyperparameters_in
 from farhox.stn.network import Network
+from farhox.stn.saved_names import check_names, save_names
 from farhox.stn.steps import STN, DeltaSTN
+from farhox.stn.untuned import check_settings, warn_of_untuned
 
 _METHODS = ("stn", "delta")
+_TRAINING_LOSS, _STATISTICS, _GRADIENTS, _WEIGHTS = _TRAINING_PARTS = (
+    "the training loss", "statistics of layers", "gradients of the weights", "the weights after an update")
+_VALIDATION_LOSS, _SCALES = "the validation loss", "the scales of the draws or their gradient"
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -47,6 +54,10 @@ class SelfTuningModel(keras.Model):
     learn at the current hyperparameters, and the response learns on the network linearised in the gates around them,
     y + J (u' - u), with an exact forward-mode product.
 
+    An update with a value that is not finite is never made: weights, hyperparameters and slots keep their last good
+    values, `skipped_updates` counts it, and `fit` ends with an error when too many come in a row. With a
+    `LossScaleOptimizer` the gradients of the weights are that optimizer's to judge: it lowers its scale.
+
     Args:
         model: A built `keras.Model` with self-tuning layers, `stn.convert(...)` for example.
         hyperparameters: List of `Hyperparameter`. Default: those that the self-tuning layers respond to.
@@ -58,11 +69,12 @@ class SelfTuningModel(keras.Model):
         method: "stn" or "delta".
         one_draw: List of hyperparameters with one draw for the whole batch, because the training loss applies them to
             weights or to the batch as a whole. Those of regularizers and DropConnect are found.
+        max_skipped_updates: Positive int, updates skipped in a row after which `fit` stops with an error.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, the model has no self-tuning layer, or one of them responds to a
-            hyperparameter that is not among the model's.
+        ValueError: If an argument is out of range, the model has no self-tuning layer, one of them responds to a
+            hyperparameter that is not among the model's, or none responds to one that is.
 
     Reference:
         [MacKay et al., 2019](https://arxiv.org/abs/1903.03088);
@@ -70,7 +82,8 @@ class SelfTuningModel(keras.Model):
     """
 
     def __init__(self, model, hyperparameters=None, training_steps=2, validation_steps=1, warmup_steps=0,
-                 initial_scale=0.5, entropy_weight=1e-3, method="stn", one_draw=(), **kwargs):
+                 initial_scale=0.5, entropy_weight=1e-3, method="stn", one_draw=(),
+                 max_skipped_updates=10, **kwargs):
         super().__init__(**kwargs)
         if not isinstance(model, keras.Model) or not model.built:
             raise TypeError(f"A SelfTuningModel needs a built keras.Model. Received: {model!r}")
@@ -89,26 +102,36 @@ class SelfTuningModel(keras.Model):
                     raise ValueError("Layers must respond to hyperparameters of their SelfTuningModel. Received: layer "
                                      f"{layer.name!r} with {entry.name!r}, which is none of "
                                      f"{[entry.name for entry in self.hyperparameters]}")
+        responding = {id(entry) for layer in network.gated for entry in layer.hyperparameters}
+        blind = [entry.name for entry in self.hyperparameters if id(entry) not in responding]
+        if blind:
+            raise ValueError("Every hyperparameter must have a layer that responds to it, or it would never move: name "
+                             "it in stn.convert(model, hyperparameters) or in a layer. Received: "
+                             f"{', '.join(map(repr, blind))} without any")
         if method not in _METHODS:
             raise ValueError(f"method must be one of {_METHODS}. Received: method={method!r}")
-        for name, value, least in (("training_steps", training_steps, 1), ("validation_steps", validation_steps, 1),
-                                   ("warmup_steps", warmup_steps, 0)):
-            checks.integer_of_at_least(name, value, least)
-        checks.positive_number("initial_scale", initial_scale)
-        checks.non_negative_number("entropy_weight", entropy_weight)
         self.model = model
         self.method = method
-        self.training_steps, self.validation_steps = int(training_steps), int(validation_steps)
-        self.warmup_steps = int(warmup_steps)
-        self.initial_scale, self.entropy_weight = float(initial_scale), float(entropy_weight)
+        self.training_steps = checks.positive_integer("training_steps", training_steps)
+        self.validation_steps = checks.positive_integer("validation_steps", validation_steps)
+        self.warmup_steps = checks.non_negative_integer("warmup_steps", warmup_steps)
+        self.initial_scale = checks.positive_number("initial_scale", initial_scale)
+        self.entropy_weight = checks.non_negative_number("entropy_weight", entropy_weight)
+        self.max_skipped_updates = checks.positive_integer("max_skipped_updates", max_skipped_updates)
         self.one_draw = as_hyperparameters(one_draw, "one_draw") if one_draw else ()
-        self.perturbation = Perturbation(
+        self.draws = Draws(
             self.hyperparameters, initial_scale, [*self.one_draw, *network.hyperparameters_with_one_draw()])
         for gate_input in network.gate_inputs:
             gate_input.centred = method == "delta"
         self._network = network
-        self._train_loss = keras.metrics.Mean(name="loss")
+        warn_of_untuned(hyperparameters_in(network.layers), "A layer of the network", self.hyperparameters)
+        self._evaluated_loss = keras.metrics.Mean(name="loss")
         self._outer_loss = keras.metrics.Mean(name="outer_loss")
+        self._inner_loss = keras.metrics.Mean(name="inner_loss")
+        self._hyper_parts = [f"the hyperparameter {entry.name!r} or its gradient" for entry in self.hyperparameters]
+        self.guard = UpdateGuard({
+            "training": _TRAINING_PARTS, "validation": [_VALIDATION_LOSS, *self._hyper_parts, _SCALES]},
+            self.max_skipped_updates)
         self._functions = {}
         self.built = True
 
@@ -130,7 +153,8 @@ class SelfTuningModel(keras.Model):
 
         Raises:
             TypeError: If a loss is not one.
-            ValueError: If there is no loss, or `response_optimizer` comes with `method="stn"`.
+            ValueError: If there is no loss, `response_optimizer` comes with `method="stn"`, or an optimizer has a
+                setting that is a hyperparameter: gates do not see what an optimizer does, so it would never be tuned.
         """
         if loss is None:
             raise ValueError("A SelfTuningModel must be compiled with a loss. Received: loss=None")
@@ -142,31 +166,39 @@ class SelfTuningModel(keras.Model):
             "metrics": metrics, "weighted_metrics": weighted_metrics, **kwargs}
         self._loss = as_loss(loss, dtype)
         self._validation_loss = self._loss if validation_loss is None else as_loss(validation_loss, dtype)
+        warn_of_untuned(hyperparameters_in([self._loss]), "The training loss", self.hyperparameters)
         super().compile(optimizer=optimizer, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs)
         self.hyper_optimizer = keras.optimizers.get(hyper_optimizer)
         self.scale_optimizer = None if scale_optimizer is None else keras.optimizers.get(scale_optimizer)
+        for name, given in (("optimizer", self.optimizer), ("hyper_optimizer", self.hyper_optimizer),
+                            ("scale_optimizer", self.scale_optimizer), ("response_optimizer", response_optimizer)):
+            if isinstance(given, keras.optimizers.Optimizer):
+                check_settings(name, given, self.hyperparameters)
         network, delta = self._network, self.method == "delta"
         if delta and response_optimizer is None:
             response_optimizer = type(self.optimizer).from_config(self.optimizer.get_config())
         self.response_optimizer = keras.optimizers.get(response_optimizer) if delta else None
         self.optimizer.build(network.general if delta else network.general + network.response)
-        self.hyper_optimizer.build(self.perturbation.variables_of)
+        self.hyper_optimizer.build(self.draws.variables_of)
         if delta:
             self.response_optimizer.build(network.response)
         if self.scale_optimizer is not None:
-            self.scale_optimizer.build([self.perturbation.raw_scales])
+            self.scale_optimizer.build([self.draws.raw_scales])
+        self._scales_loss = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
         self._steps = (DeltaSTN if delta else STN)(
-            network, self.perturbation, self._training_objective, self._validation_objective,
+            network, self.draws, self._training_objective, self._validation_objective,
             self.optimizer.scale_loss, self.entropy_weight)
         self._functions = {}
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, validation_data=None, sample_weight=None, shuffle=True,
-            validation_batch_size=None, **kwargs):
+            validation_batch_size=None, callbacks=None, **kwargs):
         """Trains and tunes. One step of an epoch is one training step or one validation step.
 
-        The logs of an epoch have the training loss as `loss`, the mean over validation steps as `outer_loss`, every
-        hyperparameter in natural units under its name, and, as in Keras, `val_loss` and metrics with `val_` in front
-        from an evaluation on the validation data.
+        The logs of an epoch have the names that those of a `HyperOptimizer` have: `loss` and `outer_loss` are the
+        mean over validation steps, `inner_loss` that of the training loss over training steps. They have every
+        hyperparameter in natural units under its name, `skipped_updates`, and, as in Keras, `val_loss` and metrics with
+        `val_` in front from an evaluation on the validation data. What was not measured has no entry: `loss` and
+        `outer_loss` before the warm-up ends.
 
         Args:
             x, y, sample_weight: Arrays, or `x` a `tf.data.Dataset` of batches (x, y) or (x, y, sample_weight).
@@ -176,12 +208,13 @@ class SelfTuningModel(keras.Model):
                 and again in training, so it must not be what the result is reported on.
             shuffle: Bool, for arrays.
             validation_batch_size: Int, for arrays. Default: `batch_size`.
-            **kwargs: As in Keras.
+            callbacks, **kwargs: As in Keras.
 
         Returns:
             A `keras.callbacks.History`.
 
         Raises:
+            RuntimeError: If too many updates in a row were skipped because a value was not finite.
             ValueError: If there is no validation data, or training and validation batches differ in structure.
         """
         if validation_data is None:
@@ -192,15 +225,30 @@ class SelfTuningModel(keras.Model):
         if self.distribute_strategy.num_replicas_in_sync > 1:
             raise ValueError("A SelfTuningModel trains on one replica. Received a strategy with "
                              f"{self.distribute_strategy.num_replicas_in_sync}")
-        data = x if isinstance(x, tf.data.Dataset) else (x, y) if sample_weight is None else (x, y, sample_weight)
-        train = as_dataset(data, batch_size, shuffle, "The training data")
-        validation = as_dataset(validation_data, validation_batch_size or batch_size, shuffle, "validation_data")
+        for name in ("class_weight", "validation_split"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"fit() of a SelfTuningModel takes no {name}: give sample weights, or validation "
+                                 f"data. Received: {name}")
+        train = as_dataset(training_data(x, y, sample_weight), batch_size, shuffle, "The training data",
+                           kwargs.get("steps_per_epoch"))
+        validation = as_dataset(validation_data, validation_batch_size or batch_size, shuffle, "validation_data",
+                                kwargs.get("validation_steps"))
         if self._compile_metrics is not None and not self._compile_metrics.built:
             # Their variables are made from a batch, and Keras would take the flag of a batch for its inputs.
             self.test_on_batch(*next(iter(validation)))
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = callbacks.callbacks
+        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
         return super().fit(
             alternate(train, validation, self.training_steps, self.validation_steps), epochs=epochs, shuffle=False,
-            validation_data=validation, **kwargs)
+            validation_data=validation, callbacks=[StopWhenDiverged(self.guard), *callbacks], **kwargs)
+
+    def make_train_function(self, force=False):
+        if self.train_function is None or force:
+            super().make_train_function(force)
+            train = self.train_function
+            self.train_function = lambda iterator: self._measured(train(iterator))
+        return self.train_function
 
     def train_step(self, data):
         if len(data) != 2 or getattr(data[0], "dtype", None) != tf.bool:
@@ -208,7 +256,7 @@ class SelfTuningModel(keras.Model):
                              "step with training_step() and validation_step(). Received: train_on_batch()")
         is_validation, batch = data
         x, y, sample_weight, batch_size = unpack(batch)
-        noise = self.perturbation.noise(batch_size)
+        noise = self.draws.noise(batch_size)
         due = tf.convert_to_tensor(self.optimizer.iterations) >= self.warmup_steps
 
         tf.cond(
@@ -221,10 +269,9 @@ class SelfTuningModel(keras.Model):
         x, y, sample_weight, batch_size = unpack(data)
         predictions = self.model(x, training=False)
         loss = self._validation_objective(x, y, predictions, sample_weight)
-        self._train_loss.update_state(loss, sample_weight=batch_size)
+        self._evaluated_loss.update_state(loss, sample_weight=batch_size)
         logs = self.compute_metrics(x, y, predictions, sample_weight)
-        logs.pop("outer_loss")
-        return logs
+        return {name: value for name, value in logs.items() if name not in ("outer_loss", "inner_loss")}
 
     def summary(self, *args, **kwargs):
         """Keras' summary, with what of the network responds to hyperparameters under it."""
@@ -258,17 +305,24 @@ class SelfTuningModel(keras.Model):
         """
         return self._by_hand("validation", self._validation_step, batch, noise)
 
+    def save_own_variables(self, store):
+        save_names(store, self.hyperparameters)
+
+    def load_own_variables(self, store):
+        # Layers check them too; an error of the model's own is the one that Keras shows.
+        check_names(store, self.hyperparameters, self.name)
+
     @property
     def metrics(self):
         # Keras' own tracker of a loss stays empty: losses are weighted by examples, those of evaluation differ.
-        return [metric for metric in super().metrics if metric.name != "loss" or metric is self._train_loss]
+        return [metric for metric in super().metrics if metric.name != "loss" or metric is self._evaluated_loss]
 
     def get_config(self):
         return {**super().get_config(), "model": keras.saving.serialize_keras_object(self.model),
                 "hyperparameters": serialized(self.hyperparameters), "training_steps": self.training_steps,
                 "validation_steps": self.validation_steps, "warmup_steps": self.warmup_steps,
                 "initial_scale": self.initial_scale, "entropy_weight": self.entropy_weight, "method": self.method,
-                "one_draw": serialized(self.one_draw)}
+                "one_draw": serialized(self.one_draw), "max_skipped_updates": self.max_skipped_updates}
 
     @classmethod
     def from_config(cls, config):
@@ -290,25 +344,54 @@ class SelfTuningModel(keras.Model):
         step = self._steps.training(x, y, sample_weight, noise)
         self._check_used(step.read)
         network = self._network
-        if self.method == "delta":
-            self.optimizer.apply(step.general, network.general)
-            self.response_optimizer.apply(step.response, network.response)
-        else:
-            self.optimizer.apply(step.general + step.response, network.general + network.response)
-        for variable, value in step.updates:
-            variable.assign(value)
-        self._train_loss.update_state(step.loss, sample_weight=tf.shape(noise)[0])
+        optimizers = [self.optimizer] if self.method == "stn" else [self.optimizer, self.response_optimizer]
+
+        def apply():
+            if self.method == "delta":
+                self.optimizer.apply(step.general, network.general)
+                self.response_optimizer.apply(step.response, network.response)
+            else:
+                self.optimizer.apply(step.general + step.response, network.general + network.response)
+            for variable, value in step.updates:
+                variable.assign(value)
+
+        statistics = [value for _, value in step.updates]
+        parts = {_TRAINING_LOSS: step.loss, _STATISTICS: statistics}
+        if not self._scales_loss:
+            parts[_GRADIENTS] = [step.general, step.response]
+        changed = network.general + network.response + [v for each in optimizers for v in each.variables]
+        done = self.guard.update("training", parts, apply, {
+            _WEIGHTS: changed, _STATISTICS: [variable for variable, _ in step.updates]})
+        weight = tf.where(done, tf.shape(noise)[0], 0)
+        self._inner_loss.update_state(tf.where(done, step.loss, tf.zeros_like(step.loss)), sample_weight=weight)
         if self._compile_metrics is not None:
-            self._compile_metrics.update_state(y, step.predictions, sample_weight)
+            tf.cond(done, lambda: _done(self._compile_metrics.update_state, y, step.predictions, sample_weight),
+                    tf.no_op)
         return step.loss
 
     def _validation_step(self, x, y, sample_weight, noise):
         step = self._steps.validation(x, y, sample_weight, None if self.scale_optimizer is None else noise)
-        self.hyper_optimizer.apply(step.hyperparameters, self.perturbation.variables_of)
+
+        def apply():
+            self.hyper_optimizer.apply(step.hyperparameters, self.draws.variables_of)
+            if self.scale_optimizer is not None:
+                self.scale_optimizer.apply([step.raw_scales], [self.draws.raw_scales])
+
+        parts = {_VALIDATION_LOSS: step.loss, **dict(zip(self._hyper_parts, step.hyperparameters))}
+        changed = {part: [variable] for part, variable in zip(self._hyper_parts, self.draws.variables_of)}
+        changed[self._hyper_parts[0]] += self.hyper_optimizer.variables
         if self.scale_optimizer is not None:
-            self.scale_optimizer.apply([step.raw_scales], [self.perturbation.raw_scales])
-        self._outer_loss.update_state(step.loss, sample_weight=tf.shape(noise)[0])
+            parts[_SCALES] = step.raw_scales
+            changed[_SCALES] = [self.draws.raw_scales, *self.scale_optimizer.variables]
+        done = self.guard.update("validation", parts, apply, changed, self._natural_values)
+        weight = tf.where(done, tf.shape(noise)[0], 0)
+        self._outer_loss.update_state(tf.where(done, step.loss, tf.zeros_like(step.loss)), sample_weight=weight)
         return step.loss
+
+    def _natural_values(self):
+        """What hyperparameters and scales must be after an update too: exp(u) can be infinite where u is not."""
+        values = {part: entry.natural_value() for part, entry in zip(self._hyper_parts, self.hyperparameters)}
+        return {**values, _SCALES: self.draws.scales()}
 
     def _training_objective(self, x, y, predictions, sample_weight):
         loss = self._loss(y, predictions, sample_weight=sample_weight)
@@ -329,8 +412,8 @@ class SelfTuningModel(keras.Model):
         if name not in self._functions:
             def function(batch, noise):
                 x, y, sample_weight, batch_size = unpack(batch)
-                noise = (self.perturbation.noise(batch_size) if noise is None else
-                         self.perturbation.same_rows(tf.cast(noise, self.perturbation.raw_scales.dtype)))
+                noise = (self.draws.noise(batch_size) if noise is None else
+                         self.draws.same_rows(tf.cast(noise, self.draws.raw_scales.dtype)))
                 return step(x, y, sample_weight, noise)
 
             self._functions[name] = function if self.run_eagerly else tf.function(
@@ -339,13 +422,19 @@ class SelfTuningModel(keras.Model):
 
     def _logs(self):
         logs = self.get_metrics_result()
-        named = {}
-        for entry in self.hyperparameters:
-            name, count = entry.name, 1
-            while name in named or name in logs:
-                name, count = f"{entry.name}_{count}", count + 1
-            named[name] = entry
-        return {**logs, **log_values(named)}
+        logs["loss"] = logs["outer_loss"]
+        logs["skipped_updates"] = tf.convert_to_tensor(self.guard.skipped)
+        return {**logs, **log_values(unique_names(self.hyperparameters, taken=logs))}
+
+    def _measured(self, logs):
+        """The logs without what was measured in no step since the epoch began, where a metric is zero."""
+        unmeasured = set()
+        if not float(self._outer_loss.count):
+            unmeasured |= {"loss", "outer_loss"}
+        if not float(self._inner_loss.count):
+            # Compiled metrics are those of training steps.
+            unmeasured |= set(self.get_metrics_result()) - {"loss", "outer_loss"}
+        return {name: value for name, value in logs.items() if name not in unmeasured}
 
 
 def _done(step, *arguments):

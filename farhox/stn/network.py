@@ -2,13 +2,12 @@
 
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from farhox._core import functional
-from farhox.outer.hyperparameters import Hyperparameter
-from farhox.outer.regularizers import L1L2
-from farhox.stn.layers import Embedding, SelfTuning
-from farhox.stn.recurrent import GRUCell, LSTMCell
+from farhox.stn.held import hyperparameters_in
+from farhox.stn.self_tuning import SelfTuning, Twin
 
 
 class Pass(NamedTuple):
@@ -51,12 +50,10 @@ class Network:
 
     def hyperparameters_with_one_draw(self):
         """Hyperparameters that layers or regularizers apply to a batch as a whole."""
-        found = [entry for layer in self.layers for regularizer in _regularizers(layer)
-                 for entry in _hyperparameters_in(vars(regularizer))]
-        for layer in self.layers:
-            if isinstance(layer, (LSTMCell, GRUCell, Embedding)):
-                found += layer.hyperparameters_with_one_draw
-        return found
+        found = hyperparameters_in([value for layer in self.layers for value in vars(layer).values()
+                                    if isinstance(value, keras.regularizers.Regularizer)])
+        return found + [entry for layer in self.layers if isinstance(layer, Twin)
+                        for entry in layer.hyperparameters_with_one_draw]
 
     def run(self, function, x, training, weights=(), draws=(), gates=None):
         """Calls `function(predictions)`, which may read `model.losses`.
@@ -81,21 +78,3 @@ class Network:
         assigned = {id(v) for v in result.assigned}
         updates = [(v, value) for v, value in zip(state, result.values) if id(v) in assigned]
         return Pass(result.value, updates, result.read)
-
-
-def hyperparameters_of(layers):
-    """List of the hyperparameters that layers, or their regularizers, hold as strengths, each once."""
-    found = []
-    for layer in layers:
-        found += _hyperparameters_in(vars(layer))
-        for regularizer in _regularizers(layer):
-            found += _hyperparameters_in(vars(regularizer))
-    return list({id(entry): entry for entry in found}.values())
-
-
-def _regularizers(layer):
-    return [value for value in vars(layer).values() if isinstance(value, L1L2)]
-
-
-def _hyperparameters_in(attributes):
-    return [value for value in attributes.values() if isinstance(value, Hyperparameter)]

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.strengths import checked_strength, strength_value
 
@@ -21,6 +21,8 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
     """A layer that perturbs its inputs in training and leaves them alone otherwise.
 
     Subclasses name their strengths in `STRENGTHS`, with the least and the greatest value allowed, and define `perturb`.
+    One that does what a Keras layer does names that layer in `plain`, and takes its settings: `stn.convert` can then
+    put it in the place of that layer.
 
     Args:
         seed: Int or None, of the random numbers.
@@ -28,6 +30,7 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
     """
 
     STRENGTHS = {}
+    plain = None
 
     def __init__(self, seed=None, name=None, dtype=None, trainable=True, **strengths):
         super().__init__(name=name, dtype=dtype, trainable=trainable)
@@ -41,9 +44,17 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
     def perturb(self, inputs):
         """The inputs, perturbed."""
 
+    @classmethod
+    def from_plain(cls, layer, strengths):
+        """A layer that does what a Keras layer does, with some of its strengths in the place of its numbers."""
+        return cls.from_config({**layer.get_config(), **strengths})
+
     def to_keras(self):
-        """A Keras layer with the current strength that does the same in training and nothing otherwise, or None."""
-        return None
+        """A Keras layer with the current strengths that does the same in training and nothing otherwise, or None."""
+        if self.plain is None:
+            return None
+        config = {**self.get_config(), **{name: self.current(name) for name in self.STRENGTHS}}
+        return self.plain.from_config(config)
 
     def call(self, inputs, training=None):
         return self.perturb(tf.convert_to_tensor(inputs)) if training else inputs
@@ -59,6 +70,9 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
     def uniform(self, shape, inputs, low=0.0, high=1.0):
         return keras.random.uniform(shape, low, high, dtype=inputs.dtype.name, seed=self.seed_generator)
 
+    def normal(self, inputs):
+        return keras.random.normal(tf.shape(inputs), dtype=inputs.dtype.name, seed=self.seed_generator)
+
     def current(self, name):
         """The current strength as a float."""
         return float(strength_value(getattr(self, name)))
@@ -73,58 +87,12 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
         return cls(**deserialized(config, *cls.STRENGTHS))
 
 
-@keras.saving.register_keras_serializable(package="farhox")
-class Dropout(PerturbationLayer):
-    """`keras.layers.Dropout` with a rate per example.
-
-    Args:
-        rate: `Hyperparameter` or float in [0, 1).
-        noise_shape: Tuple as in Keras: 1 on the axes that share a mask. (None, 1, 1, None) drops whole channels of
-            images, (None, 1, None) the same features at all steps of a sequence (variational dropout).
-        seed: Int or None.
-    """
-
-    STRENGTHS = {"rate": (0.0, 1.0)}
-
-    def __init__(self, rate, noise_shape=None, seed=None, **kwargs):
-        super().__init__(seed=seed, rate=rate, **kwargs)
-        self.noise_shape = None if noise_shape is None else tuple(noise_shape)
-
-    def perturb(self, inputs):
-        rate = self.strength("rate", inputs)
-        shape = tf.shape(inputs)
-        if self.noise_shape is not None:
-            shape = [shape[axis] if size is None else size for axis, size in enumerate(self.noise_shape)]
-        keep = tf.cast(self.uniform(shape, inputs) >= rate, inputs.dtype)
-        return inputs * tf.math.divide_no_nan(keep, 1.0 - rate)
-
-    def to_keras(self):
-        return keras.layers.Dropout(self.current("rate"), noise_shape=self.noise_shape)
-
-    def get_config(self):
-        return {**super().get_config(), "noise_shape": self.noise_shape}
-
-
-@keras.saving.register_keras_serializable(package="farhox")
-class GaussianNoise(PerturbationLayer):
-    """`keras.layers.GaussianNoise` with a standard deviation per example.
-
-    Args:
-        stddev: `Hyperparameter` or float, at least 0.
-        seed: Int or None.
-    """
-
-    STRENGTHS = {"stddev": (0.0, math.inf)}
-
-    def __init__(self, stddev, seed=None, **kwargs):
-        super().__init__(seed=seed, stddev=stddev, **kwargs)
-
-    def perturb(self, inputs):
-        noise = keras.random.normal(tf.shape(inputs), dtype=inputs.dtype.name, seed=self.seed_generator)
-        return inputs + self.strength("stddev", inputs) * noise
-
-    def to_keras(self):
-        return keras.layers.GaussianNoise(self.current("stddev"))
+def checked_data_format(data_format, name):
+    """Keras' default for None."""
+    if data_format not in (None, "channels_last", "channels_first"):
+        raise ValueError(f'data_format of {name!r} must be "channels_last", "channels_first" or None. '
+                         f"Received: {data_format!r}")
+    return data_format or keras.backend.image_data_format()
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -178,7 +146,7 @@ class ActivityRegularization(PerturbationLayer):
 
     def _acts(self, name):
         strength = getattr(self, name)
-        return isinstance(strength, Hyperparameter) or strength > 0
+        return isinstance(strength, OuterVariable) or strength > 0
 
     def _add(self, name, magnitudes):
         self.add_loss(tf.reduce_mean(self.strength(name, magnitudes) * magnitudes))
@@ -207,14 +175,14 @@ class Cutout(PerturbationLayer):
         super().__init__(seed=seed, length=length, holes=holes, **kwargs)
         for name in self.STRENGTHS:
             value = getattr(self, name)
-            if isinstance(value, Hyperparameter) and not value.discrete:
+            if isinstance(value, OuterVariable) and not getattr(value, "discrete", False):
                 raise ValueError(f"{name} of {self.name!r} counts, and needs a hyperparameter with discrete=True. "
                                  f"Received: {value!r}")
-        most = holes.high if isinstance(holes, Hyperparameter) else holes
+        most = holes.high if isinstance(holes, OuterVariable) else holes
         if most is None:
             raise ValueError(f"holes of {self.name!r} needs a hyperparameter with a high bound. Received: {holes!r}")
         self._most_holes = math.ceil(most)
-        self.data_format = keras.backend.image_data_format() if data_format is None else data_format
+        self.data_format = checked_data_format(data_format, self.name)
 
     def perturb(self, inputs):
         rows, columns = (2, 3) if self.data_format == "channels_first" else (1, 2)

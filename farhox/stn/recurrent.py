@@ -14,23 +14,28 @@ Keras' has one.
 import keras
 import tensorflow as tf
 
-from farhox.outer.hyperparameters import Hyperparameter
+from farhox._core import checks
+from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform
-from farhox.stn.layers import SelfTuning
+from farhox.stn.layers import Affine
+from farhox.stn.self_tuning import Twin
 from farhox.stn.strengths import checked_strength, strength_value
 
 
-class _Cell(SelfTuning):
+class _Cell(Affine):
     """What both cells have in common: projections that respond, prepared once for all steps."""
 
+    own_settings = (*Twin.own_settings, "recurrent_dropconnect")
+
     def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 recurrent_initializer=None, bias_initializer=None, recurrent_dropconnect=0.0, centred=False,
-                 reference=None, **kwargs):
-        super().__init__(units, kernel_initializer=kernel_initializer or FanInUniform(),
+                 recurrent_initializer=None, bias_initializer=None, recurrent_dropconnect=0.0, **kwargs):
+        for name in ("dropout", "recurrent_dropout"):
+            checks.number_in_range(name, kwargs.get(name, 0.0), 0.0, 1.0)  # Keras cuts it off without a word.
+        super().__init__(units, hyperparameters=hyperparameters, gate_initializer=gate_initializer,
+                         kernel_initializer=kernel_initializer or FanInUniform(),
                          recurrent_initializer=recurrent_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
-        self._set_up(hyperparameters, gate_initializer, centred, reference)
         self.recurrent_dropconnect = checked_strength(
             recurrent_dropconnect, f"recurrent_dropconnect of {self.name!r}", 0.0, 1.0)
         self._prepared = None
@@ -38,23 +43,24 @@ class _Cell(SelfTuning):
     @property
     def hyperparameters_with_one_draw(self):
         rate = self.recurrent_dropconnect
-        return [rate] if isinstance(rate, Hyperparameter) else []
+        return [rate] if isinstance(rate, OuterVariable) else []
+
+    @property
+    def gate_axes(self):
+        axes = {"kernel": (-1,), "recurrent_kernel": (-1,)}
+        return axes if self.bias is None else {**axes, "bias": tuple(range(len(self.bias.shape)))}
+
+    def hyper_initializer(self, name):
+        return FanInUniform(self.kernel.shape[0] if name == "kernel" else self.units)
 
     def build(self, input_shape):
-        self._set_fan_in(input_shape[-1], "kernel_initializer")
-        self._set_fan_in(self.units, "recurrent_initializer", "bias_initializer")
+        self.set_fan_in(input_shape[-1], "kernel_initializer")
+        self.set_fan_in(self.units, "recurrent_initializer", "bias_initializer")
         super().build(input_shape)
-        weights = [("kernel", self.kernel), ("recurrent_kernel", self.recurrent_kernel), ("bias", self.bias)]
-        initializers = {"kernel": FanInUniform(input_shape[-1])}
-        axes = {} if self.bias is None else {"bias": len(self.bias.shape)}
-        self._add_response(weights, FanInUniform(self.units), axes, initializers)
 
     def prepare(self, sequences, training):
         """Sequences [batch, steps, features] projected, and gates and masks kept, for the steps up to `release`."""
-        gates = self._gates(self.compute_dtype)
-        self._add_penalties({"kernel": self.kernel_regularizer, "recurrent_kernel": self.recurrent_regularizer,
-                             "bias": self.bias_regularizer}, gates)
-        projected, self._prepared = self._project(sequences, gates, training)
+        projected, self._prepared = self._project(sequences, self.response(), training)
         return projected
 
     def release(self):
@@ -71,7 +77,7 @@ class _Cell(SelfTuning):
         """The input's projection with its bias, the state, and what projects it: weights, bias."""
         if self._prepared is None:
             self._check_alone(training)
-            inputs, (recurrent, bias) = self._project(inputs, self._gates(self.compute_dtype), training)
+            inputs, (recurrent, bias) = self._project(inputs, self.response(), training)
         else:
             recurrent, bias = self._prepared
         if training and 0.0 < self.recurrent_dropout < 1.0:
@@ -88,32 +94,24 @@ class _Cell(SelfTuning):
     def _drops_connections(self):
         return bool(self.hyperparameters_with_one_draw) or self.recurrent_dropconnect > 0
 
-    def _project(self, inputs, gates, training):
+    def _project(self, inputs, response, training):
         """Projections of inputs [batch, (steps,) features] with their bias; (recurrent weights, recurrent bias)."""
         if training and 0.0 < self.dropout < 1.0:
             mask = _first(self.get_dropout_mask(inputs[:, 0] if inputs.shape.rank == 3 else inputs))
             inputs = inputs * (mask[:, tf.newaxis] if inputs.shape.rank == 3 else mask)
-        projected = _product(inputs, *self._parts("kernel", gates))
+        projected = _product(inputs, *response.parts("kernel"))
         recurrent_bias = 0.0
-        if "bias" in gates:
-            bias, hyper_bias, gate = self._parts("bias", gates)
-            bias = bias[tf.newaxis] if gate is None else bias + gate * hyper_bias
+        if "bias" in response:
+            bias = response.weight("bias")
+            bias = bias if response.per_example else bias[tf.newaxis]
             if len(self.bias.shape) == 2:  # Of a GRU with `reset_after`: one for inputs, one for states.
                 bias, recurrent_bias = bias[:, 0], bias[:, 1]
             projected += bias[:, tf.newaxis] if inputs.shape.rank == 3 else bias
-        recurrent = self._parts("recurrent_kernel", gates)
+        recurrent = response.parts("recurrent_kernel")
         mask = self._mask() if training else None
         if mask is not None:
             recurrent = tuple(part if i == 2 or part is None else part * mask for i, part in enumerate(recurrent))
         return projected, (recurrent, recurrent_bias)
-
-    def _parts(self, name, gates):
-        """(weight, None, None), or (weight, hyper weight, gates) if every example has gates of its own."""
-        if gates[name].shape.rank == 1:
-            return self._realized(name, gates[name]), None, None
-        weight, hyper_weight, shape = self._responding[name]
-        return (tf.cast(weight, self.compute_dtype), tf.cast(hyper_weight, self.compute_dtype),
-                tf.reshape(gates[name], [-1, *shape]))
 
     def _mask(self):
         if not self._drops_connections():
@@ -155,6 +153,8 @@ class LSTMCell(_Cell, keras.layers.LSTMCell):
         [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), section 4.3.
     """
 
+    plain = keras.layers.LSTMCell
+
     def call(self, inputs, states, training=False):
         projected, hidden, recurrent, _ = self._projected(inputs, states[0], training)
         entry, forget, candidate, output = tf.split(projected + _product(hidden, *recurrent), 4, axis=1)
@@ -174,6 +174,8 @@ class GRUCell(_Cell, keras.layers.GRUCell):
         **kwargs: As in Keras.
     """
 
+    plain = keras.layers.GRUCell
+
     def call(self, inputs, states, training=False):
         previous = states[0] if isinstance(states, (list, tuple)) else states
         projected, hidden, recurrent, bias = self._projected(inputs, previous, training)
@@ -192,24 +194,26 @@ class GRUCell(_Cell, keras.layers.GRUCell):
         return hidden, [hidden] if isinstance(states, (list, tuple)) else hidden
 
 
-class _Recurrent(keras.layers.RNN):
+class _Recurrent(Twin, keras.layers.RNN):
     """An RNN over a self-tuning cell, with the arguments of both."""
 
-    _cell_class = None
+    own_settings = _Cell.own_settings
     _own = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
 
     def __init__(self, units, hyperparameters, **kwargs):
-        kwargs.pop("use_cudnn", None)
+        use_cudnn = kwargs.pop("use_cudnn", "auto")
         own = {key: kwargs.pop(key) for key in list(kwargs) if key in self._own + (
             "name", "activity_regularizer", "dtype", "trainable")}
         shared = {key: own[key] for key in ("dtype", "trainable") if key in own}
-        cell = self._cell_class(units, hyperparameters, name="cell", **shared, **kwargs)
+        cell = self.parts["cell"](units, hyperparameters, name="cell", **shared, **kwargs)
         super().__init__(cell, **own)
         self.input_spec = keras.layers.InputSpec(ndim=3)
+        self.use_cudnn = use_cudnn  # Of no use here: kept for the plain twin.
 
     @property
     def units(self):
         return self.cell.units
+
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         projected = self.cell.prepare(sequences, training)
@@ -224,7 +228,8 @@ class _Recurrent(keras.layers.RNN):
         for key in ("name", "dtype", "trainable"):
             cell.pop(key, None)
         config.pop("cell")
-        return {**cell, **config, "activity_regularizer": keras.regularizers.serialize(self.activity_regularizer)}
+        return {**cell, **config, "use_cudnn": self.use_cudnn,
+                "activity_regularizer": keras.regularizers.serialize(self.activity_regularizer)}
 
     @classmethod
     def from_config(cls, config):
@@ -244,7 +249,8 @@ class LSTM(_Recurrent):
         [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), section 4.3.
     """
 
-    _cell_class = LSTMCell
+    plain = keras.layers.LSTM
+    parts = {"cell": LSTMCell}
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -257,4 +263,5 @@ class GRU(_Recurrent):
         **kwargs: Those of `GRUCell` and of `keras.layers.RNN`.
     """
 
-    _cell_class = GRUCell
+    plain = keras.layers.GRU
+    parts = {"cell": GRUCell}

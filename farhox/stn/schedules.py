@@ -84,14 +84,12 @@ class ScheduleReplay(keras.callbacks.Callback):
         hyperparameters: List of `Hyperparameter`, matched by name.
 
     Raises:
-        ValueError: If a hyperparameter is not in the schedule.
+        ValueError: If a hyperparameter is not in the schedule, or the schedule, or its file, is damaged.
     """
 
     def __init__(self, schedule, hyperparameters):
         super().__init__()
-        if not isinstance(schedule, dict):
-            with open(schedule, encoding="utf-8") as file:
-                schedule = json.load(file)
+        schedule = _checked(schedule)
         self._hyperparameters = _by_name(as_hyperparameters(hyperparameters, "ScheduleReplay"))
         missing = [name for name in self._hyperparameters if name not in schedule["values"]]
         if missing:
@@ -115,6 +113,25 @@ class ScheduleReplay(keras.callbacks.Callback):
             for name, entry in self._hyperparameters.items():
                 entry.assign(_inside(entry, self._values[name][place]))
             self._place = place
+
+
+def _checked(schedule):
+    """A schedule, or that of a file, if every step has its values."""
+    source = "the schedule"
+    if not isinstance(schedule, dict):
+        source = f"the file {schedule}"
+        with open(schedule, encoding="utf-8") as file:
+            try:
+                schedule = json.load(file)
+            except ValueError as error:
+                raise ValueError("A schedule must be JSON that a ScheduleRecorder has saved. "
+                                 f"Received: {source}, {error}") from error
+    complete = isinstance(schedule, dict) and {"steps", "values"} <= set(schedule) and schedule["steps"] and all(
+        len(values) == len(schedule["steps"]) for values in schedule["values"].values())
+    if not complete:
+        raise ValueError('A schedule must have "steps", and "values" of every hyperparameter at each of them. '
+                         f"Received: {source}, in which they are missing or of other lengths")
+    return schedule
 
 
 def _inside(hyperparameter, value):

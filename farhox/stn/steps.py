@@ -52,7 +52,7 @@ class Method(abc.ABC):
 
     Args:
         network: `Network`.
-        perturbation: `Perturbation`.
+        draws: `Draws`.
         training_loss: Callable (x, targets, predictions, sample_weight) -> scalar; it may add `network.model.losses`.
         validation_loss: The same for validation.
         scale_loss: Callable scalar -> scalar, applied before differentiating (for mixed precision).
@@ -60,7 +60,7 @@ class Method(abc.ABC):
     """
 
     network: Any
-    perturbation: Any
+    draws: Any
     training_loss: Callable
     validation_loss: Callable
     scale_loss: Callable
@@ -76,31 +76,30 @@ class Method(abc.ABC):
 
     def validation(self, x, targets, sample_weight, noise=None):
         """A `ValidationStep`, on draws if there is noise [batch, n] and at the current values otherwise."""
-        perturbation = self.perturbation
-        variables = [tf.convert_to_tensor(v) for v in perturbation.variables_of]
+        variables = [tf.convert_to_tensor(v) for v in self.draws.variables_of]
 
         def function(tensors):
-            u = tf.concat([tf.cast(tf.reshape(tensor, [-1]), perturbation.raw_scales.dtype)
+            u = tf.concat([tf.cast(tf.reshape(tensor, [-1]), self.draws.raw_scales.dtype)
                            for tensor in tensors[:len(variables)]], axis=0)
             if noise is None:
                 predictions, entropy = self.predictions(x, u, None), 0.0
             else:
                 scales = tf.nn.softplus(tensors[-1])
-                predictions, entropy = self.predictions(x, u, u + scales * noise), perturbation.entropy(scales)
+                predictions, entropy = self.predictions(x, u, u + scales * noise), self.draws.entropy(scales)
             loss = self.validation_loss(x, targets, predictions, sample_weight)
             return loss - tf.cast(self.entropy_weight * entropy, loss.dtype), loss
 
-        scales = [] if noise is None else [tf.convert_to_tensor(perturbation.raw_scales)]
+        scales = [] if noise is None else [tf.convert_to_tensor(self.draws.raw_scales)]
         _, loss, gradients = autodiff.gradients(function, variables + scales)
         return ValidationStep(loss, gradients[:len(variables)], None if noise is None else gradients[-1])
 
-    def draws(self, noise):
-        return tf.stop_gradient(self.perturbation.centre() + self.perturbation.scales() * noise)
+    def drawn(self, noise):
+        return tf.stop_gradient(self.draws.centre() + self.draws.scales() * noise)
 
     def gates(self, matrix):
         """What each gate input sees of a matrix [batch or 1, n] over all hyperparameters, as it is."""
         def columns(gate_input):
-            indices = self.perturbation.columns_of(gate_input.hyperparameters)
+            indices = self.draws.columns_of(gate_input.hyperparameters)
             return matrix if indices == list(range(matrix.shape[-1])) else tf.gather(matrix, indices, axis=-1)
         return columns
 
@@ -130,15 +129,15 @@ class STN(Method):
     """
 
     def training(self, x, targets, sample_weight, noise):
-        draws, general = self.draws(noise), self.network.general
+        draws, general = self.drawn(noise), self.network.general
         loss, predictions, result, gradients = self.weight_gradients(
-            x, targets, sample_weight, general + self.network.response, self.perturbation.values_of(draws),
+            x, targets, sample_weight, general + self.network.response, self.draws.values_of(draws),
             self.gates_at(draws))
         return TrainingStep(loss, predictions, gradients[:len(general)], gradients[len(general):], result.updates,
                             result.read)
 
     def predictions(self, x, u, draws):
-        values = () if draws is None else self.perturbation.values_of(draws)
+        values = () if draws is None else self.draws.values_of(draws)
         gates = self.gates_at(u[tf.newaxis] if draws is None else draws)
         return self.network.run(lambda predictions: predictions, x, False, (), values, gates).value
 
@@ -155,14 +154,14 @@ class DeltaSTN(Method):
     """
 
     def training(self, x, targets, sample_weight, noise):
-        network, perturbation = self.network, self.perturbation
-        zero = tf.zeros_like(perturbation.centre())[tf.newaxis]
-        current = tf.repeat(tf.stop_gradient(perturbation.centre())[tf.newaxis], tf.shape(noise)[0], axis=0)
+        network = self.network
+        zero = tf.zeros_like(self.draws.centre())[tf.newaxis]
+        current = tf.repeat(tf.stop_gradient(self.draws.centre())[tf.newaxis], tf.shape(noise)[0], axis=0)
         loss, predictions, result, general = self.weight_gradients(
-            x, targets, sample_weight, network.general, perturbation.values_of(current), self.gates(zero))
-        draws = self.draws(noise)
-        difference = draws - tf.stop_gradient(perturbation.centre())
-        values = perturbation.values_of(draws)
+            x, targets, sample_weight, network.general, self.draws.values_of(current), self.gates(zero))
+        draws = self.drawn(noise)
+        difference = draws - tf.stop_gradient(self.draws.centre())
+        values = self.draws.values_of(draws)
         # The second pass goes on with the seeds of the first one; statistics are those of the first one alone.
         seeds = [(v, value) for v, value in result.updates if not v.dtype.startswith("float")]
 
@@ -184,7 +183,7 @@ class DeltaSTN(Method):
             # Zero with the derivative of u.
             gates = self.gates((u - tf.stop_gradient(u))[tf.newaxis])
             return self.network.run(lambda predictions: predictions, x, False, (), (), gates).value
-        values = self.perturbation.values_of(draws)
+        values = self.draws.values_of(draws)
         return self._linearized(x, False, [], values, draws - tf.stop_gradient(u))[0]
 
     def _linearized(self, x, training, weights, values, difference):
