@@ -104,6 +104,67 @@ def test_baking_gives_back_the_layer_of_keras_with_the_strengths_found_and_all_o
     assert any(value is first for value in vars(loaded.layers[0]).values())
 
 
+WITH_RATES = {
+    "attention": (lambda: K.MultiHeadAttention(2, 3, dropout=0.4, seed=1), ["dropout"]),
+    "group_query": (lambda: K.GroupQueryAttention(4, 2, 1, dropout=0.4, seed=1), ["dropout"]),
+    "lstm": (lambda: K.LSTM(3, dropout=0.4, seed=1), ["dropout"]),
+    "gru_states": (lambda: K.GRU(3, recurrent_dropout=0.4, return_sequences=True, seed=1), ["recurrent_dropout"]),
+    "lstm_both": (lambda: K.LSTM(3, dropout=0.4, recurrent_dropout=0.2, seed=1), ["dropout", "recurrent_dropout"]),
+}
+
+
+@pytest.mark.parametrize("name", WITH_RATES)
+def test_attention_and_recurrent_layers_drop_out_with_a_rate_per_example_and_come_back_with_it(name, tmp_path):
+    make, arguments = WITH_RATES[name]
+
+    def model_of():
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input(STEPS)
+        layer = make()
+        return keras.Model(inputs, layer(inputs, inputs) if "lstm" not in name and "gru" not in name else layer(inputs))
+
+    def converted_of():
+        model = model_of()
+        strengths = stn.strengths_of(model)
+        (layer, given), = strengths.items()
+        assert list(given) == arguments and given[arguments[0]].name == f"{layer.name}_{arguments[0]}"
+        return model, stn.convert(model, strengths=strengths), given
+
+    x = examples(STEPS) / 255
+    model, converted, given = converted_of()
+    if len(arguments) == 1 and name != "gru_states":  # Keras draws a mask of the states per gate, stn one for all.
+        np.testing.assert_allclose(converted(x, training=True), model(x, training=True), atol=1e-5)
+    values = STRENGTHS * 0.9
+    draws = [(entry.variable, entry._unconstrained(values, entry.name)) for entry in given.values()]
+    _, converted, given = converted_of()
+    draws = [(entry.variable, entry._unconstrained(values, entry.name)) for entry in given.values()]
+    each = functional.call(lambda: converted(x, training=True), bindings=[], draws=draws).value
+    for i, value in enumerate(values):
+        _, converted, given = converted_of()
+        for entry in given.values():
+            entry.assign(value)
+        np.testing.assert_allclose(each[i], converted(x, training=True)[i], atol=1e-5)
+    assert not np.allclose(each, converted(x), atol=1e-2)
+    layer = stn.bake(converted).layers[-1]
+    assert type(layer) is type(model.layers[-1])
+    assert [getattr(layer, argument) for argument in arguments] == pytest.approx([0.72] * len(arguments))
+    converted.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded(x), converted(x), atol=1e-6)
+    assert stn.bake(loaded).layers[-1].get_config() == layer.get_config()
+
+
+def test_layers_with_rates_must_respond_and_cells_with_them_be_in_a_layer_of_their_kind():
+    model = keras.Sequential([keras.Input(STEPS), K.LSTM(3, dropout=0.2)])
+    strengths = stn.strengths_of(model)
+    with pytest.raises(ValueError, match="must become a self-tuning one. Received: 'lstm.*', which twins leaves"):
+        stn.convert(model, strengths=strengths, twins={K.LSTM: None})
+    rate = farhox.Hyperparameter(0.2, low=0.0, high=0.9)
+    with pytest.raises(ValueError, match="a hyperparameter as dropout must be in a layer of its kind"):
+        K.RNN(stn.GRUCell(3, [rate], dropout=rate))(examples(STEPS), training=True)
+    assert stn.strengths_of(keras.Sequential([keras.Input(STEPS), K.LSTM(3), K.GRU(2)])) == {}
+
+
 def nested():
     block = keras.Sequential([keras.Input((4,)), K.Dense(4), K.Dropout(0.2, name="inner")], name="block")
     return keras.Sequential([keras.Input((4,)), K.Dropout(0.5, name="first"), block, K.GaussianNoise(0.0, name="noise"),

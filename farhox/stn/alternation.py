@@ -1,5 +1,7 @@
 """Training and validation batches in turn, as one data set for `fit`."""
 
+import numbers
+
 import numpy as np
 import tensorflow as tf
 
@@ -96,7 +98,8 @@ def _check_batch(batch, name):
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
         raise ValueError(f"{name} must be a tuple (x, y) or (x, y, sample_weight). Received: {type(batch).__name__}"
                          f"{f' of length {len(batch)}' if isinstance(batch, (tuple, list)) else ''}")
-    shapes = [tf.TensorShape(leaf.shape) for leaf in tf.nest.flatten(batch)]
+    shapes = [tf.TensorShape(() if isinstance(leaf, (numbers.Number, str)) else leaf.shape)
+              for leaf in tf.nest.flatten(batch)]
     sizes = {shape[0] for shape in shapes if shape.rank}
     if any(shape.rank == 0 for shape in shapes) or len(sizes - {None}) > 1:
         raise ValueError(f"{name} cannot be split into examples, each with a draw of the hyperparameters: all parts "

@@ -4,8 +4,12 @@ import re
 
 import keras
 
+from farhox.outer.outer_variable import OuterVariable
+from farhox.outer.serialization import deserialized, serialized
+from farhox.stn.dropout import Dropout
 from farhox.stn.layers import Affine
 from farhox.stn.self_tuning import SelfTuningParts
+from farhox.stn.strengths import checked_strength
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -60,27 +64,53 @@ class EinsumDense(Affine, keras.layers.EinsumDense):
         return re.split(",|->", self.equation.replace(" ", ""))
 
 
+class _Attention(SelfTuningParts):
+    """Projections that respond, and dropout of scores with a rate of every example if it is a hyperparameter."""
+
+    parts = dict.fromkeys(["_query_dense", "_key_dense", "_value_dense", "_gate_dense", "_output_dense"], EinsumDense)
+    rates = ("dropout",)
+
+    def __init__(self, *arguments, **kwargs):
+        rate = kwargs.get("dropout")
+        object.__setattr__(self, "_rate", rate if isinstance(rate, OuterVariable) else None)
+        if self._rate is not None:
+            # Keras asks whether anything is dropped.
+            kwargs["dropout"] = float(checked_strength(rate, "dropout", 0.0, 1.0))
+        super().__init__(*arguments, **kwargs)
+
+    def __setattr__(self, name, value):
+        if name == "_dropout_layer" and self._rate is not None:
+            value = Dropout(self._rate, seed=value.seed, name=value.name, dtype=value.dtype_policy)
+        super().__setattr__(name, value)
+
+    def get_config(self):
+        config = super().get_config()
+        return config if self._rate is None else {**config, "dropout": serialized(self._rate)}
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(deserialized(config, "dropout"))
+
+
 @keras.saving.register_keras_serializable(package="farhox")
-class MultiHeadAttention(SelfTuningParts, keras.layers.MultiHeadAttention):
+class MultiHeadAttention(_Attention, keras.layers.MultiHeadAttention):
     """`keras.layers.MultiHeadAttention` with projections that respond: of query, key, value, gate and output.
 
     Args:
-        *arguments, **kwargs: As in Keras.
+        *arguments, **kwargs: As in Keras; `dropout` may be a `Hyperparameter`, with a rate per example.
         hyperparameters, gate_initializer, centred, reference: See `farhox.stn.layers`.
     """
 
     plain = keras.layers.MultiHeadAttention
-    parts = dict.fromkeys(["_query_dense", "_key_dense", "_value_dense", "_gate_dense", "_output_dense"], EinsumDense)
 
 
 @keras.saving.register_keras_serializable(package="farhox")
-class GroupQueryAttention(SelfTuningParts, keras.layers.GroupQueryAttention):
+class GroupQueryAttention(_Attention, keras.layers.GroupQueryAttention):
     """`keras.layers.GroupQueryAttention` with projections that respond: of query, key, value, gate and output.
 
     Args:
-        *arguments, **kwargs: As in Keras.
+        *arguments, **kwargs: As in Keras; `dropout` may be a `Hyperparameter`, with a rate per example.
         hyperparameters, gate_initializer, centred, reference: See `farhox.stn.layers`.
     """
 
     plain = keras.layers.GroupQueryAttention
-    parts = MultiHeadAttention.parts

@@ -10,7 +10,7 @@ from farhox.outer.regularizers import L1L2
 from farhox.stn import attention, convolutions, layers, recurrent
 from farhox.stn.gates import as_hyperparameters, unconstrained
 from farhox.stn.held import hyperparameters_in, layers_of, share_hyperparameters
-from farhox.stn.keras_strengths import find_layer, perturbing_twin
+from farhox.stn.keras_strengths import checked_strengths, find_layer, perturbing_twin
 from farhox.stn.network import Network
 from farhox.stn.perturbations import PerturbationLayer
 from farhox.stn.self_tuning import Twin
@@ -54,9 +54,13 @@ def convert(model, hyperparameters=None, gate_initializer="zeros", twins=None, s
     _check_model(model, "stn.convert")
     table = {layer.plain: layer for layer in _LAYERS}
     table.update(_checked_twins(twins))
-    perturbing = {id(layer): perturbing_twin(layer, given) for layer, given in _found(model, strengths).items()}
+    found = {id(layer): (layer, checked_strengths(layer, given)) for layer, given in _found(model, strengths).items()}
+    perturbing = {key: perturbing_twin(*entry) for key, entry in found.items()}
     if hyperparameters is None:
-        hyperparameters = hyperparameters_in([*perturbing.values(), *model._flatten_layers()])
+        in_strengths = [entry for _, given in found.values() for entry in given.values()
+                        if isinstance(entry, OuterVariable)]
+        hyperparameters = list({id(entry): entry for entry in [
+            *in_strengths, *hyperparameters_in(model._flatten_layers())]}.values())
         if not hyperparameters:
             raise ValueError("stn.convert needs hyperparameters: in layers of the model, such as stn.Dropout(rate), as "
                              f"strengths, or as an argument. Received: {model.name!r}, in which no layer reads one")
@@ -68,13 +72,17 @@ def convert(model, hyperparameters=None, gate_initializer="zeros", twins=None, s
     pairs = []
 
     def twin(layer):
-        if id(layer) in perturbing:
+        if perturbing.get(id(layer)) is not None:
             return perturbing[id(layer)]
         if isinstance(layer, PerturbationLayer):
             return layer
         kind = table.get(type(layer))
         _check_layer(layer, kind)
-        copy = _copy(layer) if kind is None else kind.from_plain(layer, **settings)
+        rates = found[id(layer)][1] if id(layer) in found else {}
+        if rates and kind is None:
+            raise ValueError("A layer with strengths must become a self-tuning one. Received: "
+                             f"{layer.name!r}, which twins leaves as it is")
+        copy = _copy(layer) if kind is None else kind.from_plain(layer, **settings, **rates)
         pairs.append((layer, copy))
         return copy
 

@@ -5,13 +5,16 @@ import numpy as np
 
 from farhox.outer.hyperparameters import Hyperparameter
 from farhox.stn import dropout
+from farhox.stn.attention import GroupQueryAttention, MultiHeadAttention
 from farhox.stn.held import layers_of
 from farhox.stn.images import Augmentation, augmentation_strengths
-from farhox.stn.perturbations import PerturbationLayer
+from farhox.stn.recurrent import GRU, LSTM
 
 _LAYERS = (dropout.Dropout, dropout.SpatialDropout1D, dropout.SpatialDropout2D, dropout.SpatialDropout3D,
            dropout.GaussianNoise, dropout.GaussianDropout, dropout.AlphaDropout)
 PERTURBATIONS = {layer.plain: layer for layer in _LAYERS}
+# Layers that drop out besides what they compute, and respond themselves.
+_WITH_RATES = {layer.plain: layer.rates for layer in (LSTM, GRU, MultiHeadAttention, GroupQueryAttention)}
 # Where a rate stands in a denominator, and all is lost at 1.
 _GREATEST_RATE = 0.9
 
@@ -21,7 +24,8 @@ def strengths_of(model, shared=False, skip=()):
 
     Of `Dropout`, `SpatialDropout1D` to `3D`, `GaussianDropout` and `AlphaDropout` the rate, in [0, 0.9]; of
     `GaussianNoise` the standard deviation; of `RandomRotation`, `RandomTranslation`, `RandomZoom`, `RandomContrast`,
-    `RandomBrightness` and `RandomErasing` the factors. Each starts at its current value, or, from zero, at a fiftieth
+    `RandomBrightness` and `RandomErasing` the factors; of `LSTM`, `GRU`, `MultiHeadAttention` and `GroupQueryAttention`
+    the rates of dropout that are not zero. Each starts at its current value, or, from zero, at a fiftieth
     of its range. They are named `{layer}_{argument}`.
 
     ```python
@@ -74,8 +78,8 @@ def find_layer(model, entry):
     return matching[0]
 
 
-def perturbing_twin(layer, strengths):
-    """The layer that perturbs as a Keras layer does, with strengths in the place of its numbers.
+def checked_strengths(layer, strengths):
+    """Dictionary from arguments of a Keras layer to strengths.
 
     Args:
         layer: A Keras layer.
@@ -85,24 +89,37 @@ def perturbing_twin(layer, strengths):
         TypeError: If it has no strengths.
         ValueError: If a strength is none of its arguments.
     """
-    arguments = list(_values_of(layer))
+    arguments = list(_WITH_RATES.get(type(layer), ())) or list(_values_of(layer))
     if not arguments:
+        kinds = [kind.__name__ for kind in (*PERTURBATIONS, *_WITH_RATES)]
         raise TypeError("Strengths are those of dropout, noise and augmentation layers of Keras: "
-                        f"{', '.join(kind.__name__ for kind in PERTURBATIONS)}, and those that stn.Augmentation takes. "
-                        f"Received: {layer!r}")
+                        f"{', '.join(kinds)}, and those that stn.Augmentation takes. Received: {layer!r}")
     if not isinstance(strengths, dict):
-        strengths = dict.fromkeys(arguments, strengths)
+        strengths = dict.fromkeys(list(_values_of(layer)) or arguments, strengths)
     unknown = [argument for argument in strengths if argument not in arguments]
     if unknown:
         raise ValueError(f"The strengths of {layer.name!r} must be among {arguments}. Received: {unknown}")
+    return strengths
+
+
+def perturbing_twin(layer, strengths):
+    """The layer that perturbs as a Keras layer does, with strengths in the place of its numbers, or None.
+
+    None for layers that respond themselves, which take the strengths as settings.
+    """
+    if type(layer) in _WITH_RATES:
+        return None
     return PERTURBATIONS.get(type(layer), Augmentation).from_plain(layer, strengths)
 
 
 def _values_of(layer):
     """Dictionary from the strengths of a Keras layer to (value, greatest value), empty for a layer that has none."""
+    if type(layer) in _WITH_RATES:
+        rates = {name: float(getattr(layer, name)) for name in _WITH_RATES[type(layer)]}
+        return {name: (rate, _GREATEST_RATE) for name, rate in rates.items() if rate > 0.0}
     twin = PERTURBATIONS.get(type(layer))
     if twin is None:
-        return {} if isinstance(layer, PerturbationLayer) else augmentation_strengths(layer)
+        return augmentation_strengths(layer)
     return {name: (float(getattr(layer, name)), min(greatest, _GREATEST_RATE) if np.isfinite(greatest) else None)
             for name, (_, greatest) in twin.STRENGTHS.items()}
 

@@ -6,6 +6,7 @@ Cells and layers take the arguments of the Keras ones, and besides those of the 
     recurrent_dropconnect: float in [0, 1] or `farhox.Hyperparameter`, the share of recurrent weights that is zero in
         training. One mask for elementary and hyper weights, drawn once per call of the layer for all steps and
         examples.
+    dropout, recurrent_dropout: as in Keras, or a `farhox.Hyperparameter`: every example then has a rate of its own.
 
 A layer computes gates and input projections once per call, for all steps. The paper's LSTM has two biases per unit,
 Keras' has one.
@@ -14,7 +15,6 @@ Keras' has one.
 import keras
 import tensorflow as tf
 
-from farhox._core import checks
 from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform
@@ -27,15 +27,20 @@ class _Cell(Affine):
     """What both cells have in common: projections that respond, prepared once for all steps."""
 
     own_settings = (*Twin.own_settings, "recurrent_dropconnect")
+    rates = ("dropout", "recurrent_dropout")
 
     def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 recurrent_initializer=None, bias_initializer=None, recurrent_dropconnect=0.0, **kwargs):
-        for name in ("dropout", "recurrent_dropout"):
-            checks.number_in_range(name, kwargs.get(name, 0.0), 0.0, 1.0)  # Keras cuts it off without a word.
+                 recurrent_initializer=None, bias_initializer=None, dropout=0.0, recurrent_dropout=0.0,
+                 recurrent_dropconnect=0.0, **kwargs):
+        # Keras cuts off what is out of range without a word.
+        checked_strength(dropout, "dropout", 0.0, 1.0)
+        checked_strength(recurrent_dropout, "recurrent_dropout", 0.0, 1.0)
         super().__init__(units, hyperparameters=hyperparameters, gate_initializer=gate_initializer,
                          kernel_initializer=kernel_initializer or FanInUniform(),
                          recurrent_initializer=recurrent_initializer or FanInUniform(),
-                         bias_initializer=bias_initializer or FanInUniform(), **kwargs)
+                         bias_initializer=bias_initializer or FanInUniform(),
+                         dropout=float(dropout), recurrent_dropout=float(recurrent_dropout), **kwargs)
+        self.input_rate, self.state_rate = dropout, recurrent_dropout
         self.recurrent_dropconnect = checked_strength(
             recurrent_dropconnect, f"recurrent_dropconnect of {self.name!r}", 0.0, 1.0)
         self._prepared = None
@@ -67,38 +72,52 @@ class _Cell(Affine):
         self._prepared = None
 
     def get_config(self):
-        return {**super().get_config(), "recurrent_dropconnect": serialized(self.recurrent_dropconnect)}
+        return {**super().get_config(), "dropout": serialized(self.input_rate),
+                "recurrent_dropout": serialized(self.state_rate),
+                "recurrent_dropconnect": serialized(self.recurrent_dropconnect)}
 
     @classmethod
     def from_config(cls, config):
-        return super().from_config(deserialized(config, "recurrent_dropconnect"))
+        return super().from_config(deserialized(config, "recurrent_dropconnect", *cls.rates))
 
     def _projected(self, inputs, states, training):
         """The input's projection with its bias, the state, and what projects it: weights, bias."""
         if self._prepared is None:
             self._check_alone(training)
-            inputs, (recurrent, bias) = self._project(inputs, self.response(), training)
+            inputs, (recurrent, bias, kept) = self._project(inputs, self.response(), training)
         else:
-            recurrent, bias = self._prepared
-        if training and 0.0 < self.recurrent_dropout < 1.0:
+            recurrent, bias, kept = self._prepared
+        if kept is not None:
+            states = states * kept
+        elif training and 0.0 < self.recurrent_dropout < 1.0:
             states = states * _first(self.get_recurrent_dropout_mask(states))
         return inputs, states, recurrent, bias
 
     def _check_alone(self, training):
         """In an RNN of Keras a cell is called step by step, and cannot do what is done once for all steps."""
         penalties = (self.kernel_regularizer, self.recurrent_regularizer, self.bias_regularizer)
-        if any(penalty is not None for penalty in penalties) or (training and self._drops_connections()):
-            raise ValueError("A self-tuning cell with regularizers or DropConnect must be in a layer of its kind, "
-                             f"stn.LSTM or stn.GRU. Received: cell {self.name!r} by itself or in another layer")
+        drops = self._drops_connections() or any(
+            isinstance(rate, OuterVariable) for rate in (self.input_rate, self.state_rate))
+        if any(penalty is not None for penalty in penalties) or (training and drops):
+            raise ValueError("A self-tuning cell with regularizers, DropConnect or a hyperparameter as dropout must be "
+                             "in a layer of its kind, stn.LSTM or stn.GRU. Received: cell "
+                             f"{self.name!r} by itself or in another layer")
 
     def _drops_connections(self):
         return bool(self.hyperparameters_with_one_draw) or self.recurrent_dropconnect > 0
 
     def _project(self, inputs, response, training):
-        """Projections of inputs [batch, (steps,) features] with their bias; (recurrent weights, recurrent bias)."""
-        if training and 0.0 < self.dropout < 1.0:
-            mask = _first(self.get_dropout_mask(inputs[:, 0] if inputs.shape.rank == 3 else inputs))
+        """Projections of inputs [batch, (steps,) features] with their bias; (recurrent weights, their bias, mask)."""
+        first, kept_states = inputs[:, 0] if inputs.shape.rank == 3 else inputs, None
+        mask = None
+        if training and isinstance(self.input_rate, OuterVariable):
+            mask = self._kept(self.input_rate, tf.shape(first))
+        elif training and 0.0 < self.dropout < 1.0:
+            mask = _first(self.get_dropout_mask(first))
+        if mask is not None:
             inputs = inputs * (mask[:, tf.newaxis] if inputs.shape.rank == 3 else mask)
+        if training and isinstance(self.state_rate, OuterVariable):
+            kept_states = self._kept(self.state_rate, [tf.shape(first)[0], self.units])
         projected = _product(inputs, *response.parts("kernel"))
         recurrent_bias = 0.0
         if "bias" in response:
@@ -111,13 +130,18 @@ class _Cell(Affine):
         mask = self._mask() if training else None
         if mask is not None:
             recurrent = tuple(part if i == 2 or part is None else part * mask for i, part in enumerate(recurrent))
-        return projected, (recurrent, recurrent_bias)
+        return projected, (recurrent, recurrent_bias, kept_states)
 
     def _mask(self):
         if not self._drops_connections():
             return None
-        rate = tf.cast(strength_value(self.recurrent_dropconnect), self.compute_dtype)
-        uniform = keras.random.uniform(self.recurrent_kernel.shape, dtype=self.compute_dtype, seed=self.seed_generator)
+        return self._kept(self.recurrent_dropconnect, self.recurrent_kernel.shape)
+
+    def _kept(self, rate, shape):
+        """What is multiplied with to drop a share of the entries, or that of its own of every example."""
+        rate = tf.cast(strength_value(rate), self.compute_dtype)
+        rate = rate[:, tf.newaxis] if rate.shape.rank else rate
+        uniform = keras.random.uniform(shape, dtype=self.compute_dtype, seed=self.seed_generator)
         return tf.math.divide_no_nan(tf.cast(uniform >= rate, self.compute_dtype), 1.0 - rate)
 
 
@@ -197,7 +221,7 @@ class GRUCell(_Cell, keras.layers.GRUCell):
 class _Recurrent(Twin, keras.layers.RNN):
     """An RNN over a self-tuning cell, with the arguments of both."""
 
-    own_settings = _Cell.own_settings
+    own_settings, rates = _Cell.own_settings, _Cell.rates
     _own = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
 
     def __init__(self, units, hyperparameters, **kwargs):
@@ -233,7 +257,7 @@ class _Recurrent(Twin, keras.layers.RNN):
 
     @classmethod
     def from_config(cls, config):
-        return cls(**deserialized(config, "hyperparameters", "recurrent_dropconnect"))
+        return cls(**deserialized(config, "hyperparameters", "recurrent_dropconnect", *cls.rates))
 
 
 @keras.saving.register_keras_serializable(package="farhox")

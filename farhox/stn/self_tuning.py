@@ -33,6 +33,7 @@ import tensorflow as tf
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform, Gate
 from farhox.stn.held import share_hyperparameters
+from farhox.stn.strengths import strength_value
 
 # Settings that say how Keras stores weights or adds to them, which weights that respond have no use for.
 _STORAGE = ("lora_rank", "lora_alpha", "quantization_config")
@@ -135,10 +136,12 @@ class Twin:
         plain: The class of the plain twin. It must stand in a class itself, because a subclass may compute anything.
         parts: Dictionary from names of attributes to the self-tuning classes of the layers that are there.
         own_settings: Tuple of the names of settings that the plain twin does not take.
+        rates: Tuple of the names of settings of the plain twin that can be hyperparameters, with a rate per example.
     """
 
     plain = None
     parts = {}
+    rates = ()
     own_settings = ("hyperparameters", "gate_initializer", "centred", "reference")
 
     @classmethod
@@ -155,8 +158,10 @@ class Twin:
 
     def to_keras(self):
         """The plain layer, not built, without its weights."""
+        config = self.get_config()
+        config.update({rate: float(strength_value(deserialized(config, rate)[rate])) for rate in self.rates})
         return self.plain.from_config({
-            key: _in_keras(value) for key, value in self.get_config().items() if key not in self.own_settings})
+            key: _in_keras(value) for key, value in config.items() if key not in self.own_settings})
 
     def elementary_weights(self):
         """Dictionary by name of the variables that a plain twin has too, without those of parts."""
