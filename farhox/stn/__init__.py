@@ -29,6 +29,7 @@ from farhox.stn.perturbations import ActivityRegularization, Cutout, Perturbatio
 from farhox.stn.recurrent import GRU, LSTM, GRUCell, LSTMCell
 from farhox.stn.schedules import ScheduleRecorder, ScheduleReplay
 from farhox.stn.self_tuning import Response, SelfTuning, SelfTuningParts
+from farhox.stn.training_draws import TrainingDraws
 
 __all__ = [
     "ActivityRegularization", "AlphaDropout", "Augmentation", "Conv1D", "Conv2D", "Conv2DTranspose", "Conv3D", "Cutout",
@@ -37,5 +38,5 @@ __all__ = [
     "PerturbationLayer", "RandomBrightness", "RandomContrast", "RandomHue", "RandomRotation", "RandomSaturation",
     "RandomScale", "RandomTranslation", "Response", "ScheduleRecorder", "ScheduleReplay", "SelfTuning",
     "SelfTuningModel", "SelfTuningParts", "SeparableConv2D", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D",
-    "bake", "convert", "strengths_of", "summary",
+    "TrainingDraws", "bake", "convert", "strengths_of", "summary",
 ]

@@ -4,10 +4,9 @@ import keras
 import tensorflow as tf
 
 from farhox._core import tree
+from farhox.data.finite import first_not_finite, place_in_words
 
-_ADVICE = (
-    "Check the data for values that are not finite; try a smaller learning rate, clipnorm on the optimizer, or tighter "
-    "bounds on the hyperparameters.")
+_ADVICE = "Try a smaller learning rate, clipnorm on the optimizer, or tighter bounds on the hyperparameters."
 
 
 class UpdateGuard(keras.layers.Layer):
@@ -28,13 +27,15 @@ class UpdateGuard(keras.layers.Layer):
         self.skipped = self._counter("skipped_updates", ())
         self._in_a_row = {kind: self._counter(f"{kind}_in_a_row", ()) for kind in kinds}
         self._not_finite = {kind: self._counter(f"{kind}_not_finite", (len(parts),)) for kind, parts in kinds.items()}
+        self._place = {kind: self._counter(f"{kind}_place", (3,)) for kind in kinds}
         self.built = True
 
-    def update(self, kind, parts, apply, variables, values=dict):
+    def update(self, kind, batch, parts, apply, variables, values=dict):
         """Calls `apply` if all parts are finite, and takes back what it did if a variable is not finite afterwards.
 
         Args:
             kind: The kind of the update.
+            batch: Tuple of nests of tensors or None, the data that it is made from.
             parts: Dictionary from names of parts to nests of tensors, each finite or not.
             apply: Function without arguments that changes the variables.
             variables: Dictionary from names of parts to lists of the variables that it changes, slots included.
@@ -69,6 +70,9 @@ class UpdateGuard(keras.layers.Layer):
         self.skipped.assign(tf.convert_to_tensor(self.skipped) + skipped)
         in_a_row.assign((tf.convert_to_tensor(in_a_row) + skipped) * skipped)
         self._not_finite[kind].assign(flags)
+        self._place[kind].assign(tf.cond(
+            done, lambda: tf.zeros([3], tf.int32),
+            lambda: tf.cast(first_not_finite([part for part in batch if part is not None]), tf.int32)))
         return done
 
     def start_counting(self):
@@ -83,9 +87,12 @@ class UpdateGuard(keras.layers.Layer):
             if in_a_row >= self._most:
                 flags = keras.ops.convert_to_numpy(self._not_finite[kind])
                 causes = [part for part, bad in zip(parts, flags) if bad]
+                place = keras.ops.convert_to_numpy(self._place[kind])
+                advice = (f"The data hold NaN or infinity, in {place_in_words(place)} of the {kind} batch: mend them."
+                          if place[0] else _ADVICE)
                 raise RuntimeError(
                     f"Training stopped: {in_a_row} {kind} steps in a row were skipped because a value was not finite. "
-                    f"At the last one: {', '.join(causes)}. {_ADVICE}")
+                    f"At the last one: {', '.join(causes)}. {advice}")
 
     def _flags(self, kind, bad):
         return tf.stack([tf.cast(bad[part], tf.int32) if part in bad else 0 for part in self._kinds[kind]])

@@ -360,7 +360,7 @@ class SelfTuningModel(keras.Model):
         if not self._scales_loss:
             parts[_GRADIENTS] = [step.general, step.response]
         changed = network.general + network.response + [v for each in optimizers for v in each.variables]
-        done = self.guard.update("training", parts, apply, {
+        done = self.guard.update("training", (x, y, sample_weight), parts, apply, {
             _WEIGHTS: changed, _STATISTICS: [variable for variable, _ in step.updates]})
         weight = tf.where(done, tf.shape(noise)[0], 0)
         self._inner_loss.update_state(tf.where(done, step.loss, tf.zeros_like(step.loss)), sample_weight=weight)
@@ -383,7 +383,8 @@ class SelfTuningModel(keras.Model):
         if self.scale_optimizer is not None:
             parts[_SCALES] = step.raw_scales
             changed[_SCALES] = [self.draws.raw_scales, *self.scale_optimizer.variables]
-        done = self.guard.update("validation", parts, apply, changed, self._natural_values)
+        done = self.guard.update(
+            "validation", (x, y, sample_weight), parts, apply, changed, self._natural_values)
         weight = tf.where(done, tf.shape(noise)[0], 0)
         self._outer_loss.update_state(tf.where(done, step.loss, tf.zeros_like(step.loss)), sample_weight=weight)
         return step.loss
