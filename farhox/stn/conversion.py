@@ -149,7 +149,8 @@ def summary(model):
     if not isinstance(model, keras.Model):
         raise TypeError(f"stn.summary needs a keras.Model. Received: {model!r}")
     network = Network(model)
-    responding = {id(v) for layer in network.gated for v in layer.variables}
+    responding = {id(v) for layer in network.gated
+                  for v in [*layer.elementary_weights().values(), *layer.response_variables]}
     stay = [layer for layer in layers_of(model)
             if any(id(v) not in responding for v in layer.trainable_variables)]
     read = hyperparameters_in(network.layers) + [entry for layer in network.gated for entry in layer.hyperparameters]
