@@ -27,9 +27,6 @@ from absl import app, flags, logging
 from stn_training import Range, Task
 
 from farhox import stn
-import stn_experiment
-from stn_training import Range, Task
-from farhox.stn.layers import SelfTuning
 
 SETTINGS = ("level", "folder", "vocabulary", "units", "window", "test_examples",
             *stn_experiment.SETTINGS)
