@@ -19,7 +19,7 @@ LAYERS = {
     "conv3d": (lambda h, **k: stn.Conv3D(2, 2, h, **k), VIDEO),
     "transpose": (lambda h, **k: stn.Conv2DTranspose(3, 3, h, strides=2, activation="tanh", **k), IMAGES),
     "separable": (lambda h, **k: stn.SeparableConv2D(3, 2, h, depth_multiplier=2, **k), IMAGES),
-    "einsum": (lambda h, **k: stn.EinsumDense("abc,cde->aebd", (5, None, 2), h, bias_axes="ed", **k), STEPS),
+    "einsum": (lambda h, **k: stn.EinsumDense("abc,cde->aebd", (5, 7, 2), h, bias_axes="ed", **k), STEPS),
     "einsum_shared": (lambda h, **k: stn.EinsumDense("abc,bcd->abd", (7, 2), h, bias_axes="d", **k), STEPS),
     "einsum_right": (lambda h, **k: stn.EinsumDense("...x,xy->...y", 6, h, bias_axes="y", **k), STEPS),
     "einsum_left": (lambda h, **k: stn.EinsumDense("ab...,bc->ac...", (5,), h, bias_axes="c", **k), STEPS),

@@ -136,7 +136,7 @@ def test_shapes_are_known_before_and_after_and_half_precision_is_used(name):
     layer, x = layer_and_input(name, dtype="mixed_float16")
     outputs = layer(x)
     assert outputs.dtype == tf.float16
-    assert layer.compute_output_shape((4, *x.shape[1:])) == tuple(outputs.shape)
+    assert tuple(layer.compute_output_shape((4, *x.shape[1:]))) == tuple(outputs.shape)
     drawn = with_draws(layer, x, tf.constant(DRAWS, tf.float32))
     assert drawn.dtype == tf.float16 and drawn.shape == outputs.shape
     full, _ = layer_and_input(name)
