@@ -119,10 +119,28 @@ def values(model):
     return [keras.ops.convert_to_numpy(variable).tobytes() for variable in all_variables(model)]
 
 
-if __name__ == "__main__":
-    name, directory, result, every = sys.argv[1:]
+class Begun(keras.callbacks.Callback):
+    """Says when the first step is done that is not a repetition: what comes before takes longer than all of them."""
+
+    told = False
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not self.told:
+            print("begun", flush=True)
+            self.told = True
+
+
+def main(name, directory, result, epochs):
     model = make(name)
-    history = fit(name, model, directory, every=int(every))
+    history = fit(name, model, directory, [Begun()], int(epochs), every=1)
     part = pathlib.Path(f"{result}.part")
-    part.write_text(repr((history.history, history.epoch, values(model))))
+    part.write_text(outcome(model, history))
     part.rename(result)
+
+
+def outcome(model, history):
+    return repr((history.history, history.epoch, values(model)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

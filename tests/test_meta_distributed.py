@@ -5,8 +5,10 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import keras
@@ -72,11 +74,7 @@ def test_a_meta_batch_over_two_replicas_gives_the_weights_of_one_device(make, lo
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(start, weights_of(single)))
 
 
-class Interrupted(Exception):
-    pass
-
-
-def test_an_interrupted_training_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path):
+def test_a_training_that_is_told_to_stop_saves_its_state_and_goes_on_to_the_same_weights(tmp_path, capsys):
     source, _ = images()
     whole, first, second = (compiled(maml) for _ in range(3))
     losses = meta.fit_distributed(whole, source, 2, 6, tmp_path / "whole")
@@ -84,13 +82,16 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint_to_the_same_weights
 
     def interrupt(done, loss):
         assert loss == pytest.approx(losses[done - 1], rel=1e-6)
-        if done == 4:
-            raise Interrupted
+        if done == 3:
+            signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(Interrupted):
-        meta.fit_distributed(first, source, 2, 6, tmp_path / "parts", save_every=0.0, report=interrupt)
+    with pytest.raises(SystemExit) as raised:
+        meta.fit_distributed(first, source, 2, 6, tmp_path / "parts", report=interrupt)
+    assert raised.value.code == 143
+    assert (f"Stopped by SIGTERM. The state after 4 meta-steps is saved in {tmp_path / 'parts'}"
+            in capsys.readouterr().err)
     # What a process leaves behind that is killed while it writes.
-    (tmp_path / "parts" / "state-00000005.farhox.part").write_bytes(b"farhox state")
+    (tmp_path / "parts" / "state-00000002.farhox.part").write_bytes(b"farhox state")
     reported = []
     again = meta.fit_distributed(second, source, 2, 6, tmp_path / "parts", report=lambda *now: reported.append(now))
     np.testing.assert_allclose(again, losses, rtol=1e-6)
@@ -98,7 +99,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint_to_the_same_weights
     for a, b in zip(weights_of(whole), weights_of(second), strict=True):
         np.testing.assert_array_equal(a, b)
     assert sorted(file.name for file in (tmp_path / "parts").iterdir()) == [
-        "state-00000004.farhox", "state-00000005.farhox"]
+        "state-00000001.farhox", "state-00000002.farhox"]
     assert meta.fit_distributed(compiled(maml), source, 2, 6, tmp_path / "parts") == again
 
 
@@ -161,6 +162,47 @@ def test_workers_have_places_of_their_own_and_are_started_again_when_one_dies(tm
         launcher.launch([*command, "9"], workers=2, restarts=1)
 
 
+STOPPED = """
+import os, pathlib, signal, sys, time
+folder, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
+
+def save(number, frame):
+    (folder / f"saved{os.getpid()}").write_text("x")
+    if kind == "obedient":
+        sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+(folder / f"started{os.getpid()}").write_text("x")
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("number, kind", [
+    (signal.SIGTERM, "obedient"), (signal.SIGINT, "obedient"), (signal.SIGHUP, "stubborn")])
+def test_workers_are_told_to_stop_with_the_launcher_and_none_lives_on(
+        tmp_path, launcher, capfd, monkeypatch, number, kind):
+    monkeypatch.setattr(launcher, "GRACE", 30.0 if kind == "obedient" else 0.5)
+
+    def tell():
+        while len(list(tmp_path.glob("started*"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=tell).start()
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as raised:
+        launcher.launch([sys.executable, "-c", STOPPED, str(tmp_path), kind], workers=2, restarts=3)
+    assert raised.value.code == 128 + number and time.monotonic() - start < 10.0
+    assert len(list(tmp_path.glob("saved*"))) == 2
+    for file in tmp_path.glob("started*"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.name.removeprefix("started")), 0)
+    line, = capfd.readouterr().err.splitlines()
+    assert line == f"Stopped by {number.name}, and all workers with it: the same command goes on."
+    assert signal.getsignal(number) is before
+
+
 @pytest.fixture(scope="module")
 def omniglot(tmp_path_factory):
     """Keras' folder with random images in the place of Omniglot's."""
@@ -201,6 +243,17 @@ def test_two_processes_end_with_the_weights_of_one_also_when_one_was_killed(tmp_
     psutil.Process(process.pid).children()[1].kill()
     outputs["killed"] = finish(process)
     assert "Worker 1 ended with code -9 at start 1 of 4." in outputs["killed"][1]
+    # Told to stop, the launcher ends all within 10 seconds.
+    process = start(workers, tmp_path / "told", omniglot, *TINY)
+    while not list((tmp_path / "told" / "states").glob("*.farhox")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    told = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and time.monotonic() - told < 10.0
+    assert len(re.findall("meta-steps is saved in", errors)) == 1 and errors.count("the same command goes on") == 1
+    outputs["told"] = finish(start(workers, tmp_path / "told", omniglot, *TINY))
     digests = {digest for text, _ in outputs.values() for digest in re.findall(r"variables: (\w{64})", text)}
     assert len(digests) == 1 and all(text.count("SHA-256") == 2 for text, _ in outputs.values())
 

@@ -6,8 +6,10 @@ import math
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -125,6 +127,35 @@ def test_an_interrupted_run_ends_with_the_numbers_of_one_that_was_not(load, tmp_
         name: whole[name] for name in whole if name != "time_before"}
     assert len(list((tmp_path / "parts").iterdir())) == 2
     assert experiment.fit_resumable(*small_optimizer(), 9, tmp_path / "parts")["outer_loss"] == whole["outer_loss"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_stop_where_nothing_is_trained_ends_with_one_line(load, tmp_path, capsys, number, code):
+    folder = load("experiment").Folder(tmp_path, {})
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as raised:
+        folder.once("seed0", lambda path: signal.raise_signal(number))
+    assert raised.value.code == code and signal.getsignal(number) is before
+    assert capsys.readouterr().err == f"\nStopped by {number.name}. The same command goes on with seed0.\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_script_that_is_told_to_stop_saves_its_state_and_ends_with_one_line(tmp_path, number, code):
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "sinusoid.py"), f"--output={tmp_path}", "--algorithms=fomaml",
+         "--meta_steps=200000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    states = tmp_path / "runs" / "fomaml_seed0"
+    while not list(states.glob("*.farhox")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    told, before = time.monotonic(), farhox.callbacks.Resume(states).initial_epoch
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == code and time.monotonic() - told < 10.0
+    assert errors.count(f"Stopped by {number.name}. The state after") == 1 and "Traceback" not in errors
+    assert farhox.callbacks.Resume(states).initial_epoch >= before
 
 
 def test_a_finished_run_is_not_done_again(load, tmp_path):
