@@ -369,3 +369,41 @@ def test_what_does_not_fit_is_an_error_that_names_it(tmp_path):
     other.second = keras.optimizers.SGD()
     with pytest.raises(ValueError, match=r"same model and optimizers.*with \['model', 'optimizer'\] for"):
         other.fit(batches(), epochs=3, verbose=0, callbacks=[Resume(tmp_path)])
+
+
+def orders_of(data, epochs=3, **arguments):
+    """The order of the examples in each epoch of Keras' `fit`."""
+    orders = []
+
+    class Reads(keras.Model):
+        def train_step(self, data):
+            orders.append(data[0].numpy().tolist())
+            return {"loss": tf.constant(0.0)}
+
+    model = Reads()
+    model.built = True
+    model.compile("sgd", run_eagerly=True)
+    model.fit(*data, epochs=epochs, verbose=0, **arguments)
+    return orders
+
+
+def test_fit_of_arrays_with_a_seed_has_one_order_in_all_epochs():
+    orders = orders_of((np.arange(8), np.arange(8)), batch_size=8)
+    assert orders[0] == orders[1] == orders[2] != list(range(8))
+
+
+def test_fit_of_a_data_set_that_shuffles_itself_moves_on_by_two_orders_in_an_epoch():
+    def data():
+        return tf.data.Dataset.range(8).map(lambda i: (i, i)).shuffle(8, seed=1).batch(8)
+
+    shuffled = data()
+    alone = [next(iter(shuffled))[0].numpy().tolist() for _ in range(5)]
+    assert orders_of((data(),)) == alone[::2]
+
+
+def test_a_file_of_weights_holds_no_state_of_seed_generators(tmp_path):
+    first, second = (keras.Sequential([keras.Input([3]), keras.layers.Dropout(0.5, seed=1)]) for _ in range(2))
+    first(resumable_runs.X, training=True)
+    first.save_weights(tmp_path / "x.weights.h5")
+    second.load_weights(tmp_path / "x.weights.h5")
+    assert [int(model.layers[0].seed_generator.state[1]) for model in (first, second)] == [1, 0]

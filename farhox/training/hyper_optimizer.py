@@ -42,8 +42,7 @@ class HyperOptimizer(keras.Model):
 
     A hypergradient that is not finite never reaches the outer variables: the update is skipped and counted.
 
-    `BackupAndRestore` resumes an interrupted run with all its memory. As everywhere in Keras, a data set that shuffles
-    anew in each epoch does not know of the epochs before: it starts with the order of its first.
+    `farhox.callbacks.Resume` goes on with an interrupted run, bit for bit.
 
     Args:
         problem: A `BilevelProblem`.
@@ -75,7 +74,7 @@ class HyperOptimizer(keras.Model):
         self.hypergradient = hypergradient
         self.online = bool(online)
         self.max_skipped_updates = checks.positive_integer("max_skipped_updates", max_skipped_updates)
-        # Tracked by Keras, so that save_weights and BackupAndRestore hold all there is to go on from.
+        # Tracked by Keras, so that save_weights and Resume hold all there is to go on from.
         self._outer = list(problem.outer_variables)
         self._inner = list(problem.inner_variables) + list(problem.state_variables)
         self._log_names = log_names(problem)
@@ -157,7 +156,7 @@ class HyperOptimizer(keras.Model):
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
         if any(isinstance(c, keras.callbacks.ModelCheckpoint) and not c.save_weights_only for c in callbacks):
             raise ValueError(f"ModelCheckpoint must have save_weights_only=True. {_SAVE_RULE}")
-        # First in the list, so that what BackupAndRestore restores is not touched.
+        # First in the list, so that what another one restores is not touched.
         callbacks.insert(0, _SkipGuard())
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
         self.problem.raise_if_model_changed()
