@@ -120,14 +120,14 @@ def values(model):
 
 
 class Begun(keras.callbacks.Callback):
-    """Says when the first step is done that is not a repetition: what comes before takes longer than all of them."""
+    """Says when the second step begins that is no repetition: what comes before takes longer than all of them."""
 
-    told = False
+    steps = 0
 
-    def on_train_batch_end(self, batch, logs=None):
-        if not self.told:
+    def on_train_batch_begin(self, batch, logs=None):
+        self.steps += 1
+        if self.steps == 2:
             print("begun", flush=True)
-            self.told = True
 
 
 def main(name, directory, result, epochs):
