@@ -41,12 +41,18 @@ def task():
     if flags.FLAGS.request:
         arrays = dict(np.load(flags.FLAGS.request))
         labels = arrays.pop("query_labels", None)
-        return arrays, labels
+        return {name: as_served(value) for name, value in arrays.items()}, labels
     (_, _, test) = meta.load_omniglot(flags.FLAGS.data_dir)
     source = meta.ClassificationEpisodes(*test, flags.FLAGS.ways, flags.FLAGS.shots, flags.FLAGS.queries, seed=0)
     support, query = source.draw(tf.constant(flags.FLAGS.episode, tf.int64))
     inputs = {"support_inputs": support[0], "support_labels": support[1], "query_inputs": query[0]}
-    return {name: value.numpy() for name, value in inputs.items()}, query[1].numpy()
+    return {name: as_served(value.numpy()) for name, value in inputs.items()}, query[1].numpy()
+
+
+def as_served(array):
+    """The array in the type that the signature takes: over gRPC a server refuses any other."""
+    return array.astype(np.int64) if np.issubdtype(array.dtype, np.integer) and array.ndim == 1 else (
+        array.astype(np.float32))
 
 
 def ask_rest(address, inputs):

@@ -414,16 +414,17 @@ def test_versions_count_up_and_are_never_overwritten(tmp_path):
 
 def test_a_version_that_another_process_publishes_meanwhile_is_kept(tmp_path, monkeypatch):
     export.saved_model(plain(), tmp_path)
-    write = export._write
+    module = sys.modules["farhox.export.saved_model"]
+    write = module._write
 
     def slow(*arguments, number="2"):
         write(*arguments)
         (tmp_path / number).mkdir(exist_ok=True)
         (tmp_path / number / "theirs").touch()
 
-    monkeypatch.setattr(export, "_write", slow)
+    monkeypatch.setattr(module, "_write", slow)
     assert export.saved_model(plain(), tmp_path).name == "3"
-    monkeypatch.setattr(export, "_write", lambda *arguments: slow(*arguments, number="9"))
+    monkeypatch.setattr(module, "_write", lambda *arguments: slow(*arguments, number="9"))
     with pytest.raises(FileExistsError, match="version=9"):
         export.saved_model(plain(), tmp_path, version=9)
     assert [file.name for file in (tmp_path / "2").iterdir()] == ["theirs"]

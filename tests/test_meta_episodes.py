@@ -285,3 +285,36 @@ def test_inner_training_on_normalized_features_never_rises_at_a_rate_below_two(n
     rises = np.max(np.diff(losses))
     assert rises <= 1e-6 if normalize_features else rises > 0.1
     assert not normalize_features or losses[-1] < losses[0] - 0.1
+
+
+def test_data_that_start_at_the_episodes_seen_go_on_as_if_never_interrupted(tmp_path):
+    def learner():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input([8, 8, 1]), keras.layers.Flatten(), keras.layers.Dense(3, "softmax")])
+        learner = meta.Reptile(model, inner_steps=2, batch_size=2)
+        learner.compile(keras.optimizers.Adam(0.1))
+        return learner
+
+    def fit(learner, epochs):
+        data = episodes.dataset(2, start=learner.episodes_seen)
+        learner.fit(data, epochs=epochs, steps_per_epoch=2, verbose=0)
+        return data
+
+    images = np.random.default_rng(0).random([48, 8, 8, 1]).astype("float32")
+    episodes = meta.ClassificationEpisodes(images, np.repeat(np.arange(6), 8), ways=3, shots=2, queries=2)
+    whole, first, second = learner(), learner(), learner()
+    fit(whole, 3)
+    fit(first, 1)
+    first.save_weights(tmp_path / "learner.weights.h5")
+    data = episodes.dataset(2, start=second.episodes_seen)  # Made before the weights are there.
+    second.load_weights(tmp_path / "learner.weights.h5")
+    second.fit(data, epochs=1, steps_per_epoch=2, verbose=0)
+    fit(second, 1)
+    assert int(second.episodes_seen) == int(whole.episodes_seen) == 12
+    for a, b in zip(second.get_weights(), whole.get_weights()):
+        np.testing.assert_array_equal(a, b)
+    assert data.cardinality() == tf.data.INFINITE_CARDINALITY
+    some = episodes.dataset(2, start=whole.episodes_seen, count=4)
+    assert some.cardinality() == 2
+    for (x, _), number in zip((x for element in some.unbatch() for x in [element.support]), range(12, 16)):
+        np.testing.assert_array_equal(x, episodes.draw(number).support[0])

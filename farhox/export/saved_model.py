@@ -1,5 +1,7 @@
 """SavedModels for TensorFlow Serving, of learners and of models: no Python and no farhox where they are served."""
 
+import inspect
+import os
 import pathlib
 import re
 import tempfile
@@ -57,13 +59,13 @@ def saved_model(learner_or_model, directory, version=None, labels=None, serializ
         The `pathlib.Path` of the version.
 
     Raises:
-        TypeError: If `learner_or_model` is something else.
+        TypeError: If `learner_or_model` is something else, `directory` no path, or `labels` or `warmup` no list.
         ValueError: If the version is not a positive integer, labels do not fit the outputs, a warm-up request does not
             fit a signature, or the model does not say what its inputs are.
         FileExistsError: If the version exists. It is never touched.
         ImportError: If `warmup` needs a package that is not installed.
     """
-    directory = pathlib.Path(directory)
+    directory = _folder(directory)
     if version is not None:
         checks.positive_integer("version", version)
     if version is not None and (directory / str(version)).exists():
@@ -100,9 +102,12 @@ def load(directory, version=None):
         A `ServedModel`.
 
     Raises:
+        TypeError: If `directory` is no path.
+        ValueError: If `version` is not a positive integer, or `labels.txt` does not fit the outputs.
         FileNotFoundError: If there is no such version, or none at all.
     """
-    directory = pathlib.Path(directory)
+    directory = _folder(directory)
+    version = None if version is None else checks.positive_integer("version", version)
     versions = _versions(directory)
     if not versions or version not in (None, *versions):
         wanted = "a version" if version is None else f"version {version}"
@@ -137,20 +142,22 @@ class ServedModel:
                    for side in ("inputs", "outputs")}
             for name, definition in _read(self.path).meta_graphs[0].signature_def.items() if not name.startswith("__")}
         labels = self.path / "assets" / _LABELS
-        self.labels = labels.read_text(encoding="utf-8").splitlines() if labels.exists() else None
+        self.labels = _read_labels(labels, self.signatures) if labels.exists() else None
 
     def predict(self, signature="serving_default", **inputs):
         """The answer to a request.
 
         Args:
             signature: Name of a signature.
-            **inputs: Its inputs, arrays or what can be made arrays of.
+            **inputs: Its inputs, arrays or what can be made arrays of. Numbers are cast to the type of the signature.
 
         Returns:
             Dictionary from the names of outputs to arrays.
 
         Raises:
-            ValueError: If there is no such signature, or it has other inputs.
+            TypeError: If an input is of a type that the signature does not take.
+            ValueError: If there is no such signature, or it has other inputs; or a number is not a whole one where the
+                signature takes whole ones.
             tf.errors.InvalidArgumentError: If an input makes no sense; from the graph, as a server would answer.
         """
         if signature not in self.signatures:
@@ -158,7 +165,7 @@ class ServedModel:
         specs = self.signatures[signature]["inputs"]
         if set(inputs) != set(specs):
             raise ValueError(f"{signature!r} takes the inputs {sorted(specs)}. Received: {sorted(inputs)}")
-        tensors = {name: tf.convert_to_tensor(value, specs[name].dtype) for name, value in inputs.items()}
+        tensors = {name: _as_type(name, value, specs[name].dtype) for name, value in inputs.items()}
         return {name: value.numpy() for name, value in self._model.signatures[signature](**tensors).items()}
 
 
@@ -177,7 +184,7 @@ def _write(path, model, signatures, labels, float16, jit_compile):
     with tempfile.TemporaryDirectory() as folder:
         if labels is not None:
             file = pathlib.Path(folder, _LABELS)
-            file.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+            file.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8", newline="\n")
             module.labels = tf.saved_model.Asset(str(file))
         tf.saved_model.save(
             module, str(path), signatures={name: functions[signature] for name, signature in signatures.items()})
@@ -243,9 +250,11 @@ def _versions(directory):
 def _checked_labels(labels, signatures):
     if labels is None:
         return None
+    if not isinstance(labels, (list, tuple)):
+        raise TypeError(f"labels must be a list of strings, one for each output. Received: {labels!r}")
     labels = list(labels)
     (shape, *_) = next(iter(signatures.values())).output_shapes.values()
-    bad = [label for label in labels if not isinstance(label, str) or "\n" in label]
+    bad = [label for label in labels if not isinstance(label, str) or "\n" in label or "\r" in label]
     if bad or len(labels) != shape[-1]:
         raise ValueError(f"labels must be {shape[-1]} strings of one line, one for each output. Received: {labels}")
     return labels
@@ -259,12 +268,25 @@ def _warmup_requests(warmup, signatures):
         return [(name, {entry.name: np.zeros([1 if isinstance(size, str) else size for size in entry.shape],
                                              entry.dtype.as_numpy_dtype) for entry in signature.inputs})
                 for name, signature in signatures.items()]
-    requests = list(warmup or [])
-    for name, inputs in requests:
+    if warmup and not (isinstance(warmup, (list, tuple)) and all(
+            isinstance(request, (list, tuple)) and len(request) == 2 and isinstance(request[1], dict)
+            for request in warmup)):
+        raise TypeError("warmup must be True or a list of pairs (signature, dictionary of arrays). "
+                        f"Received: {warmup!r}")
+    requests = []
+    for name, inputs in warmup or []:
         if name not in signatures or set(inputs) != {entry.name for entry in signatures[name].inputs}:
             known = {name: [entry.name for entry in signature.inputs] for name, signature in signatures.items()}
             raise ValueError(f"A warm-up request must be one of the signatures with its inputs, {known}. "
                              f"Received: {name!r} with {sorted(inputs)}")
+        arrays = {entry.name: _as_type(entry.name, inputs[entry.name], entry.dtype).numpy()
+                  for entry in signatures[name].inputs}
+        for entry in signatures[name].inputs:
+            expected = tf.TensorShape([None if isinstance(size, str) else size for size in entry.shape])
+            if not expected.is_compatible_with(arrays[entry.name].shape):
+                raise ValueError(f"{entry.name} of a warm-up request must have shape {entry.axes}. "
+                                 f"Received shape: {arrays[entry.name].shape}")
+        requests.append((name, arrays))
     return requests
 
 
@@ -280,6 +302,42 @@ def _write_warmup(path, requests, name):
             for key, value in inputs.items():
                 request.inputs[key].CopyFrom(tf.make_tensor_proto(value))
             writer.write(log.SerializeToString())
+
+
+def _folder(directory):
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory must be a path. Received: {directory!r}")
+    return pathlib.Path(directory)
+
+
+def _as_type(name, value, dtype):
+    """A tensor of the type that a signature takes, of numbers of any type that hold no less."""
+    if value is None or inspect.isgenerator(value):
+        raise TypeError(f"{name} must be an array. Received: {type(value).__name__}")
+    try:
+        tensor = tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array of one shape and type. Received: {value!r}") from error
+    if (tensor.dtype == tf.string) != (dtype == tf.string):
+        raise TypeError(f"{name} must be of type {dtype.name}. Received: {tensor.dtype.name}")
+    if dtype.is_integer and tensor.dtype.is_floating and not bool(tf.reduce_all(tensor == tf.round(tensor))):
+        raise ValueError(f"{name} must be whole numbers. Received: {tensor.dtype.name} with fractions")
+    return tensor if tensor.dtype == dtype else tf.cast(tensor, dtype)
+
+
+def _read_labels(path, signatures):
+    """The lines of labels.txt, whatever they end with."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8. Received: {error}") from error
+    labels = lines[:-1] if lines[-1] == "" else lines
+    sizes = {spec.shape[-1] for signature in signatures.values() for name, spec in signature["outputs"].items()
+             if name != "representation" and spec.shape.rank}
+    if len(labels) not in sizes:
+        raise ValueError(f"{path} must hold one line for each of the model's outputs: {sorted(sizes)}. "
+                         f"Received: {len(labels)} lines")
+    return labels
 
 
 def _serving_api():

@@ -92,24 +92,26 @@ def checked(inputs, tensors):
     passed = []
     for entry, tensor in zip(inputs, tensors):
         what = f"{entry.name} must have shape {entry.axes}"
-        rank = _check(tf.rank(tensor) == len(entry.shape), f"{what}. Received shape:", tf.shape(tensor))
-        with tf.control_dependencies([rank]):
-            shape = tf.shape(tensor)
-        checks = []
+        # As many sizes as there should be, whatever the rank: what looks at one of them cannot fail before the checks.
+        shape = tf.concat([tf.shape(tensor), tf.fill([len(entry.shape)], -1)], axis=0)[:len(entry.shape)]
+        received = f"{what}. Received shape:", tf.shape(tensor)
+        checks = [_check(tf.rank(tensor) == len(entry.shape), *received)]
         for axis, size in enumerate(entry.shape):
             if not isinstance(size, str):
-                checks.append(_check(shape[axis] == size, f"{what}. Received shape:", shape))
+                checks.append(_check(shape[axis] == size, *received))
             elif size not in sizes:
                 sizes[size] = shape[axis], entry.name
-                checks.append(_check(shape[axis] > 0, f"{what}, none of them empty. Received shape:", shape))
+                checks.append(_check(shape[axis] > 0, f"{what}, none of them empty. Received shape:",
+                                     tf.shape(tensor)))
             else:
                 expected, other = sizes[size]
                 checks.append(_check(
                     shape[axis] == expected, f"{what}, with as many of {size} as in {other}. Received:",
                     shape[axis], "and", expected))
         with tf.control_dependencies(checks):
-            # What is asked of the values assumes the shape.
-            tensor = tf.identity(tensor)
+            # What is asked of the values assumes the shape. A reshape, as the shape of what goes through an identity
+            # is inferred from what the model makes of it, and the check of its rank optimised away.
+            tensor = tf.reshape(tensor, shape)
         tensor.set_shape([None if isinstance(size, str) else size for size in entry.shape])
         checks = []
         if entry.dtype.is_floating:
@@ -138,9 +140,10 @@ def from_examples(signature):
 
     def function(*serialized):
         tensors = {}
-        for entries, examples in zip(groups.values(), serialized):
+        for name, entries, examples in zip([entry.name for entry in inputs], groups.values(), serialized):
             features = {entry.feature: tf.io.FixedLenFeature(entry.shape[1:], entry.dtype) for entry in entries}
-            parsed = tf.io.parse_example(examples, features)
+            places = tf.strings.as_string(tf.range(tf.shape(examples)[0]))
+            parsed = tf.io.parse_example(examples, features, example_names=tf.strings.join([name, places], " "))
             tensors.update((entry.name, parsed[entry.feature]) for entry in entries)
         return signature.function(*checked(signature.inputs, [tensors[entry.name] for entry in signature.inputs]))
 

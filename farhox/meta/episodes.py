@@ -4,6 +4,7 @@ import abc
 import math
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -37,8 +38,9 @@ class EpisodeSource(abc.ABC):
 
         Args:
             meta_batch_size: Positive int, episodes in an element.
-            start: Non-negative int, number of the first episode: `start=steps_done * meta_batch_size` goes on with an
-                interrupted training.
+            start: Non-negative int, number of the first episode; or a scalar integer variable, which is read whenever
+                the data set is read from its beginning: with `start=learner.episodes_seen` a training goes on with
+                the first episode that it has not seen, also after `load_weights` and an interruption.
             count: Positive int, a multiple of `meta_batch_size`: the number of episodes. Default: without end.
             shards: Positive int. Every one of so many processes takes meta-batches of its own, none draws the others'.
             shard: Non-negative int below `shards`: meta-batches number `shard`, `shard + shards`, ... are in the data.
@@ -53,14 +55,27 @@ class EpisodeSource(abc.ABC):
         checks.positive_integer("shards", shards)
         if not checks.is_integer(shard) or not 0 <= shard < shards:
             raise ValueError(f"shard must be a non-negative integer below shards={shards}. Received: {shard!r}")
-        checks.non_negative_integer("start", start)
+        is_variable = isinstance(start, (tf.Variable, keras.Variable))
+        if not is_variable:
+            checks.non_negative_integer("start", start)
+        elif tuple(start.shape) or not tf.as_dtype(start.dtype).is_integer:
+            raise ValueError("start must be a non-negative integer, or a scalar integer variable. Received a variable "
+                             f"of shape {tuple(start.shape)} and type {tf.as_dtype(start.dtype).name}")
         if count is None:
-            numbers = tf.data.Dataset.counter(start)
+            length, size = tf.int64.max - 1, tf.data.INFINITE_CARDINALITY
         else:
-            checks.positive_integer("count", count)
+            length = size = checks.positive_integer("count", count)
             if count % meta_batch_size:
                 raise ValueError("count must be a multiple of meta_batch_size, so that all elements have one shape. "
                                  f"Received: count={count}, meta_batch_size={meta_batch_size}")
+        if is_variable:
+            # Read once, when the first episode is drawn: training moves the variable on.
+            first = tf.data.Dataset.from_tensors(0).map(lambda _: tf.cast(tf.convert_to_tensor(start), tf.int64))
+            numbers = first.flat_map(lambda first: tf.data.Dataset.range(length).map(lambda index: first + index))
+            numbers = numbers.apply(tf.data.experimental.assert_cardinality(size))
+        elif count is None:
+            numbers = tf.data.Dataset.counter(start)
+        else:
             numbers = tf.data.Dataset.range(start, start + count)
         if shards > 1:
             numbers = numbers.batch(meta_batch_size, drop_remainder=True).shard(shards, shard).unbatch()
@@ -87,21 +102,16 @@ class ClassificationEpisodes(EpisodeSource):
         seed: Non-negative int.
 
     Raises:
+        TypeError: If images or labels are no arrays.
         ValueError: If a number is not positive, there are fewer classes than ways, a class has fewer examples than
-            shots + queries, or images and labels differ in number.
+            shots + queries, images and labels differ in number, or an image holds NaN or infinity.
     """
 
     def __init__(self, images, labels, ways=5, shots=1, queries=15, seed=0):
-        images, labels = np.asarray(images), np.asarray(labels)
+        images, labels = _examples(images, labels)
         for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
             checks.positive_integer(name, value)
         checks.non_negative_integer("seed", seed)
-        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError("labels must be integers of shape [examples]. "
-                             f"Received: {labels.dtype} of shape {labels.shape}")
-        if len(images) != len(labels):
-            raise ValueError("There must be one label for each image. "
-                             f"Received: {len(images)} images and {len(labels)} labels")
         _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if len(counts) < ways:
             raise ValueError("There must be at least as many classes as ways. "
@@ -120,7 +130,7 @@ class ClassificationEpisodes(EpisodeSource):
         self._most = int(counts.max())
 
     def draw(self, index):
-        seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(index, tf.int64)])
+        seed = tf.stack([tf.constant(self.seed, tf.int64), _number(index)])
         class_seed, example_seed = tf.unstack(tf.random.split(seed, 2))
         classes = _first_of_shuffled(tf.random.stateless_uniform([self.num_classes], class_seed), self.ways)
         # A random order of the examples of each class; places past its last example come at the end.
@@ -170,7 +180,7 @@ class SinusoidEpisodes(EpisodeSource):
         return float(amplitude), float(phase)
 
     def _task(self, index):
-        seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(index, tf.int64)])
+        seed = tf.stack([tf.constant(self.seed, tf.int64), _number(index)])
         seeds = tf.unstack(tf.random.split(seed, 3))
         x = tf.random.stateless_uniform([self.shots + self.queries, 1], seeds[0], -5.0, 5.0)
         return (x, tf.random.stateless_uniform([], seeds[1], 0.1, 5.0),
@@ -190,9 +200,12 @@ def split_classes(images, labels, sizes, seed=0):
         List of (images, labels), one per part.
 
     Raises:
-        ValueError: If there are fewer classes than the sizes name.
+        TypeError: If images or labels are no arrays, or `sizes` no list.
+        ValueError: If there are fewer classes than the sizes name, or images and labels differ in number.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels = _examples(images, labels)
+    if not isinstance(sizes, (list, tuple)):
+        raise TypeError(f"sizes must be a list of numbers of classes. Received: {sizes!r}")
     classes = np.unique(labels)
     given = [size for size in sizes if size is not None]
     for size in given:
@@ -218,18 +231,69 @@ def with_rotations(images, labels):
         images [4 * examples, ...], labels [4 * examples].
 
     Raises:
-        ValueError: If the images are not square.
+        TypeError: If images or labels are no arrays.
+        ValueError: If the images are not square, or images and labels differ in number.
 
     Reference:
         [Santoro et al., 2016](https://arxiv.org/abs/1605.06065), section 4.1.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels = _examples(images, labels)
     if images.ndim != 4 or images.shape[1] != images.shape[2]:
         raise ValueError("images must have shape [examples, height, width, channels] with height = width. "
                          f"Received shape: {images.shape}")
     turned = np.concatenate([np.rot90(images, k, axes=(1, 2)) for k in range(4)])
     classes, numbers = np.unique(labels, return_inverse=True)
     return turned, np.concatenate([numbers + k * len(classes) for k in range(4)])
+
+
+def new_episodes_seen():
+    """A variable that counts the episodes that a learner was trained on."""
+    return keras.Variable(0, dtype="int64", trainable=False, name="episodes_seen", aggregation="only_first_replica")
+
+
+def count_episodes(learner, number):
+    """Counts the episodes of a meta-batch, which every replica has one of."""
+    seen = tf.cast(number, tf.int64) * learner.distribute_strategy.num_replicas_in_sync
+    learner.episodes_seen.assign(tf.convert_to_tensor(learner.episodes_seen) + seen)
+
+
+def _examples(images, labels):
+    """Images and labels as arrays of one length."""
+    arrays = []
+    for name, value in (("images", images), ("labels", labels)):
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise TypeError(f"{name} must be an array, all examples of one shape. Received: {type(value).__name__} of "
+                            "several shapes") from error
+        if array.dtype == object and array.ndim and all(isinstance(entry, (str, bytes)) for entry in array.flat):
+            array = array.astype(str)
+        if array.dtype == object or not array.ndim:
+            raise TypeError(f"{name} must be an array with one entry per example. Received: {type(value).__name__}"
+                            f"{' of objects' if array.ndim else ''}")
+        arrays.append(array)
+    images, labels = arrays
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError("labels must be integers of shape [examples]. "
+                         f"Received: {labels.dtype} of shape {labels.shape}")
+    if len(images) != len(labels):
+        raise ValueError("There must be one label for each image. "
+                         f"Received: {len(images)} images and {len(labels)} labels")
+    if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
+        raise ValueError("images must hold finite numbers. Received NaN or infinity in example "
+                         f"{np.argwhere(~np.isfinite(images))[0][0]}")
+    return images, labels
+
+
+def _number(index):
+    """The number of an episode as an int64 tensor."""
+    if checks.is_integer(index):
+        checks.non_negative_integer("The number of an episode", index)
+    index = tf.convert_to_tensor(index)
+    if not index.dtype.is_integer or index.shape.rank != 0:
+        raise ValueError("The number of an episode must be a scalar integer. "
+                         f"Received: {index.dtype.name} of shape {index.shape}")
+    return tf.cast(index, tf.int64)
 
 
 def _first_of_shuffled(keys, count):

@@ -1,20 +1,21 @@
 """What the learners share: episodes as hyper-iterations, adaptation, prediction, evaluation."""
 
+import keras
 import tensorflow as tf
 
 from farhox._core import checks
 from farhox.data.batches import RepeatedBatch
-from farhox.data.datasets import pair
-from farhox.hypergradients.episodes import map_episodes
+from farhox.hypergradients.episodes import map_episodes, num_episodes
+from farhox.meta import episode_checks
 from farhox.meta.accuracy import classifies, correct
 from farhox.meta.copies import copy_of
-from farhox.meta.episodes import EpisodeSource
+from farhox.meta.episodes import EpisodeSource, count_episodes, new_episodes_seen
 from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.statistics import support_statistics
 from farhox.meta.weights import joined, order_of_present, scaled, weighted_mean, with_both_weights, with_weights
 from farhox.problem.inner_training import InnerTraining
 from farhox.problem.losses import takes_class_numbers
-from farhox.training.hyper_optimizer import HyperOptimizer
+from farhox.training.hyper_optimizer import HyperOptimizer, clear_errors
 
 
 class Learner(HyperOptimizer):
@@ -33,13 +34,15 @@ class Learner(HyperOptimizer):
         batch_size: Positive int, support examples in an inner batch: the examples in random order, again and again
             without replacement. Default: all of them in each step.
         transductive: Bool, see `query_call`. Kept for the results of `evaluate`.
-        seed: Int, of the random order.
+        seed: Non-negative int, of the random order.
         loss: The loss of an episode, as for `supervised_problem`; for what labels are.
         name: Name of the Keras model.
 
     Attributes:
         model, problem, inner_steps, evaluation_steps, transductive: As given.
         labels_are_class_numbers: Bool; labels are targets like the model's outputs otherwise.
+        episodes_seen: Integer `keras.Variable`, the episodes that the learner was trained on, in all replicas: the
+            position in a data set that begins at it (`EpisodeSource.dataset(start=)`). Saved with the weights.
 
     Raises:
         ValueError: If a number is not a positive integer.
@@ -56,9 +59,11 @@ class Learner(HyperOptimizer):
         self.inner_steps, self.evaluation_steps = int(inner_steps), int(evaluation_steps)
         self.batch_size = batch_size
         self.transductive = bool(transductive)
-        self.seed = int(seed)
+        self.seed = checks.non_negative_integer("seed", seed)
         self.labels_are_class_numbers = takes_class_numbers(loss)
         self._loss = loss
+        self._sees_queries = False
+        self.episodes_seen = new_episodes_seen()
         self._adapt_function = self._predict_function = self._judge_function = None
 
     def compile(self, optimizer="adam", metrics=None, jit_compile=False, weighted_metrics=None, **kwargs):
@@ -86,7 +91,8 @@ class Learner(HyperOptimizer):
             return super().evaluate(x, **kwargs)
         if self._judge_function is None:
             self._judge_function = self._compiled(self._judge)
-        result = evaluate_episodes(self._judge_function, x, episodes, meta_batch_size)
+        with clear_errors():
+            result = evaluate_episodes(self._judge_function, x, episodes, meta_batch_size)
         return {**result, "transductive": self.transductive}
 
     def predict(self, support, query):
@@ -98,9 +104,12 @@ class Learner(HyperOptimizer):
 
         Returns:
             Array of predictions, one per query.
+
+        Raises:
+            TypeError, ValueError: If support or query are not what the model takes: it is said what is wrong with what.
         """
-        support = tf.nest.map_structure(lambda leaf: tf.convert_to_tensor(leaf)[None], tuple(support))
-        query = tf.convert_to_tensor(query)[None]
+        support = self._checked_support(support)
+        query = _one_episode(episode_checks.as_inputs("query inputs", query, self.model))
         if self._predict_function is None:
             self._predict_function = self._compiled(self.predict_episodes, reduce_retracing=True)
         return self._predict_function(support, query).numpy()[0]
@@ -135,8 +144,11 @@ class Learner(HyperOptimizer):
 
         Returns:
             A `keras.Model` of the same kind as the learner's, with weights of its own.
+
+        Raises:
+            TypeError, ValueError: As `predict`; or if Keras cannot make the model again from its configuration.
         """
-        support = tf.nest.map_structure(lambda leaf: tf.convert_to_tensor(leaf)[None], tuple(support))
+        support = self._checked_support(support)
         if self._adapt_function is None:
             self._adapt_function = self._compiled(self._adapted, reduce_retracing=True)
         problem = self.problem
@@ -151,17 +163,61 @@ class Learner(HyperOptimizer):
             own.assign(values[id(variable)])
         return adapted
 
+    def _checked_support(self, support):
+        """A support set as a meta-batch of one episode."""
+        classes = self.model.output_shape[-1] if self.labels_are_class_numbers else None
+        loss = keras.losses.get(self._loss) if isinstance(self._loss, str) else self._loss
+        ignored = loss.get_config().get("ignore_class") if isinstance(loss, keras.losses.Loss) else None
+        return _one_episode(episode_checks.as_support(support, self.model, classes, ignored))
+
+    def raise_if_diverged(self):
+        try:
+            super().raise_if_diverged()
+        except RuntimeError as error:
+            places = self._not_finite_data.numpy()
+            parts = [self._part_in_words(outer, place) for outer, place in enumerate(places) if place[0]]
+            if not parts:
+                raise
+            raise RuntimeError(f"Episodes must hold finite numbers. Received NaN or infinity in {', '.join(parts)}. "
+                               f"{error}") from error
+
+    def _part_in_words(self, outer, place):
+        """What an array of the inner batches (0) or of the outer batch (1) is in an episode."""
+        number, episode, example = (int(part) for part in place)
+        inputs = len(getattr(self.model, "inputs", None) or [None])
+        name = "query" if outer and number > inputs else "support"
+        what = "inputs" if number <= (1 + outer) * inputs else "labels or weights"
+        in_order = outer or self.batch_size is None
+        return f"the {name} {what} of episode {episode} of the meta-batch{f', example {example}' if in_order else ''}"
+
+    def _dataset(self, x):
+        episode_checks.check_data(x, self.model)
+        return super()._dataset(x)
+
     def test_step(self, data):
-        support, query = with_both_weights(*pair(data))
+        support, query = self._parts(data)
         states, inner_losses = self._adapted(support)
         self._inner_loss.update_state(inner_losses[..., -1])
         loss = tf.reduce_mean(self._judged(states, support, query)["loss"])
         return self._logs(loss, states, self._outer_batch(support, query))
 
     def _hyper_iteration_data(self, data, training=False):
-        support, query = with_both_weights(*pair(data))
+        support, query = self._parts(data)
         steps = self.inner_steps if training else self.evaluation_steps
         return self._inner_batches(support, steps, training), self._outer_batch(support, query)
+
+    def _parts(self, episodes):
+        """Support and query of a meta-batch, checked; with sample weights both or none."""
+        support, query = with_both_weights(*episode_checks.as_parts(episodes, self.model))
+        if not self._sees_queries:
+            episode_checks.check_queries_are_seen(self.problem, self._outer_batch(support, query), query[0])
+            self._sees_queries = True
+        return support, query
+
+    def _hyper_iteration(self, inner_batches, outer_batch):
+        result = super()._hyper_iteration(inner_batches, outer_batch)
+        count_episodes(self, num_episodes(inner_batches))
+        return result
 
     def _outer_batch(self, support, query):
         """The outer batch of an episode; episodes may have a leading axis."""
@@ -208,7 +264,7 @@ class Learner(HyperOptimizer):
 
     def _judge(self, episodes):
         """Loss and, of a classifier, accuracy of each episode: a dictionary of tensors [episodes]."""
-        support, query = with_both_weights(*pair(episodes))
+        support, query = self._parts(episodes)
         return self._judged(self._adapted(support)[0], support, query)
 
     def _judged(self, states, support, query):
@@ -232,3 +288,7 @@ def _in_batches(leaf, steps, batch_size):
     """[episodes, steps * batch_size, ...] as [episodes, steps, batch_size, ...]."""
     shape = tf.shape(leaf)
     return tf.reshape(leaf, tf.concat([shape[:1], [steps, batch_size], shape[2:]], axis=0))
+
+
+def _one_episode(nest):
+    return tf.nest.map_structure(lambda leaf: leaf[None], nest)

@@ -9,6 +9,7 @@ from farhox.dynamics.base import GradientDescent
 from farhox.dynamics.keras_optimizers import KerasDynamics
 from farhox.hypergradients import EpisodesHG, HyperGradient, ImplicitHG, InitialHG, ReptileHG, ReverseHG
 from farhox.linear_solvers import ConjugateGradient
+from farhox.meta.episode_checks import check_model
 from farhox.meta.learner import Learner
 from farhox.meta.statistics import query_call, statistics_of_weighted
 from farhox.outer.hyperparameters import Hyperparameter
@@ -42,6 +43,7 @@ class MAML(Learner):
         step_weights: Tuple of non-negative numbers that sum to one, one per inner step, or a callable from the
             number of meta-steps done to a tensor of them. Multi-step loss: the query loss after each inner step counts
             with its weight, instead of that after the last one alone.
+        allow_unused: Bool. Weights that the model's outputs do not depend on stay as they are; else they are an error.
         name: Name of the Keras model.
 
     Raises:
@@ -55,9 +57,10 @@ class MAML(Learner):
     """
 
     def __init__(self, model, inner_learning_rate=0.1, inner_steps=5, first_order=False, learn_learning_rates=False,
-                 loss=_LOSS, transductive=True, evaluation_steps=None, step_weights=None, name="maml"):
+                 loss=_LOSS, transductive=True, evaluation_steps=None, step_weights=None, allow_unused=False,
+                 name="maml"):
         problem = _initialization_problem(
-            model, [], inner_learning_rate, learn_learning_rates, first_order, loss, transductive)
+            model, [], inner_learning_rate, learn_learning_rates, first_order, loss, transductive, allow_unused)
         weights = step_weights if not callable(step_weights) else (
             lambda: step_weights(tf.convert_to_tensor(self.optimizer.iterations)))
         super().__init__(model, problem, EpisodesHG(ReverseHG(step_weights=weights)), inner_steps, evaluation_steps,
@@ -70,8 +73,8 @@ class ANIL(Learner):
     Args:
         model: As for `MAML`.
         head: List of layers of the model that adapt. Default: its last layer with weights.
-        inner_learning_rate, inner_steps, first_order, learn_learning_rates, loss, transductive, evaluation_steps, name:
-            As for `MAML`.
+        inner_learning_rate, inner_steps, first_order, learn_learning_rates, loss, transductive, evaluation_steps,
+            allow_unused, name: As for `MAML`.
 
     Raises:
         TypeError, ValueError: As `MAML`; or if `head` holds a layer that is not the model's, or all of its weights.
@@ -81,9 +84,11 @@ class ANIL(Learner):
     """
 
     def __init__(self, model, head=None, inner_learning_rate=0.1, inner_steps=5, first_order=False,
-                 learn_learning_rates=False, loss=_LOSS, transductive=True, evaluation_steps=None, name="anil"):
+                 learn_learning_rates=False, loss=_LOSS, transductive=True, evaluation_steps=None, allow_unused=False,
+                 name="anil"):
         problem = _initialization_problem(
-            model, _body(model, head), inner_learning_rate, learn_learning_rates, first_order, loss, transductive)
+            model, _body(model, head), inner_learning_rate, learn_learning_rates, first_order, loss, transductive,
+            allow_unused)
         super().__init__(model, problem, EpisodesHG(ReverseHG()), inner_steps, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
 
@@ -101,7 +106,7 @@ class HyperRepresentation(Learner):
         inner_steps: Positive int.
         hypergradient: Method for one episode; `ImplicitHG` needs an inner objective with a unique minimum, say by a
             regulariser of the head, and a fixed rate. Default: `ReverseHG()`.
-        loss, transductive, evaluation_steps, name: As for `MAML`.
+        loss, transductive, evaluation_steps, allow_unused, name: As for `MAML`.
 
     Attributes:
         body, head: As given.
@@ -115,7 +120,7 @@ class HyperRepresentation(Learner):
     """
 
     def __init__(self, body, head, inner_learning_rate=None, inner_steps=5, hypergradient=None, loss=_LOSS,
-                 transductive=True, evaluation_steps=None, name="hyper_representation"):
+                 transductive=True, evaluation_steps=None, allow_unused=False, name="hyper_representation"):
         if not isinstance(body, keras.Model) or not isinstance(head, keras.Layer):
             raise TypeError("body must be a keras.Model and head a keras.Layer. "
                             f"Received: {type(body).__name__} and {type(head).__name__}")
@@ -135,7 +140,7 @@ class HyperRepresentation(Learner):
             model, loss, dynamics=GradientDescent(_checked_rate(inner_learning_rate)),
             outer_variables=[r for r in [inner_learning_rate] if isinstance(r, Hyperparameter)],
             representation=[body], outer_call=query_call(model, transductive),
-            inner_context=statistics_of_weighted(model),
+            inner_context=statistics_of_weighted(model), allow_unused=allow_unused,
             share_representation=can_share_representation([body]))
         super().__init__(model, problem, EpisodesHG(hypergradient), inner_steps, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
@@ -167,7 +172,7 @@ class IMAML(Learner):
             definite where the inner steps end far from a minimum. The released code's settings amount to d = 22 at
             λ = 2.
         dynamics: An `InnerDynamics`. Default: gradient descent.
-        loss, transductive, evaluation_steps, name: As for `MAML`.
+        loss, transductive, evaluation_steps, allow_unused, name: As for `MAML`.
 
     Raises:
         TypeError: If `dynamics` or `linear_solver` has the wrong type.
@@ -179,7 +184,7 @@ class IMAML(Learner):
     """
 
     def __init__(self, model, inner_learning_rate=0.1, inner_steps=16, proximal=2.0, linear_solver=None, damping=0.0,
-                 dynamics=None, loss=_LOSS, transductive=True, evaluation_steps=None, name="imaml"):
+                 dynamics=None, loss=_LOSS, transductive=True, evaluation_steps=None, allow_unused=False, name="imaml"):
         if checks.is_number(proximal) and proximal <= 0:
             raise ValueError(f"proximal must be positive. Received: {proximal}")
         dynamics = GradientDescent(inner_learning_rate) if dynamics is None else dynamics
@@ -187,7 +192,8 @@ class IMAML(Learner):
         problem = supervised_problem(
             model, loss, dynamics=dynamics, learn_initialization=True, proximal=proximal,
             outer_variables=[proximal] if isinstance(proximal, Hyperparameter) else [],
-            outer_call=query_call(model, transductive), inner_context=statistics_of_weighted(model))
+            outer_call=query_call(model, transductive), inner_context=statistics_of_weighted(model),
+            allow_unused=allow_unused)
         super().__init__(model, problem, EpisodesHG(ImplicitHG(solver, damping)), inner_steps, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
 
@@ -212,7 +218,7 @@ class Reptile(Learner):
         inner_steps: Positive int, inner steps in training.
         batch_size: Positive int, support examples in an inner batch. Default: all.
         step_weights: As for `ReptileHG`.
-        loss, transductive, evaluation_steps, name: As for `MAML`.
+        loss, transductive, evaluation_steps, allow_unused, name: As for `MAML`.
         seed: Int, of the order of inner batches.
 
     Raises:
@@ -223,12 +229,12 @@ class Reptile(Learner):
     """
 
     def __init__(self, model, dynamics=None, inner_steps=5, batch_size=None, step_weights=None, loss=_LOSS,
-                 transductive=True, evaluation_steps=None, seed=0, name="reptile"):
+                 transductive=True, evaluation_steps=None, seed=0, allow_unused=False, name="reptile"):
         if dynamics is None:
             dynamics = KerasDynamics(keras.optimizers.Adam(1e-3, beta_1=0.0))
         problem = supervised_problem(model, loss, dynamics=dynamics, learn_initialization=True,
                                      outer_call=query_call(model, transductive),
-                                     inner_context=statistics_of_weighted(model))
+                                     inner_context=statistics_of_weighted(model), allow_unused=allow_unused)
         super().__init__(model, problem, ReptileHG(step_weights), inner_steps, evaluation_steps, batch_size,
                          transductive=transductive, seed=seed, loss=loss, name=name)
 
@@ -244,23 +250,23 @@ class JointTraining(Learner):
         model: As for `MAML`.
         inner_learning_rate: Positive float, in evaluation.
         evaluation_steps: Positive int, gradient steps in evaluation.
-        loss, transductive, name: As for `MAML`.
+        loss, transductive, allow_unused, name: As for `MAML`.
 
     Raises:
         ValueError: If a number is out of range.
     """
 
     def __init__(self, model, inner_learning_rate=0.1, evaluation_steps=5, loss=_LOSS, transductive=True,
-                 name="joint_training"):
+                 allow_unused=False, name="joint_training"):
         predict = query_call(model, transductive)
         problem = supervised_problem(
             model, loss, dynamics=GradientDescent(inner_learning_rate), learn_initialization=True, outer_call=predict,
-            inner_context=statistics_of_weighted(model))
+            inner_context=statistics_of_weighted(model), allow_unused=allow_unused)
         super().__init__(model, problem, EpisodesHG(InitialHG()), 1, evaluation_steps,
                          transductive=transductive, loss=loss, name=name)
 
 
-def _initialization_problem(model, body, rate, learn_rates, first_order, loss, transductive):
+def _initialization_problem(model, body, rate, learn_rates, first_order, loss, transductive, allow_unused):
     """The problem of `MAML` and `ANIL`: inner variables are learned as initial values, the body's are outer alone."""
     rate = _checked_rate(rate)
     outer = [rate] if isinstance(rate, Hyperparameter) else []
@@ -276,7 +282,7 @@ def _initialization_problem(model, body, rate, learn_rates, first_order, loss, t
     return supervised_problem(
         model, loss, dynamics=GradientDescent(rate, first_order=first_order), outer_variables=outer,
         representation=body, learn_initialization=True, outer_call=query_call(model, transductive),
-        inner_context=statistics_of_weighted(model))
+        inner_context=statistics_of_weighted(model), allow_unused=allow_unused)
 
 
 def _checked_rate(rate):
@@ -287,6 +293,7 @@ def _checked_rate(rate):
 
 def _body(model, head):
     """The layers with weights that are not in the head."""
+    check_model("model", model)
     layers = [layer for layer in model.layers if layer.trainable_variables]
     head = layers[-1:] if head is None else list(head)
     strangers = [layer for layer in head if not any(layer is own for own in layers)]

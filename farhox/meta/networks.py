@@ -2,6 +2,9 @@
 
 import keras
 
+from farhox._core import checks
+from farhox.meta.episode_checks import check_model
+
 
 def convolutional_body(input_shape=(28, 28, 1), filters=64, blocks=4, downsampling="stride", normalize_features=False,
                        name="body"):
@@ -20,13 +23,14 @@ def convolutional_body(input_shape=(28, 28, 1), filters=64, blocks=4, downsampli
         A `keras.Model`, images to features.
 
     Raises:
-        ValueError: If `downsampling` is neither.
+        ValueError: If `downsampling` is neither, or `input_shape` does not have three entries.
 
     Reference:
         [Vinyals et al., 2016](https://arxiv.org/abs/1606.04080), section 4.1.1.
     """
     if downsampling not in ("stride", "pool"):
         raise ValueError(f"downsampling must be 'stride' or 'pool'. Received: {downsampling!r}")
+    _check_shape(input_shape)
     layers = [keras.Input(input_shape)]
     for _ in range(blocks):
         layers += [keras.layers.Conv2D(filters, 3, strides=2 if downsampling == "stride" else 1, padding="same"),
@@ -48,9 +52,13 @@ def residual_body(input_shape=(28, 28, 1), filters=(32, 64, 128), features=256, 
     Returns:
         A `keras.Model`, images to features.
 
+    Raises:
+        ValueError: If `input_shape` does not have three entries.
+
     Reference:
         After [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), appendix; smaller.
     """
+    _check_shape(input_shape)
     inputs = x = keras.Input(input_shape)
     for count in filters:
         skip = keras.layers.Conv2D(count, 1, padding="same")(x)
@@ -73,8 +81,21 @@ def few_shot_classifier(ways=5, body=None):
 
     Returns:
         A `keras.Model`, images to class probabilities.
+
+    Raises:
+        TypeError: If `body` is not a Keras model.
+        ValueError: If `ways` is not a positive integer, or the body does not say what its inputs are.
     """
+    checks.positive_integer("ways", ways)
     body = convolutional_body() if body is None else body
+    check_model("body", body)
+    if not getattr(body, "inputs", None):
+        raise ValueError(f"body must say what its inputs are: give it an Input. Received: {body.name!r}")
     layers = body.layers if isinstance(body, keras.Sequential) else [body]
     return keras.Sequential([keras.Input(body.input_shape[1:]), *layers,
                              keras.layers.Dense(ways, activation="softmax")])
+
+
+def _check_shape(shape):
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        raise ValueError(f"input_shape must be (height, width, channels). Received: {shape!r}")

@@ -4,13 +4,15 @@ import keras
 import tensorflow as tf
 
 from farhox._core import checks
-from farhox.data.datasets import pair
+from farhox.meta import episode_checks
 from farhox.meta.accuracy import correct
 from farhox.meta.copies import copy_of
-from farhox.meta.episodes import EpisodeSource
+from farhox.meta.episodes import EpisodeSource, count_episodes, new_episodes_seen
 from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.statistics import statistics_of
 from farhox.meta.weights import is_present, joined, scaled, weighted_mean, with_both_weights, with_weights
+from farhox.problem.losses import checked_labels
+from farhox.training.hyper_optimizer import clear_errors
 
 # The logarithm of a probability that is zero in float32; an infinite one would make derivatives that are not numbers.
 _NEVER = -1e30
@@ -35,6 +37,10 @@ class PrototypicalNetwork(keras.Model):
         ways: Positive int, classes in an episode.
         name: Name of the Keras model.
 
+    Attributes:
+        embedding, ways: As given.
+        episodes_seen: As of a `Learner`.
+
     Raises:
         TypeError: If `embedding` is not a Keras model.
         ValueError: If it is not built, or `ways` is not a positive integer.
@@ -45,11 +51,11 @@ class PrototypicalNetwork(keras.Model):
 
     def __init__(self, embedding, ways, name="prototypical_network"):
         super().__init__(name=name)
-        if not isinstance(embedding, keras.Model):
-            raise TypeError(f"embedding must be a keras.Model. Received: {embedding!r}")
+        episode_checks.check_model("embedding", embedding)
         if not embedding.built:
             raise ValueError(f"embedding must be built: give it an Input. Received the unbuilt {embedding.name!r}")
         self.embedding, self.ways = embedding, checks.positive_integer("ways", ways)
+        self.episodes_seen = new_episodes_seen()
         self.built = True
         self._judge_function = None
 
@@ -58,9 +64,16 @@ class PrototypicalNetwork(keras.Model):
         kwargs.setdefault("jit_compile", False)  # XLA slows convolutions down on CPUs.
         super().compile(optimizer, loss, weighted_metrics=joined(metrics, weighted_metrics), **kwargs)
 
-    def fit(self, *args, **kwargs):
+    def fit(self, x=None, **kwargs):
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
-        return super().fit(*args, **kwargs)
+        if kwargs.get("validation_data") is not None:
+            kwargs["validation_data"] = self._dataset(kwargs["validation_data"])
+        with clear_errors():
+            return super().fit(self._dataset(x), **kwargs)
+
+    def _dataset(self, x):
+        episode_checks.check_data(x, self.embedding)
+        return tf.data.Dataset.from_tensors(x) if isinstance(x, (tuple, list)) else x
 
     def call(self, inputs, training=False):
         """Class probabilities [episodes, queries, ways] of (support x, support y, query x).
@@ -82,7 +95,10 @@ class PrototypicalNetwork(keras.Model):
         return tf.nn.softmax(tf.where(present[:, None], -distances, _NEVER))
 
     def train_step(self, data):
-        return super().train_step(self._as_keras(data))
+        inputs, targets, *weights = self._as_keras(data)
+        logs = super().train_step((inputs, targets, *weights))
+        count_episodes(self, tf.shape(targets)[0])
+        return logs
 
     def test_step(self, data):
         return super().test_step(self._as_keras(data))
@@ -90,15 +106,18 @@ class PrototypicalNetwork(keras.Model):
     def evaluate(self, x=None, episodes=600, meta_batch_size=10, **kwargs):
         """As `Learner.evaluate`."""
         if not isinstance(x, EpisodeSource):
-            return super().evaluate(x, **kwargs)
+            with clear_errors():
+                return super().evaluate(self._dataset(x), **kwargs)
         if self._judge_function is None:
             self._judge_function = tf.function(self._judge, autograph=False)
-        return {**evaluate_episodes(self._judge_function, x, episodes, meta_batch_size), "transductive": False}
+        with clear_errors():
+            return {**evaluate_episodes(self._judge_function, x, episodes, meta_batch_size), "transductive": False}
 
     def predict(self, support, query):
         """As `Learner.predict`. A class without support examples has probability zero."""
-        support = tuple(tf.convert_to_tensor(part)[None] for part in support)
-        return self.predict_episodes(support, tf.convert_to_tensor(query)[None])[0].numpy()
+        support = episode_checks.as_support(support, self.embedding, self.ways)
+        query = episode_checks.as_inputs("query inputs", query, self.embedding)
+        return self.predict_episodes(tuple(part[None] for part in support), query[None])[0].numpy()
 
     def predict_episodes(self, support, query):
         """As `Learner.predict_episodes`."""
@@ -123,7 +142,7 @@ class PrototypicalNetwork(keras.Model):
         Returns:
             A `keras.Model`.
         """
-        x, *others = (tf.convert_to_tensor(part) for part in support)
+        x, *others = episode_checks.as_support(support, self.embedding, self.ways)
         parts = self._prototypes(self.embed(x)[None], *(part[None] for part in others))
         prototypes, present = (part[0] for part in parts)
         biases = tf.where(present, -tf.reduce_sum(prototypes ** 2, axis=-1), _NEVER)
@@ -135,7 +154,7 @@ class PrototypicalNetwork(keras.Model):
 
     def _prototypes(self, features, labels, weights=None):
         """The mean of each class [episodes, ways, features], and whether it has support examples [episodes, ways]."""
-        members = tf.one_hot(labels, self.ways, dtype=features.dtype)
+        members = tf.one_hot(checked_labels(labels, tf.TensorSpec([None, self.ways])), self.ways, dtype=features.dtype)
         if weights is not None:
             members *= tf.cast(weights, features.dtype)[:, :, None]
         sums = tf.einsum("esw,esf->ewf", members, features)
@@ -152,7 +171,7 @@ class PrototypicalNetwork(keras.Model):
 
     def _as_keras(self, episodes):
         """Episodes as Keras' (inputs, targets) or (inputs, targets, sample weights)."""
-        support, query = with_both_weights(*pair(episodes))
+        support, query = with_both_weights(*episode_checks.as_parts(episodes, self.embedding))
         inputs = support[0], support[1], query[0]
         if len(support) == 2:
             return inputs, query[1]

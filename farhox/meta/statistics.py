@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from farhox._core import functional
+from farhox.meta.episode_checks import check_model
 from farhox.meta.weights import is_present
 
 
@@ -21,10 +22,14 @@ def query_call(model, transductive):
         model: A built `keras.Model`.
         transductive: Bool.
 
+    Raises:
+        TypeError: If `model` is not a Keras model.
+
     Returns:
         A callable `(support x, query x) -> predictions`; or `(support x, query x, support weights, query weights) ->
         predictions` for episodes with sample weights. Examples of weight zero have no part in the statistics.
     """
+    check_model("model", model)
     layers = _batch_norms(model)
     own = {id(variable) for layer in layers for variable in layer.non_trainable_variables}
     # Where batch norm alone knows of training, its training mode is what is wanted, in one pass.

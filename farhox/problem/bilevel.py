@@ -60,9 +60,10 @@ class BilevelProblem:
         fixed: List of `OuterVariable` that are read and stay as they are. Of others that something reads and nobody
             named a warning tells. Default: none.
         example_batches: (inner batch, outer batch) of arrays or `tf.TensorSpec`, for `outer_variables="all"`.
+        allow_unused: Bool. Inner and outer variables on which nothing depends are no error: their gradient is zero.
 
     Attributes:
-        inner_variables, state_variables, stop_tolerance: As given.
+        inner_variables, state_variables, stop_tolerance, allow_unused: As given.
         outer_variables: Flat list of `keras.Variable`, the order of every list of hypergradients.
         hyperparameters: The entries of `outer_variables` that have natural units.
         dynamics: As given, bound to the inner variables.
@@ -77,7 +78,8 @@ class BilevelProblem:
 
     def __init__(self, inner_objective, outer_objective, inner_variables, outer_variables, dynamics=None,
                  state_variables=None, proximal=None, outer_predictions=None, stop_tolerance=None,
-                 features=None, model=None, fixed=None, example_batches=None, stop_gradient="exact"):
+                 features=None, model=None, fixed=None, example_batches=None, stop_gradient="exact",
+                 allow_unused=False):
         for name, objective in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
             if not callable(objective):
                 raise TypeError(f"{name} must be a callable batch -> scalar. Received: {objective!r}")
@@ -115,6 +117,7 @@ class BilevelProblem:
         self.stop_gradient = stop_gradient
         self._compiled = {}
         self._inner_objective = inner_objective
+        self.allow_unused = bool(allow_unused)
         self._features = features
         self._outer_objective = outer_objective
         self._model = model
@@ -154,7 +157,8 @@ class BilevelProblem:
             self._inner_objective, outer_objective, self.inner_variables, outer_variables, dynamics=self.dynamics,
             state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions,
             stop_tolerance=self.stop_tolerance, features=self._features, model=self._model,
-            fixed=[*self.outer_variables, *self.fixed], stop_gradient=self.stop_gradient)
+            fixed=[*self.outer_variables, *self.fixed], stop_gradient=self.stop_gradient,
+            allow_unused=self.allow_unused)
 
     def raise_if_model_changed(self):
         """Raises a ValueError that names the variables if others of the model are trainable than at the beginning."""
@@ -257,9 +261,11 @@ class BilevelProblem:
             loss, state_variables, gradients = autodiff.gradients(
                 lambda variables: self._inner_loss(variables, state_variables, outer, batch, features), variables)
         missing = [v for v, gradient in zip(self.inner_variables, gradients) if gradient is None]
-        if missing:
+        if missing and not self.allow_unused:
             raise ValueError("The inner objective must depend on every inner variable. It does not depend on "
-                             f"{variable_names(missing)}: take them out of inner_variables.")
+                             f"{variable_names(missing)}: take them out of inner_variables, or allow them to be unused "
+                             "with allow_unused=True.")
+        gradients = [tf.zeros_like(v) if gradient is None else gradient for v, gradient in zip(variables, gradients)]
         return loss, state_variables, gradients
 
     def inner_loss(self, variables, state_variables, outer, batch, features=None):

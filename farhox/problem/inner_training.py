@@ -299,11 +299,11 @@ class InnerTraining:
         if adjoint is not None and self.from_initial_state:
             own = [_sum(pair) for pair in zip(own, self.initial_system().parameter_product(adjoint))]
         missing = [variable for variable, part in zip(self.problem.outer_variables, own) if part is None]
-        if missing:
+        if missing and not self.problem.allow_unused:
             names = ", ".join(repr(variable.path) for variable in missing)
             raise ValueError("Every outer variable must have an effect that the method can see. Nothing that was "
                              f"computed depends on {names}. {sees}")
-        return own
+        return [tf.zeros_like(value) if part is None else part for value, part in zip(self.outer, own)]
 
     def _through_features(self, gradients):
         graph = self._feature_graph

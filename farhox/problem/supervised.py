@@ -20,7 +20,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
                        representation=None, example_weights=None, learn_initialization=False, proximal=None,
                        training_at_outer=False, class_weights=None, stop_tolerance=None, outer_call=None,
                        share_representation=False, loss_weights=None, outer_loss=None,
-                       inner_context=contextlib.nullcontext, fixed=None, example_batches=None):
+                       inner_context=contextlib.nullcontext, fixed=None, example_batches=None, allow_unused=False):
     """A `BilevelProblem` for a Keras model: training loss inside, validation loss outside.
 
     The inner objective is the loss of `model(x, training=True)` on an inner batch plus the regularisation and activity
@@ -72,6 +72,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         fixed: List of outer variables that are read and stay as they are, see `BilevelProblem`.
         example_batches: (inner batch, outer batch), arrays or `tf.TensorSpec`, for `outer_variables="all"`. Default:
             those of the model's inputs and outputs, for a functional model with one loss for all outputs.
+        allow_unused: Bool, see `BilevelProblem`: for models with weights that their outputs do not depend on.
 
     Returns:
         A `BilevelProblem`. Batches are (x, y) or, as in Keras, (x, y, sample_weight) with floating-point weights, for
@@ -113,8 +114,9 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         return x, y, _sample_weights(extra) if example_weights is None else extra
 
     def features(batch):
+        weights = unpacked(batch)[2]
         x, *others = batch
-        with inner_context(unpacked(batch)[2]):
+        with inner_context(weights):
             return (first(x, training=True), *others), first.losses
 
     def inner_objective(batch):
@@ -163,7 +165,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         inner_objective, outer_objective, inner_variables=inner, outer_variables=outer, dynamics=dynamics,
         state_variables=state_variables(model), proximal=proximal, outer_predictions=for_metrics,
         stop_tolerance=stop_tolerance, features=features if share_representation else None,
-        model=model, fixed=fixed)
+        model=model, fixed=fixed, allow_unused=allow_unused)
 
 
 def _check_arguments(loss, example_weights, class_weights, outer_call, own, share_representation):

@@ -160,7 +160,7 @@ class HyperOptimizer(keras.Model):
         callbacks.insert(0, _SkipGuard())
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
         self.problem.raise_if_model_changed()
-        with _clear_errors():
+        with clear_errors():
             return super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
 
     def evaluate(self, x=None, **kwargs):
@@ -177,7 +177,7 @@ class HyperOptimizer(keras.Model):
             As `keras.Model.evaluate`.
         """
         self.problem.raise_if_model_changed()
-        with _clear_errors():
+        with clear_errors():
             return super().evaluate(self._dataset(x), **kwargs)
 
     def step(self, inner_batches, outer_batch):
@@ -199,7 +199,7 @@ class HyperOptimizer(keras.Model):
         self.problem.raise_if_model_changed()
         if self._step_function is None:
             self._step_function = self._compiled(self._hyper_iteration)
-        with _clear_errors():
+        with clear_errors():
             result = self._step_function(as_inner_batches(inner_batches), as_tensors(outer_batch))
         self.raise_if_diverged()
         return result
@@ -216,7 +216,7 @@ class HyperOptimizer(keras.Model):
         self.problem.raise_if_model_changed()
         if self._inner_function is None:
             self._inner_function = self._compiled(self._train_inner)
-        with _clear_errors():
+        with clear_errors():
             return self._inner_function(as_inner_batches(inner_batches))
 
     def train_step(self, data):
@@ -421,7 +421,7 @@ class _SkipGuard(keras.callbacks.Callback):
         self.model.raise_if_diverged()
 
 
-class _clear_errors:
+class clear_errors:
     """Turns the assertion on labels inside a graph into the ValueError that it would be outside."""
 
     def __enter__(self):
