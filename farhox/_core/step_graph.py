@@ -45,6 +45,7 @@ class StepGraph:
         self._definition = None
         self._nodes = {}
         self._functions = {}
+        self._linear = {}
 
     @property
     def graph(self):
@@ -93,11 +94,14 @@ class StepGraph:
             outputs, inputs: As in `pullback`.
             tangents: List of tensors of the graph aligned with `inputs`; None is a tangent of zero.
         """
-        with self.graph.as_default():
-            # The derivative of a linear function is the same everywhere.
-            cotangents = [tf.zeros(output.shape, output.dtype) if output.shape.is_fully_defined()
-                          else tf.zeros_like(output) for output in outputs]
-        products = self.pullback(outputs, inputs, cotangents)
+        key = tuple(tensor.name for tensor in outputs), tuple(tensor.name for tensor in inputs)
+        if key not in self._linear:
+            with self.graph.as_default():
+                # The derivative of a linear function is the same everywhere.
+                cotangents = [tf.zeros(output.shape, output.dtype) if output.shape.is_fully_defined()
+                              else tf.zeros_like(output) for output in outputs]
+            self._linear[key] = cotangents, self.pullback(outputs, inputs, cotangents)
+        cotangents, products = self._linear[key]
         pairs = [(product, tangent) for product, tangent in zip(products, tangents)
                  if product is not None and tangent is not None]
         return self.pullback([product for product, _ in pairs], cotangents, [tangent for _, tangent in pairs])

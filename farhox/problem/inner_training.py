@@ -403,6 +403,8 @@ class LinearizedMap:
         self._held = held
         self._home = contextlib.nullcontext if tf.executing_eagerly() else tf.compat.v1.get_default_graph().as_default
         self._products = {}
+        # By name: tensors that depend on no cotangent or tangent, with their values.
+        self._computed = {}
 
     def input_product(self, cotangents):
         """(d outputs / d inputs)' cotangents as a list, zero where no output depends on an input."""
@@ -449,9 +451,11 @@ class LinearizedMap:
         """The products, and what they need that does not depend on the placeholders, computed at home."""
         wanted = [product for product in products if product is not None]
         base = self._graph.independent(wanted, [p for p in placeholders if p is not None])
+        new = [tensor for tensor in base if tensor.name not in self._computed]
         with self._home():
-            values = self._graph.run(base, self._feeds)
-        return products, list(zip(base, values))
+            values = self._graph.run(new, self._feeds + list(self._computed.values()))
+        self._computed.update((tensor.name, (tensor, value)) for tensor, value in zip(new, values))
+        return products, [self._computed[tensor.name] for tensor in base]
 
     def _at(self, key, values):
         placeholders, (products, base) = self._products[key]
