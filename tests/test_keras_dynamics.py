@@ -335,7 +335,7 @@ def test_constraints_hold_under_dynamics_of_farhox_and_are_differentiated(float6
 @pytest.mark.parametrize("make", [
     lambda: OPTIMIZERS.AdamW(**ADAM), needs("Muon", lambda: OPTIMIZERS.Muon(0.05, weight_decay=0.5))],
     ids=["AdamW", "Muon"])
-@pytest.mark.parametrize("names", [["bias"], ["first"]], ids=["by name", "by layer"])
+@pytest.mark.parametrize("names", [["bias"], ["first"], ["bias$"]], ids=["by name", "by layer", "by its end"])
 def test_variables_excluded_from_weight_decay_are_those_of_keras(make, names, float64):
     def excluding():
         optimizer = make()
@@ -476,6 +476,19 @@ def test_compiled_hypergradients_equal_eager_ones(case, jit_compile, float64):
         jit_compile=jit_compile)()
     assert_close(compiled.gradients, eager.gradients, 1e-9)
     assert_close(compiled.state.variables[:4], eager.state.variables[:4], 1e-12)
+
+
+def test_gradients_that_are_zero_have_the_same_hypergradient_under_xla_as_in_a_graph(float64):
+    rates = [farhox.Hyperparameter(0.05, low=0.0), farhox.Hyperparameter(0.9, low=0.0, high=1.0)]
+    for dynamics in (farhox.Adam(*rates), farhox.KerasDynamics(
+            OPTIMIZERS.Adam(), learning_rate=rates[0], beta_1=rates[1])):
+        problem, inner_batches, outer_batch = small_problem(dynamics, rates)
+        batches = [x[:2] for x in inner_batches]
+        graph, xla = (tf.function(
+            lambda: farhox.ReverseHG().compute(problem, batches, outer_batch).gradients, autograph=False,
+            jit_compile=jit_compile)() for jit_compile in (False, True))
+        assert np.all(np.isfinite(graph)) and np.all(np.abs(graph) > 0)
+        assert_close(xla, graph, 1e-9)
 
 
 def test_inner_training_goes_on_from_a_state(float64):

@@ -113,6 +113,9 @@ def test_the_l1_part_of_a_regularizer_is_the_penalty_of_the_proximal_step(float6
     assert_close(by_regularizer.state.variables, by_penalty.state.variables, 1e-13)
     assert_close(by_regularizer.gradients, by_penalty.gradients, 1e-12)
     assert np.sum(by_regularizer.state.variables[0] == 0) >= 4
+    darts, truncated = (method.compute(problem, inner_batches, outer_batch).gradients for problem, method in (
+        (regularized(False, l1, l2)[1], farhox.DartsHG(1e-4)), (problem, farhox.ReverseHG(truncation=1))))
+    assert_close(darts, truncated, 1e-6)
     model, problem = regularized(False, l1, l2)
     assert_close(by_regularizer.gradients, finite_differences(problem, inner_batches, outer_batch), 1e-7)
     assert_close(by_regularizer.gradients, unrolled_hypergradient(problem, inner_batches, outer_batch), 1e-12)
