@@ -41,6 +41,65 @@ def test_check_exposes_a_wrong_hypergradient(quadratic):
     assert check.maximum_error == pytest.approx(0.1 / 1.1, rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_derivative_of_zero_is_no_error_of_100_percent(dtype):
+    """A shift of all logits changes no probability: both derivatives are rounding."""
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(30, 4)).astype(dtype), np.arange(30) % 3
+    scale, shift, w = (keras.Variable(np.asarray(value, dtype), dtype=dtype, name=name) for name, value in (
+        ("scale", 1.0), ("shift", 0.1), ("w", random.normal(size=(4, 3)))))
+
+    def loss(batch):
+        logits = scale * keras.ops.matmul(batch[0], w) + shift
+        return keras.ops.mean(keras.losses.sparse_categorical_crossentropy(batch[1], logits, from_logits=True))
+
+    problem = farhox.BilevelProblem(loss, loss, [w], [scale, shift], farhox.GradientDescent(0.1))
+    check = farhox.check_hypergradient(problem, farhox.repeat((x, y), 5), (x, y), farhox.ReverseHG())
+    assert check.maximum_error < {"float64": 1e-6, "float32": 1e-2}[dtype]
+    assert check.entries[1].error == 0.0 and not check.entries[1].chaotic and not check.remarks
+
+
+def test_a_training_in_which_no_step_agrees_is_called_chaotic():
+    """The logistic map: a change of 1e-10 is of the order of one after 60 steps."""
+    w, rate = (keras.Variable(np.float64(value), dtype="float64", name=name)
+               for name, value in (("w", 0.3), ("r", 3.9)))
+
+    def to_next(_):  # One step of size one leads from w to r w (1 - w).
+        return w ** 2 / 2 - rate * (w ** 2 / 2 - w ** 3 / 3)
+
+    problem = farhox.BilevelProblem(to_next, lambda _: w * 1.0, [w], [rate], farhox.GradientDescent(1.0))
+    check = farhox.check_hypergradient(problem, farhox.repeat(tf.zeros([1]), 120), OUTER, farhox.ReverseHG())
+    assert check.entries[0].chaotic and np.isnan(check.maximum_error)
+    assert "chaotic: no step agrees" in str(check) and "1 of 1 entries are chaotic" in str(check)
+    short = farhox.check_hypergradient(problem, farhox.repeat(tf.zeros([1]), 6), OUTER, farhox.ReverseHG())
+    assert not short.entries[0].chaotic and short.maximum_error < 1e-6
+
+
+def test_check_names_draws_in_an_objective_as_a_likely_cause():
+    w, lam = (keras.Variable(np.float64(value), dtype="float64", name=name)
+              for name, value in (("w", 1.0), ("lam", 0.5)))
+    problem = farhox.BilevelProblem(
+        lambda _: (w - lam) ** 2, lambda _: (w - tf.random.uniform([], dtype=tf.float64)) ** 2, [w], [lam])
+    check = farhox.check_hypergradient(problem, BATCHES, OUTER, farhox.ReverseHG())
+    assert any("draw random numbers" in remark for remark in check.remarks)
+
+
+def test_check_names_stopped_gradients_as_a_likely_cause_of_an_error():
+    w, lam = (keras.Variable(np.float64(value), dtype="float64", name=name)
+              for name, value in (("w", 1.0), ("lam", 0.5)))
+    problem = farhox.BilevelProblem(
+        lambda _: (w - lam) ** 2, lambda _: w ** 2 + 3.0 * tf.stop_gradient(w * 1.0), [w], [lam],
+        stop_gradient="tensorflow")
+    check = farhox.check_hypergradient(problem, BATCHES, OUTER, farhox.ReverseHG())
+    assert check.maximum_error > 0.1 and any("tf.stop_gradient in the outer objective" in r for r in check.remarks)
+    assert "Likely cause" in str(check)
+
+
+def test_a_step_that_is_given_is_the_only_one(quadratic):
+    check = farhox.check_hypergradient(quadratic, BATCHES, OUTER, farhox.ReverseHG(), step_size=1e-3)
+    assert [entry.step_size for entry in check.entries] == [1e-3, 1e-3] and 1e-4 < check.maximum_error < 1e-2
+
+
 def test_check_changes_no_variable(quadratic):
     before = [variable.numpy() for variable in quadratic.inner_variables + quadratic.outer_variables]
     farhox.check_hypergradient(quadratic, BATCHES, OUTER, farhox.ReverseHG())

@@ -10,11 +10,11 @@ import farhox
 OUTER = tf.zeros([1])
 
 
-def quadratic(rate=0.1, outer_objective=None):
+def quadratic(rate=0.1, outer_of=None):
     """L = (w - lam)^2: one step contracts by 1 - 2 rate."""
     w, lam = (keras.Variable(np.float64(value), dtype="float64", name=name)
               for name, value in (("w", 3.0), ("lam", 0.5)))
-    return farhox.BilevelProblem(lambda _: (w - lam) ** 2, outer_objective or (lambda _: 0.5 * (w - 1) ** 2),
+    return farhox.BilevelProblem(lambda _: (w - lam) ** 2, lambda _: outer_of(w) if outer_of else 0.5 * (w - 1) ** 2,
                                  [w], [lam], dynamics=farhox.GradientDescent(rate))
 
 
@@ -51,10 +51,21 @@ def test_a_growing_inner_loss_asks_for_a_smaller_rate():
 
 
 def test_a_zero_hypergradient_says_why():
-    found = report(farhox.ReverseHG(), outer_objective=lambda _: tf.constant(0.0, tf.float64))
+    found = report(farhox.ReverseHG(), outer_of=lambda w: 0.0 * w)
     assert found.gradients[0].norm == 0 and "its derivative vanishes" in found.gradients[0].remark
     explicit = report(farhox.ReverseHG(truncation=0))
     assert "only the explicit dependence" in explicit.gradients[0].remark
+
+
+@pytest.mark.parametrize("count", [
+    lambda w: -keras.ops.mean(keras.metrics.binary_accuracy(tf.ones([1, 1]), w * tf.ones([1, 1], tf.float64))),
+    lambda w: tf.constant(0.0, tf.float64)], ids=["accuracy", "constant"])
+def test_an_outer_objective_without_a_derivative_is_named_as_that(count):
+    for compute in (lambda: report(farhox.ReverseHG(), outer_of=count),
+                    lambda: report(farhox.ImplicitHG(), outer_of=count),
+                    lambda: report(farhox.ForwardHG(), outer_of=count)):
+        with pytest.raises(ValueError, match="derivative"):
+            compute()
 
 
 def test_entries_that_no_batch_reached_are_counted():

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from farhox import meta
-from farhox.meta.copies import copy_of
+from farhox._core.copies import copy_of
 
 TEXTS = np.array([["a b"], ["b c"], ["c d"]])
 

@@ -28,7 +28,7 @@ def constant_episodes(*targets):
 def meta_gradients(learner, episodes):
     """The gradients that `fit` would apply for one meta-batch."""
     data = learner._hyper_iteration_data(episodes, training=True)
-    carry = learner._kept_carry() if learner._keeps_carry else None
+    carry = learner._kept.carry_now()
     return learner.hypergradient.compute(learner.problem, *data, carry=carry).gradients
 
 

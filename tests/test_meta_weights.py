@@ -75,7 +75,7 @@ def outcome(learner, element):
         gradients = tape.gradient(loss, [variable.value for variable in learner.trainable_variables])
     else:
         data = learner._hyper_iteration_data(element, training=True)
-        carry = learner._kept_carry() if learner._keeps_carry else None
+        carry = learner._kept.carry_now()
         gradients = learner.hypergradient.compute(learner.problem, *data, carry=carry).gradients
     return {"gradient": np.concatenate([np.ravel(gradient) for gradient in gradients]), **learner._judge(element)}
 

@@ -163,3 +163,12 @@ def _leaves_with_steps(inner_batches):
     if isinstance(inner_batches, GatheredBatches):
         return [inner_batches.indices]
     return tf.nest.flatten(inner_batches)
+
+
+def examples_of(inner_batches):
+    """The tensors that inner batches take their examples from: a batch, or one with further leading axes."""
+    if isinstance(inner_batches, RepeatedBatch):
+        return inner_batches.batch
+    if isinstance(inner_batches, GatheredBatches):
+        return inner_batches.data
+    return inner_batches

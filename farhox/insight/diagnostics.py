@@ -1,4 +1,4 @@
-"""Checks of hypergradients: against finite differences, and of one method against another."""
+"""compare_hypergradients: one method beside another, agreement, time and memory."""
 
 import dataclasses
 import math
@@ -15,46 +15,7 @@ from farhox._core import checks, tree
 from farhox.data.batches import as_inner_batches
 from farhox.hypergradients.base import HyperGradient
 from farhox.insight.health import inner_convergence, report_on
-from farhox.problem.inner_training import InnerTraining
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckedEntry:
-    """One entry of the hypergradient beside its finite difference.
-
-    Attributes:
-        name: Path of the outer variable.
-        index: Index of the entry, a tuple.
-        hypergradient: Float.
-        finite_difference: Float, (E(λ + h) - E(λ - h)) / 2h.
-        error: Float, |difference| over the largest magnitude of the two over all checked entries of the variable.
-    """
-
-    name: str
-    index: tuple
-    hypergradient: float
-    finite_difference: float
-    error: float
-
-
-@dataclasses.dataclass(frozen=True)
-class HypergradientCheck:
-    """What `check_hypergradient` found; `print` shows it as a table.
-
-    Attributes:
-        entries: List of `CheckedEntry`.
-        maximum_error: Float, the largest relative error.
-    """
-
-    entries: list
-    maximum_error: float
-
-    def __str__(self):
-        rows = [["outer variable", "entry", "hypergradient", "finite difference", "relative error"]]
-        for entry in self.entries:
-            rows.append([entry.name, str(list(entry.index)) if entry.index else "", f"{entry.hypergradient:.8g}",
-                         f"{entry.finite_difference:.8g}", f"{entry.error:.1e}"])
-        return _table(rows) + f"\nlargest relative error: {self.maximum_error:.1e}"
+from farhox.insight.tables import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,70 +75,7 @@ class HypergradientComparison:
             rows.append([report.name, f"{report.norm:.4g}", f"{report.cosine:.6f}", f"{report.relative_difference:.1e}",
                          f"{1e3 * report.seconds:.1f}", f"{report.tracing_seconds:.2f}", memory, ", ".join(remarks)])
         healths = [f"{report.name}\n{report.health}" for report in self.reports if report.error is None]
-        return "\n\n".join([_table(rows)] + healths)
-
-
-def check_hypergradient(problem, inner_batches, outer_batch, hypergradient, max_entries=10, step_size=None, seed=0):
-    """Compares a hypergradient with central finite differences of the whole inner training.
-
-    ```python
-    print(farhox.check_hypergradient(problem, inner_batches, outer_batch, farhox.ReverseHG()))
-    ```
-
-    Use float64 (`keras.config.set_floatx("float64")` before the model is made) to see more than about three digits.
-    A truncated or implicit hypergradient is an approximation: its error here is that of the approximation.
-
-    Args:
-        problem: A `BilevelProblem`.
-        inner_batches: T inner batches.
-        outer_batch: The outer batch.
-        hypergradient: A `HyperGradient`.
-        max_entries: Positive int, entries checked of each outer variable, drawn at random from larger ones.
-        step_size: Positive float h in the unconstrained variable. Default: the cube root of the rounding unit.
-        seed: Int, draws the entries.
-
-    Returns:
-        A `HypergradientCheck`.
-
-    Raises:
-        ValueError: If `max_entries` or `step_size` is not positive.
-        TypeError: If `hypergradient` is not a method.
-    """
-    checks.positive_integer("max_entries", max_entries)
-    if step_size is not None:
-        checks.positive_number("step_size", step_size)
-    _check_method(hypergradient)
-    inner_batches = as_inner_batches(inner_batches)
-    gradients = tf.function(
-        lambda: hypergradient.compute(problem, inner_batches, outer_batch).gradients, autograph=False)()
-
-    @tf.function(autograph=False)
-    def loss(outer):
-        run = InnerTraining(problem, inner_batches, outer=outer).run()
-        return problem.outer_loss(run.state, outer, outer_batch)
-
-    values = [np.asarray(value) for value in problem.outer_values()]
-    generator = np.random.default_rng(seed)
-    entries = []
-    for position, (variable, value, gradient) in enumerate(zip(problem.outer_variables, values, gradients)):
-        chosen = generator.permutation(value.size)[:max_entries]
-        h = step_size or float(np.finfo(value.dtype).eps) ** (1 / 3)
-        pairs = []
-        for flat_index in sorted(chosen):
-            index = tuple(int(i) for i in np.unravel_index(flat_index, value.shape))
-            ends = []
-            for sign in (1.0, -1.0):
-                moved = value.copy()
-                moved[index] += sign * h
-                ends.append((float(loss([tf.constant(moved) if i == position else tf.constant(other)
-                                         for i, other in enumerate(values)])), float(moved[index])))
-            # The distance as it was rounded, not as it was meant.
-            difference = (ends[0][0] - ends[1][0]) / (ends[0][1] - ends[1][1])
-            pairs.append((index, float(np.asarray(gradient)[index]), difference))
-        scale = max(max(abs(a), abs(b)) for _, a, b in pairs) or 1.0
-        entries += [CheckedEntry(variable.path, index, a, b, abs(a - b) / scale) for index, a, b in pairs]
-    errors = [entry.error for entry in entries]
-    return HypergradientCheck(entries, math.nan if any(math.isnan(error) for error in errors) else max(errors))
+        return "\n\n".join([table(rows)] + healths)
 
 
 def compare_hypergradients(problem, inner_batches, outer_batch, methods, repeats=3):
@@ -290,9 +188,3 @@ def _check_method(method):
     if not isinstance(method, HyperGradient):
         raise TypeError("A method must be one of farhox' hypergradients, for example farhox.ReverseHG(). "
                         f"Received: {method!r}")
-
-
-def _table(rows):
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join(lines)

@@ -4,11 +4,11 @@ import keras
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.copies import copy_of
 from farhox.data.batches import RepeatedBatch
 from farhox.hypergradients.episodes import map_episodes, num_episodes
 from farhox.meta import episode_checks
 from farhox.meta.accuracy import classifies, correct
-from farhox.meta.copies import copy_of
 from farhox.meta.episodes import EpisodeSource, count_episodes, new_episodes_seen
 from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.statistics import support_statistics

@@ -239,7 +239,7 @@ class Reptile(Learner):
                          transductive=transductive, seed=seed, loss=loss, name=name)
 
     def _initial_state(self):
-        slots, step = self._kept_carry()
+        slots, step = self._kept.carry_now()
         return super()._initial_state()._replace(slots=slots, step=step)
 
 

@@ -4,9 +4,9 @@ import keras
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.copies import copy_of
 from farhox.meta import episode_checks
 from farhox.meta.accuracy import correct
-from farhox.meta.copies import copy_of
 from farhox.meta.episodes import EpisodeSource, count_episodes, new_episodes_seen
 from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.statistics import statistics_of

@@ -189,6 +189,9 @@ class ExampleWeights(OuterVariable):
         if not indices.dtype.is_integer:
             raise TypeError(f"indices of {self.name!r} must be integers. Received dtype: {indices.dtype.name}")
         chosen = tf.gather(tf.convert_to_tensor(self.variable), indices)
+        # XLA drops the check of `gather` and clamps: what was asked for is then not a number.
+        inside = (indices >= 0) & (indices < self.num_examples)
+        chosen = tf.where(inside, chosen, tf.constant(float("nan"), chosen.dtype))
         return tf.sigmoid(chosen) if self.budget is None else chosen
 
     def natural_value(self):

@@ -61,9 +61,12 @@ class BilevelProblem:
             named a warning tells. Default: none.
         example_batches: (inner batch, outer batch) of arrays or `tf.TensorSpec`, for `outer_variables="all"`.
         allow_unused: Bool. Inner and outer variables on which nothing depends are no error: their gradient is zero.
+        check_data: Callable of a nest of inner examples (an inner batch, or one with further leading axes) and an
+            outer batch, or None for either, that returns a list of tensors or operations, assertions on the data: for
+            checks that XLA leaves out of an objective. Default: none.
 
     Attributes:
-        inner_variables, state_variables, stop_tolerance, allow_unused: As given.
+        inner_variables, state_variables, stop_tolerance, model, allow_unused: As given.
         outer_variables: Flat list of `keras.Variable`, the order of every list of hypergradients.
         hyperparameters: The entries of `outer_variables` that have natural units.
         dynamics: As given, bound to the inner variables.
@@ -79,7 +82,7 @@ class BilevelProblem:
     def __init__(self, inner_objective, outer_objective, inner_variables, outer_variables, dynamics=None,
                  state_variables=None, proximal=None, outer_predictions=None, stop_tolerance=None,
                  features=None, model=None, fixed=None, example_batches=None, stop_gradient="exact",
-                 allow_unused=False):
+                 allow_unused=False, check_data=None):
         for name, objective in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
             if not callable(objective):
                 raise TypeError(f"{name} must be a callable batch -> scalar. Received: {objective!r}")
@@ -120,7 +123,8 @@ class BilevelProblem:
         self.allow_unused = bool(allow_unused)
         self._features = features
         self._outer_objective = outer_objective
-        self._model = model
+        self.model = model
+        self._check_data = check_data
         self._trainable = [] if model is None else list(model.trainable_variables)
         known = [*self.outer_variables, *_checked_variables("fixed", self.fixed, state=True)]
         self._known = {id(variable) for variable in known}
@@ -156,17 +160,17 @@ class BilevelProblem:
         return BilevelProblem(
             self._inner_objective, outer_objective, self.inner_variables, outer_variables, dynamics=self.dynamics,
             state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions,
-            stop_tolerance=self.stop_tolerance, features=self._features, model=self._model,
+            stop_tolerance=self.stop_tolerance, features=self._features, model=self.model, check_data=self._check_data,
             fixed=[*self.outer_variables, *self.fixed], stop_gradient=self.stop_gradient,
             allow_unused=self.allow_unused)
 
     def raise_if_model_changed(self):
         """Raises a ValueError that names the variables if others of the model are trainable than at the beginning."""
-        current = [] if self._model is None else self._model.trainable_variables
+        current = [] if self.model is None else self.model.trainable_variables
         gone, new = _without(self._trainable, current), _without(current, self._trainable)
         if gone or new:
             raise ValueError(
-                f"The model {self._model.name!r} must stay as it was when the problem was made of it: make the problem "
+                f"The model {self.model.name!r} must stay as it was when the problem was made of it: make the problem "
                 f"anew. No longer trainable: {variable_names(gone) or 'none'}. Trainable now: "
                 f"{variable_names(new) or 'none'}.")
 
@@ -217,6 +221,10 @@ class BilevelProblem:
     def has_features(self):
         """Whether the inner objective is one of features of the batch."""
         return self._features is not None
+
+    def data_checks(self, inner_examples, outer_batch):
+        """Assertions on data, a list of tensors or operations; see `check_data`."""
+        return [] if self._check_data is None else self._check_data(inner_examples, outer_batch)
 
     @property
     def outer_objective(self):

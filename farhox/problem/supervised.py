@@ -10,10 +10,12 @@ from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
 from farhox.outer.outer_variable import OuterVariable
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.keras_models import check_model, example_specs, has_own_loss, own_loss, state_variables
-from farhox.problem.losses import SupervisedLoss, weights_of_classes
+from farhox.problem.losses import SupervisedLoss, checked_labels, takes_class_numbers, weights_of_classes
 from farhox.problem.outer_losses import as_outer_loss, takes_groups
 from farhox.problem.read import found_outer_variables
 from farhox.problem.representation import representation_variables, split
+
+INDEX_RULE = "Indices of examples must be from 0 to the number of example weights - 1"
 
 
 def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=None, outer_variables=(),
@@ -161,11 +163,25 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
     outer = list(outer_variables) + _without(shared, outer_variables)
     outer += _without(inner, outer_variables) if learn_initialization else []
     outer += _without([w for w in (example_weights, class_weights) if w is not None], outer)
+
+    def check_data(inner_examples, outer_batch):
+        outputs = getattr(model, "outputs", None)  # Of a functional model.
+        checks = []
+        if loss is not None and not isinstance(loss, (list, tuple, dict)) and takes_class_numbers(loss) and len(
+                outputs or []) == 1:
+            ignored = keras.losses.get(loss).get_config().get("ignore_class") if isinstance(
+                loss, keras.losses.Loss) else None
+            checks += [checked_labels(batch[1], outputs[0], ignored) for batch in (inner_examples, outer_batch)
+                       if isinstance(batch, (tuple, list)) and len(batch) > 1]
+        if example_weights is not None and isinstance(inner_examples, (tuple, list)) and len(inner_examples) == 3:
+            checks.append(_index_check(tf.convert_to_tensor(inner_examples[2]), example_weights))
+        return checks
+
     return BilevelProblem(
         inner_objective, outer_objective, inner_variables=inner, outer_variables=outer, dynamics=dynamics,
         state_variables=state_variables(model), proximal=proximal, outer_predictions=for_metrics,
         stop_tolerance=stop_tolerance, features=features if share_representation else None,
-        model=model, fixed=fixed, allow_unused=allow_unused)
+        model=model, fixed=fixed, allow_unused=allow_unused, check_data=check_data)
 
 
 def _check_arguments(loss, example_weights, class_weights, outer_call, own, share_representation):
@@ -185,6 +201,13 @@ def _check_arguments(loss, example_weights, class_weights, outer_call, own, shar
     if own and share_representation:
         raise ValueError("share_representation needs a model without a compute_loss of its own, which may look at "
                          "anything.")
+
+
+def _index_check(indices, example_weights):
+    numbers = tf.cast(indices, tf.int64)
+    low, high, count = tf.reduce_min(numbers), tf.reduce_max(numbers), example_weights.num_examples
+    return tf.debugging.Assert((low >= 0) & (high < count), [
+        f"{INDEX_RULE} ({count - 1} of {example_weights.name!r}). Received indices from", low, "to", high])
 
 
 def _without(entries, others):

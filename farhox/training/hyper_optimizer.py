@@ -1,5 +1,8 @@
 """HyperOptimizer: a bilevel problem as a `keras.Model` that is trained with `fit`. The only mutable object."""
 
+import sys
+from typing import Any, NamedTuple
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -7,32 +10,36 @@ import tensorflow as tf
 from farhox._core import checks, tree
 from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
-from farhox.data.batches import as_inner_batches
+from farhox.data.batches import as_inner_batches, examples_of
 from farhox.data.datasets import as_hyper_iterations, as_tensors, pair
-from farhox.data.finite import first_not_finite, place_in_words
 from farhox.hypergradients import HyperGradient, ReverseHG
-from farhox.problem.bilevel import BilevelProblem, variable_names
+from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
-from farhox.problem.losses import LABEL_RULE
+from farhox.training.errors import DivergedError, clear_errors
+from farhox.training.kept import Kept
+from farhox.training.progress import Logs, add_progress
+from farhox.training.trained import describe, known_model, trained_copy
+from farhox.training.updates import GuardedUpdate
+from farhox.training.watch import ADVICE, GAP, SkipGuard, Watch
+from farhox.training.weights import read_names, unchanged_on_error, write_names
 
-_ADVICE = (
-    "Try a smaller inner learning rate or tighter bounds on it, fewer inner steps, a smaller outer learning rate or "
-    "clipnorm on the outer optimizer; with an inner rate that is learned, an upper bound (high=...) keeps it stable.")
-_NAMES = "names_of_outer_variables"
 _SAVE_RULE = (
     "A HyperOptimizer holds objectives, which are Python code and cannot be saved. Use save_weights (ModelCheckpoint "
     "with save_weights_only=True): it holds inner and outer variables, the outer optimizer and all memory. Save the "
     "Keras model itself with model.save.")
+# What implicit methods add to the logs; the last one is for a warning alone.
+_OF_SOLVERS = ("solver_failed", "solver_residual", "inner_gradient_norm", GAP)
 
 
 class HyperOptimizer(keras.Model):
     """Learns the outer variables of a bilevel problem with `fit`; callbacks, logs and strategies are those of Keras.
 
     One element of the data set, (inner_batches, outer_batch), is one hyper-iteration: T inner steps, the hypergradient,
-    one update of the outer variables by the compiled optimizer. The logs hold `loss` and `outer_loss` (both the outer
-    objective, averaged over the epoch), `inner_loss` (the inner objective before the last inner step), the compiled
-    metrics on the outer batch, the current value of each hyperparameter in natural units under its name, and
-    `skipped_updates`.
+    one update of the outer variables by the compiled optimizer. The logs hold `outer_loss` (the outer objective,
+    averaged over the epoch), `inner_loss` (the inner objective before the last inner step), the compiled metrics on the
+    outer batch, the current value of each hyperparameter in natural units under its name, of implicit methods
+    `solver_failed` (the part of the linear systems), `solver_residual` and `inner_gradient_norm`, and where there are
+    any `skipped_updates`. Callbacks find the outer loss under Keras' names too, `loss` and `val_loss`.
 
     ```python
     optimizer = farhox.HyperOptimizer(problem, farhox.ReverseHG())
@@ -40,7 +47,10 @@ class HyperOptimizer(keras.Model):
     optimizer.fit(farhox.bilevel_dataset((x, y), (x_val, y_val), inner_steps=100), epochs=20)
     ```
 
-    A hypergradient that is not finite never reaches the outer variables: the update is skipped and counted.
+    A hypergradient that is not finite never reaches the outer variables: the update is skipped and counted. Online, the
+    inner training goes on all the same where it is finite itself. An update after which an outer value would not be
+    finite, or is multiplied to nothing, is taken back, the optimizer's state included, and counts as skipped; a value
+    that arrives at a bound is held before it, and a warning names it.
 
     `farhox.callbacks.Resume` goes on with an interrupted run, bit for bit.
 
@@ -80,19 +90,15 @@ class HyperOptimizer(keras.Model):
         self._log_names = log_names(problem)
         self._outer_loss = keras.metrics.Mean(name="outer_loss")
         self._inner_loss = keras.metrics.Mean(name="inner_loss")
-        self._skipped = _counter(0, "skipped_updates")
-        self._skipped_in_a_row = _counter(0, "skipped_in_a_row")
-        # Which of the inner loss, the outer loss, the memory kept and each hypergradient was not finite at the last
-        # skip.
-        self._not_finite = _counter(np.zeros(3 + len(self._outer)), "not_finite")
-        # Where the inner batches and the outer batch of that hyper-iteration were not finite themselves.
-        self._not_finite_data = _counter(np.zeros([2, 3]), "not_finite_data")
-        initial = problem.initial_state()
-        self._slots = [_kept(leaf) for leaf in tf.nest.flatten([initial.slots, initial.step])] if online else []
-        self._slot_structure = [initial.slots, initial.step]
-        self._keeps_carry = self.online or hypergradient.carry_outlives_state
-        self._carry_structure = hypergradient.initial_carry(problem) if self._keeps_carry else []
-        self._carry = [_kept(leaf) for leaf in tf.nest.flatten(self._carry_structure)]
+        self._guarded_update = GuardedUpdate(problem)
+        self._watch = Watch(self._outer, hypergradient, self._guarded_update, self.max_skipped_updates)
+        self._counters = self._watch.variables
+        # The outer loss of the last hyper-iteration, where the mean over an epoch says too little.
+        self.last_outer_loss = keras.Variable(float("nan"), dtype="float32", trainable=False, name="last_outer_loss",
+                                              aggregation="only_first_replica")
+        self._solver_metrics = {name: keras.metrics.Mean(name=name) for name in _OF_SOLVERS}
+        self._kept = Kept(problem, hypergradient, self.online)
+        self._slots, self._carry = self._kept.slots, self._kept.carry
         self.built = True
         self._step_function = None
         self._inner_function = None
@@ -123,13 +129,23 @@ class HyperOptimizer(keras.Model):
 
     @property
     def metrics(self):
-        return [self._outer_loss, self._inner_loss] + super().metrics
+        # Those of this class are tracked by Keras among the others too.
+        own = [self._outer_loss, self._inner_loss, *self._solver_metrics.values()]
+        return own + [metric for metric in super().metrics if not any(metric is m for m in own)]
+
+    @property
+    def metrics_names(self):
+        """The names of what `evaluate` returns, in its order."""
+        names = [self._outer_loss.name] + ([] if self.online else [self._inner_loss.name])
+        if self._compile_metrics is not None and self._compile_metrics.built:
+            names += [metric.name for metric in self._compile_metrics.metrics]
+        return names
 
     @property
     def hyper_iterations(self):
         """Int, the hyper-iterations that the compiled optimizer has done, skipped updates included."""
         done = int(self.optimizer.iterations.numpy()) if self.compiled else 0
-        return done + int(self._skipped.numpy())
+        return done + int(self._watch.skipped.numpy())
 
     def fit(self, x=None, callbacks=None, validation_data=None, **kwargs):
         """Runs hyper-iterations, one per element of the data set; arguments and callbacks are those of Keras.
@@ -141,7 +157,8 @@ class HyperOptimizer(keras.Model):
             **kwargs: `epochs`, `verbose`, `steps_per_epoch`, ... of `keras.Model.fit`.
 
         Returns:
-            A Keras `History`.
+            A Keras `History`. Its dictionary lists no number twice: `loss`, another name of `outer_loss`, and counters
+            that are zero all the time are there for who asks by name.
 
         Raises:
             RuntimeError: If too many hypergradients in a row were not finite.
@@ -157,11 +174,14 @@ class HyperOptimizer(keras.Model):
         if any(isinstance(c, keras.callbacks.ModelCheckpoint) and not c.save_weights_only for c in callbacks):
             raise ValueError(f"ModelCheckpoint must have save_weights_only=True. {_SAVE_RULE}")
         # First in the list, so that what another one restores is not touched.
-        callbacks.insert(0, _SkipGuard())
+        callbacks.insert(0, SkipGuard())
+        add_progress(callbacks, kwargs.get("verbose", "auto"))
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
         self.problem.raise_if_model_changed()
         with clear_errors():
-            return super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
+            history = super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
+        history.history = Logs(history.history)
+        return history
 
     def evaluate(self, x=None, **kwargs):
         """The outer loss and metrics with the current outer variables; nothing is updated.
@@ -174,11 +194,23 @@ class HyperOptimizer(keras.Model):
             **kwargs: `verbose`, `return_dict`, `steps`, ... of `keras.Model.evaluate`.
 
         Returns:
-            As `keras.Model.evaluate`.
+            As `keras.Model.evaluate`: the values that `metrics_names` names, or with `return_dict=True` a dictionary.
         """
+        if kwargs.pop("_use_cached_eval_dataset", False):  # The validation of Keras' fit, for its callbacks.
+            with clear_errors():
+                return super().evaluate(x, _use_cached_eval_dataset=True, **kwargs)
         self.problem.raise_if_model_changed()
+        as_dictionary = kwargs.pop("return_dict", False)
+        callbacks = kwargs.pop("callbacks", None)
+        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+        add_progress(callbacks, kwargs.get("verbose", "auto"))
         with clear_errors():
-            return super().evaluate(self._dataset(x), **kwargs)
+            logs = Logs(super().evaluate(self._dataset(x), callbacks=callbacks, return_dict=True, **kwargs))
+        if as_dictionary:
+            return logs
+        names = self.metrics_names
+        values = [logs[name] for name in names] + [value for name, value in logs.items() if name not in names]
+        return values if len(values) > 1 else values[0]
 
     def step(self, inner_batches, outer_batch):
         """One hyper-iteration by hand: compiled, with the same update as in `fit`.
@@ -199,9 +231,13 @@ class HyperOptimizer(keras.Model):
         self.problem.raise_if_model_changed()
         if self._step_function is None:
             self._step_function = self._compiled(self._hyper_iteration)
+        inner_batches, outer_batch = as_inner_batches(inner_batches), as_tensors(outer_batch)
         with clear_errors():
-            result = self._step_function(as_inner_batches(inner_batches), as_tensors(outer_batch))
+            self._check_data(inner_batches, outer_batch)
+            result = self._step_function(inner_batches, outer_batch)
         self.raise_if_diverged()
+        gap = result.diagnostics.get("stationarity_gap")
+        self._watch.warn_once(0.0 if gap is None else float(tf.reduce_mean(gap)))
         return result
 
     def train_inner(self, inner_batches):
@@ -212,78 +248,117 @@ class HyperOptimizer(keras.Model):
 
         Returns:
             Tensor [T], the inner objective before each step.
+
+        Raises:
+            DivergedError: A RuntimeError, if the training diverged: the model is as it was.
         """
-        self.problem.raise_if_model_changed()
-        if self._inner_function is None:
-            self._inner_function = self._compiled(self._train_inner)
-        with clear_errors():
-            return self._inner_function(as_inner_batches(inner_batches))
+        run = self.trained_state(inner_batches)
+        self._kept.train_to(run.state)
+        return run.losses
+
+    def trained_model(self, data):
+        """A new Keras model, trained with the current outer variables; nothing else changes.
+
+        Args:
+            data: T inner batches, or a `tf.data.Dataset` of hyper-iterations: training then goes on through the inner
+                batches of all its elements.
+
+        Returns:
+            A plain `keras.Model` of the kind that the problem was made of, with weights of its own. Inner variables
+            start where the model's are (online: at the state kept).
+
+        Raises:
+            DivergedError: A RuntimeError, if the training diverged.
+            ValueError: If the problem does not know its model.
+        """
+        return trained_copy(self, data)
+
+    def predict(self, x, **kwargs):
+        """Predictions of the problem's model with its current weights, as `keras.Model.predict`.
+
+        Between hyper-iterations these are the initial values, or online the weights trained so far. `train_inner` and
+        `trained_model` train them with the outer variables learned.
+        """
+        return known_model(self.problem).predict(x, **kwargs)
+
+    def summary(self, *args, print_fn=None, **kwargs):
+        """Prints what is learned, and the summary of the problem's model where it is known.
+
+        Args:
+            *args, **kwargs: Of `keras.Model.summary`.
+            print_fn: Callable that is given the text. Default: standard output.
+        """
+        write = print_fn or (lambda text, **_: sys.stdout.write(text + "\n"))
+        write(describe(self))
+        if self.problem.model is not None:
+            self.problem.model.summary(*args, print_fn=print_fn, **kwargs)
+
+    def load_weights(self, filepath, skip_mismatch=False, **kwargs):
+        """Loads what `save_weights` wrote, after checking that it is of this problem.
+
+        Raises:
+            ValueError: If the file is damaged, of another problem, or of a later version of farhox. It is named, and
+                nothing has changed.
+        """
+        with unchanged_on_error(self, filepath):
+            super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        write_names(self, store)
+
+    def load_own_variables(self, store):
+        super().load_own_variables(read_names(self, store))
 
     def train_step(self, data):
         inner_batches, outer_batch = self._hyper_iteration_data(data, training=True)
         result = self._hyper_iteration(inner_batches, outer_batch)
         self._inner_loss.update_state(result.inner_losses[..., -1])
-        return self._logs(result.outer_loss, result.state, outer_batch)
+        logs = self._logs(result.outer_loss, result.state, outer_batch)
+        if "solver_failed" in result.diagnostics:
+            for name, metric in self._solver_metrics.items():
+                metric.update_state(tf.cast(result.diagnostics[name], tf.float32))
+            logs.update({name: metric.result() for name, metric in self._solver_metrics.items() if name != GAP})
+        logs.update(log_values(self._log_names))
+        logs["skipped_updates"] = tf.convert_to_tensor(self._watch.skipped)
+        return logs
 
     def test_step(self, data):
         inner_batches, outer_batch = self._hyper_iteration_data(data)
         if self.online:
-            state = self._kept_state()
+            state = self._kept.state_now()
             loss = self.problem.outer_loss(state, self.problem.outer_values(), outer_batch)
-            return self._logs(loss, state, outer_batch)
+            logs = self._logs(loss, state, outer_batch)
+            del logs["inner_loss"]  # No inner training has been measured.
+            return logs
         evaluation = self.hypergradient.evaluate(self.problem, inner_batches, outer_batch)
         self._inner_loss.update_state(evaluation.inner_losses[..., -1])
         return self._logs(evaluation.outer_loss, evaluation.state, outer_batch)
 
     def raise_if_diverged(self):
         """Raises a RuntimeError that says what diverged if too many updates in a row were skipped."""
-        in_a_row = int(self._skipped_in_a_row.numpy())
-        if in_a_row < self.max_skipped_updates:
-            return
-        inner, outer, memory, *gradients = (bool(flag) for flag in self._not_finite.numpy())
-        names = variable_names([v for v, bad in zip(self._outer, gradients) if bad])
-        causes = ["the inner objective"] * inner + ["the outer objective"] * outer
-        causes += ["the inner state that is carried on"] * memory
-        causes += [f"the hypergradients of {names}"] if names else []
-        places = [f"{place_in_words(place)} of the {which}" for which, place in zip(
-            ("inner batches", "outer batch"), self._not_finite_data.numpy()) if place[0]]
-        advice = f"The data hold NaN or infinity, in {' and in '.join(places)}: mend them." if places else _ADVICE
-        raise RuntimeError(
-            f"Training stopped: {in_a_row} updates in a row were skipped because a value was not finite. At the last "
-            f"one: {', '.join(causes)}. {advice}")
+        self._watch.raise_if_diverged()
+
+    def kept_state(self):
+        """The inner state that an online training goes on from, as an `InnerState`.
+
+        Raises:
+            ValueError: If the training is not online: it starts anew in each hyper-iteration.
+        """
+        if not self.online:
+            raise ValueError("Only with online=True an inner state is kept. Received: online=False")
+        return self._kept.state_now()
 
     def start_counting_skips(self):
         """Starts the count of updates skipped in a row anew, so that a run goes on after a cause was removed."""
-        self._skipped_in_a_row.assign(0)
+        self._watch.start_counting()
 
     def reset_inner_state(self):
         """Starts the optimizer's slots, the step count and the carried memory anew; variables stay as they are."""
-        initial = self.problem.initial_state()
-        kept = self._slots + self._carry
-        fresh = tf.nest.flatten([initial.slots, initial.step]) if self.online else []
-        if self._keeps_carry:
-            fresh = fresh + tf.nest.flatten(self.hypergradient.initial_carry(self.problem))
-        for variable, value in zip(kept, fresh):
-            variable.assign(value)
+        self._kept.reset()
 
     def save(self, *args, **kwargs):
         raise ValueError(_SAVE_RULE)
-
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        # Keras keeps variables by their position alone.
-        store[_NAMES] = np.frombuffer("\n".join(self._names()).encode(), "uint8")
-
-    def load_own_variables(self, store):
-        held = {key: store[key] for key in store.keys()}
-        names = bytes(np.asarray(held.pop(_NAMES, []), "uint8")).decode().split("\n")
-        if names != [""] and names != self._names():
-            raise ValueError("Weights must be loaded into a problem with the same outer variables in the same order. "
-                             f"Received weights of {names} for the outer variables {self._names()}.")
-        super().load_own_variables(held)
-
-    def _names(self):
-        return [variable.name for variable in self._outer]
 
     def _hyper_iteration_data(self, data, training=False):
         """(inner_batches, outer_batch) of an element of the data set."""
@@ -291,15 +366,11 @@ class HyperOptimizer(keras.Model):
         return pair(data)
 
     def _hyper_iteration(self, inner_batches, outer_batch):
-        state = self._kept_state() if self.online else None
-        carry = self._kept_carry() if self._keeps_carry else None
-        result = self.hypergradient.compute(self.problem, inner_batches, outer_batch, state=state, carry=carry)
-        kept = list(zip(self._carry, tf.nest.flatten(result.carry)))
-        if self.online:
-            kept += zip(self._inner + self._slots, tf.nest.flatten(
-                [result.state.variables, result.state.state_variables, result.state.slots, result.state.step]))
+        result = self.hypergradient.compute(
+            self.problem, inner_batches, outer_batch, state=self._kept.state_now(), carry=self._kept.carry_now())
+        new_state, new_carry = self._kept.of(result)
         flags = [tf.logical_not(tree.is_finite(part)) for part in [
-            result.inner_losses, result.outer_loss, [leaf for _, leaf in kept], *result.gradients]]
+            result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]]
         flags = tf.cast(tf.stack(flags), tf.int32)
         context = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync > 1:
@@ -309,24 +380,20 @@ class HyperOptimizer(keras.Model):
             flags = context.all_reduce(tf.distribute.ReduceOp.SUM, flags)
         # A diverged inner loss with a finite hypergradient is a diverged run all the same.
         finite = tf.reduce_all(flags == 0)
-        self._update(finite, result.gradients, context)
-        for variable, value in kept:
-            variable.assign(tf.where(finite, value, tf.convert_to_tensor(variable)))
-        skipped = tf.cast(tf.logical_not(finite), tf.int32)
-        self._skipped.assign(tf.convert_to_tensor(self._skipped) + skipped)
-        self._skipped_in_a_row.assign((tf.convert_to_tensor(self._skipped_in_a_row) + skipped) * skipped)
-        self._not_finite.assign(tf.cast(flags > 0, tf.int32))
-        self._not_finite_data.assign(tf.cond(
-            finite, lambda: tf.zeros([2, 3], tf.int32),
-            lambda: tf.cast(tf.stack([first_not_finite(inner_batches), first_not_finite(outer_batch)]), tf.int32)))
+        stands = self._update(finite, result.gradients, context)
+        self._kept.keep(result.inner_losses, new_state, new_carry)
+        self.last_outer_loss.assign(tf.cast(result.outer_loss, tf.float32))
+        self._watch.record(stands, flags, inner_batches, outer_batch)
         return result
 
     def _update(self, finite, gradients, context):
-        """Applies the hypergradients if they are finite. Over replicas the optimizer adds them up: hence the mean."""
+        """Applies the hypergradients if they are finite; returns whether an update stands.
+
+        Over replicas the optimizer adds them up: hence the mean. What became of the values is looked at on one only.
+        """
         replicas = context.num_replicas_in_sync
         if replicas == 1:
-            tf.cond(finite, lambda: self._apply(gradients), lambda: tf.no_op())
-            return
+            return tf.cond(finite, lambda: self._guarded_update.apply(self.optimizer, gradients), self._no_update)
         gradients = [gradient / replicas for gradient in gradients]
 
         def across_replicas(strategy, finite, gradients):
@@ -338,32 +405,61 @@ class HyperOptimizer(keras.Model):
             return tf.cond(strategy.experimental_local_results(finite)[0], apply, lambda: tf.no_op())
 
         context.merge_call(across_replicas, args=(finite, gradients))
+        return finite
+
+    def _no_update(self):
+        self._guarded_update.forget()
+        return tf.constant(False)
 
     def _apply(self, gradients):
         self.optimizer.apply(gradients, self._outer)
         return tf.no_op()
 
-    def _train_inner(self, inner_batches):
-        training = InnerTraining(self.problem, inner_batches, self._kept_state() if self.online else None)
+    def trained_state(self, inner_batches, outer=None, state=None):
+        """Inner training without keeping it: nothing changes.
+
+        Args:
+            inner_batches: T inner batches.
+            outer: List of tensors, the outer values; default: the current ones.
+            state: The `InnerState` to start from; default: the initial one, online the one kept.
+
+        Returns:
+            A named tuple: `state`, the inner state after it, and `losses` [T], the inner objective before each step.
+
+        Raises:
+            DivergedError: A RuntimeError, if the training diverged.
+        """
+        self.problem.raise_if_model_changed()
+        if outer is None:
+            outer = self.problem.outer_values()
+        if state is None:
+            state = self._kept.state_now() if self.online else self.problem.initial_state(outer)
+        if self._inner_function is None:
+            self._inner_function = self._compiled(self._train)
+        inner_batches = as_inner_batches(inner_batches)
+        with clear_errors():
+            self._check_data(inner_batches, None)
+            run = self._inner_function(inner_batches, outer, state)
+        if not tree.is_finite([run.losses, run.state]):
+            bad = np.flatnonzero(~np.isfinite(run.losses.numpy()))
+            where = f"the inner objective at step {bad[0]}" if bad.size else "the state after the last step"
+            raise DivergedError(f"Inner training diverged: {where} of {len(run.losses)} is not finite. The model is as "
+                                f"it was. {ADVICE}", run.losses.numpy())
+        return run
+
+    def _train(self, inner_batches, outer, state):
+        training = InnerTraining(self.problem, inner_batches, state, outer)
         run = training.run()
-        finished = self.problem.dynamics.finished(run.state.variables, run.state.slots)
-        values = tf.nest.flatten([finished, run.state.state_variables])
-        for variable, value in zip(self._inner, values):
-            variable.assign(value)
-        for variable, value in zip(self._slots, tf.nest.flatten([run.state.slots, run.state.step])):
-            variable.assign(value)
-        return training.losses(run)
+        return _Trained(run.state, training.losses(run))
 
-    def _kept_state(self):
-        count = len(self.problem.inner_variables)
-        values = [tf.convert_to_tensor(variable) for variable in self._inner]
-        slots, step = tf.nest.pack_sequence_as(
-            self._slot_structure, [tf.convert_to_tensor(variable) for variable in self._slots])
-        return InnerState(values[:count], values[count:], slots, step)
+    def _check_data(self, inner_batches, outer_batch):
+        """The checks of the data that XLA leaves out of a compiled hyper-iteration."""
+        if self.compiled and self.jit_compile:
+            self.problem.data_checks(examples_of(inner_batches), outer_batch)
 
-    def _kept_carry(self):
-        return tf.nest.pack_sequence_as(
-            self._carry_structure, [tf.convert_to_tensor(variable) for variable in self._carry])
+    def warn_once(self):
+        """Warns, once each, of what a person should know about the hyper-iterations since the epoch began."""
+        self._watch.warn_once(float(self._solver_metrics[GAP].result()))
 
     def _logs(self, outer_loss, state, outer_batch):
         self._outer_loss.update_state(outer_loss)
@@ -372,10 +468,8 @@ class HyperOptimizer(keras.Model):
         if self._compile_metrics is not None:
             targets, predictions, weights = self.hypergradient.predict(self.problem, state, outer_batch)
             values = self.compute_metrics(None, targets, predictions, sample_weight=weights)
-            own = {metric.name for metric in (self._outer_loss, self._inner_loss)} | {"loss"}
+            own = {self._outer_loss.name, self._inner_loss.name, "loss", *self._solver_metrics}
             logs.update({name: value for name, value in values.items() if name not in own})
-        logs.update(log_values(self._log_names))
-        logs["skipped_updates"] = tf.convert_to_tensor(self._skipped)
         return logs
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
@@ -408,34 +502,20 @@ class HyperOptimizer(keras.Model):
             function, autograph=False, jit_compile=self.compiled and bool(self.jit_compile), **options)
 
     def _dataset(self, x):
-        return as_hyper_iterations(x, self.distribute_strategy)
+        data = as_hyper_iterations(x, self.distribute_strategy)
+        if not self.compiled or not self.jit_compile or not isinstance(data, tf.data.Dataset):
+            return data
+
+        def checked(*element):
+            inner_batches, outer_batch = pair(element)
+            with tf.control_dependencies(self.problem.data_checks(examples_of(inner_batches), outer_batch)):
+                return tf.nest.map_structure(tf.identity, element)
+
+        return data.map(checked, num_parallel_calls=1)
 
 
-class _SkipGuard(keras.callbacks.Callback):
-    """Ends `fit` with an error when updates keep being skipped."""
+class _Trained(NamedTuple):
+    """See `HyperOptimizer.trained_state`."""
 
-    def on_train_begin(self, logs=None):
-        self.model.start_counting_skips()
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.model.raise_if_diverged()
-
-
-class clear_errors:
-    """Turns the assertion on labels inside a graph into the ValueError that it would be outside."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, tf.errors.InvalidArgumentError) and LABEL_RULE in str(error):
-            message = str(error)
-            raise ValueError(message[message.index(LABEL_RULE):].splitlines()[0]) from error
-
-
-def _counter(value, name):
-    return keras.Variable(value, dtype="int32", trainable=False, name=name, aggregation="only_first_replica")
-
-
-def _kept(value):
-    return keras.Variable(value, dtype=value.dtype.name, trainable=False, aggregation="only_first_replica")
+    state: InnerState
+    losses: Any

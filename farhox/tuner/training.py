@@ -11,6 +11,7 @@ from farhox.dynamics import KerasDynamics
 from farhox.hypergradients import ReverseHG
 from farhox.problem import BilevelProblem
 from farhox.training import HyperOptimizer
+from farhox.training.errors import DivergedError
 from farhox.tuner.rate import Rate
 
 _WITH_MOMENTUM = ("momentum", "beta_1")
@@ -84,8 +85,11 @@ class Training:
         return Round(float(np.mean(losses)), float(losses[0]), outer_loss, finite)
 
     def forward(self, inner_batches):
-        """Inner steps alone: the training loss before each, an array."""
-        return self._engine.train_inner(inner_batches).numpy()
+        """Inner steps alone: the training loss before each, an array; not numbers where they diverged."""
+        try:
+            return self._engine.train_inner(inner_batches).numpy()
+        except DivergedError as error:
+            return error.losses
 
     def anneal_outer_rate(self, progress):
         """Lets the step of the outer optimizer fall to .3 of its start over the first 40 % of training."""

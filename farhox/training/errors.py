@@ -1,0 +1,44 @@
+"""Errors of compiled hyper-iterations, said as they would be outside of a graph."""
+
+import tensorflow as tf
+
+from farhox.problem.losses import LABEL_RULE
+from farhox.problem.supervised import INDEX_RULE
+
+
+class DivergedError(RuntimeError):
+    """Inner training by itself that ended in values that are not finite.
+
+    Attributes:
+        losses: Array [T], the inner objective before each step.
+    """
+
+    def __init__(self, message, losses):
+        super().__init__(message)
+        self.losses = losses
+
+
+class clear_errors:
+    """Turns assertions on data inside a graph into the ValueErrors that they would be outside."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if not isinstance(error, tf.errors.InvalidArgumentError):
+            return
+        message = str(error)
+        for rule in (LABEL_RULE, INDEX_RULE):
+            if rule in message:
+                raise ValueError(_in_one_line(message[message.index(rule):])) from error
+
+
+def _in_one_line(message):
+    """The text and the numbers of an assertion, which TensorFlow writes in lines or in brackets of their own."""
+    parts = [part.strip("[]{}b'\" ") for part in message.replace("] [", "\n").split("\n")]
+    text = []
+    for part in parts:
+        if text and not (part == "to" or part.lstrip("-").replace(".", "", 1).isdigit()):
+            break
+        text.append(part.replace("\\'", "'"))
+    return " ".join(text)

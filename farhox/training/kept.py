@@ -1,0 +1,91 @@
+"""What a `HyperOptimizer` keeps from one hyper-iteration to the next: the inner state, online, and the memory."""
+
+import keras
+import tensorflow as tf
+
+from farhox._core import tree
+from farhox._core.inner_state import InnerState
+
+
+class Kept:
+    """The inner state and the memory of a method in Keras variables.
+
+    Args:
+        problem: A `BilevelProblem`.
+        hypergradient: A `HyperGradient`.
+        online: Bool, whether the inner state goes on. Its variables are then those of the problem.
+
+    Attributes:
+        slots, carry: Lists of `keras.Variable`, for the owner to track; empty where nothing is kept.
+    """
+
+    def __init__(self, problem, hypergradient, online):
+        self._problem, self._hypergradient, self._online = problem, hypergradient, online
+        self._inner = list(problem.inner_variables) + list(problem.state_variables)
+        initial = problem.initial_state()
+        self._slot_structure = [initial.slots, initial.step]
+        self.slots = [_variable(leaf) for leaf in tf.nest.flatten(self._slot_structure)] if online else []
+        self._has_carry = online or hypergradient.carry_outlives_state
+        self._carry_structure = hypergradient.initial_carry(problem) if self._has_carry else []
+        self.carry = [_variable(leaf) for leaf in tf.nest.flatten(self._carry_structure)]
+
+    def state_now(self):
+        """The `InnerState` to go on from, or None where each hyper-iteration starts anew."""
+        if not self._online:
+            return None
+        count = len(self._problem.inner_variables)
+        values = [tf.convert_to_tensor(variable) for variable in self._inner]
+        slots, step = tf.nest.pack_sequence_as(
+            self._slot_structure, [tf.convert_to_tensor(variable) for variable in self.slots])
+        return InnerState(values[:count], values[count:], slots, step)
+
+    def carry_now(self):
+        """The memory to go on from, or None where there is none."""
+        if not self._has_carry:
+            return None
+        return tf.nest.pack_sequence_as(
+            self._carry_structure, [tf.convert_to_tensor(variable) for variable in self.carry])
+
+    def of(self, result):
+        """What is to be kept of a result: two lists of tensors, of the state and of the memory."""
+        return (_leaves(result.state) if self._online else [],
+                tf.nest.flatten(result.carry) if self._has_carry else [])
+
+    def keep(self, inner_losses, state, carry):
+        """Keeps what is finite of the state and of the memory, whatever became of the hypergradient."""
+        good_state = tree.is_finite([inner_losses, *state])
+        for variable, value in zip(self._inner + self.slots, state):
+            variable.assign(tf.where(good_state, value, tf.convert_to_tensor(variable)))
+        if not carry:
+            return
+        good_carry = tree.is_finite(carry)
+        # The memory belongs to the state. Where that goes on and the memory is lost, it starts anew.
+        goes_on = good_state if self._online else tf.constant(True)
+        fresh = tf.nest.flatten(self._hypergradient.initial_carry(self._problem)) if self._online else [
+            tf.convert_to_tensor(variable) for variable in self.carry]
+        for variable, value, first in zip(self.carry, carry, fresh):
+            value = tf.where(good_carry, value, first)
+            variable.assign(tf.where(goes_on, value, tf.convert_to_tensor(variable)))
+
+    def train_to(self, state):
+        """Makes a trained inner state the model's, and online the one to go on from."""
+        finished = self._problem.dynamics.finished(state.variables, state.slots)
+        for variable, value in zip(self._inner + self.slots, _leaves(state._replace(variables=finished))):
+            variable.assign(value)
+
+    def reset(self):
+        """Starts the optimizer's slots, the step count and the memory anew."""
+        initial = self._problem.initial_state()
+        fresh = tf.nest.flatten([initial.slots, initial.step]) if self._online else []
+        if self._has_carry:
+            fresh = fresh + tf.nest.flatten(self._hypergradient.initial_carry(self._problem))
+        for variable, value in zip(self.slots + self.carry, fresh):
+            variable.assign(value)
+
+
+def _leaves(state):
+    return tf.nest.flatten([state.variables, state.state_variables, state.slots, state.step])
+
+
+def _variable(value):
+    return keras.Variable(value, dtype=value.dtype.name, trainable=False, aggregation="only_first_replica")
