@@ -255,6 +255,9 @@ class StepGraph:
             self._nodes = {node.name: node for node in self._definition.node}
             for node in self._nodes.values():
                 node.attr.pop("_class", None)
+                # What is imported is not differentiated again, and a SavedModel would trace every rule that is set.
+                if "_gradient_op_type" in node.attr and node.attr["_gradient_op_type"].s.startswith(b"Farhox"):
+                    node.attr.pop("_gradient_op_type")
         return self._nodes
 
     def _effects(self):

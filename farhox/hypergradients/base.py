@@ -1,6 +1,7 @@
 """What every hypergradient method shares: the interface and the result."""
 
 import abc
+import re
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -76,7 +77,7 @@ class HyperGradient(abc.ABC):
         inner_batches = as_inner_batches(inner_batches)
         outer_batch = tf.nest.map_structure(tf.convert_to_tensor, outer_batch)
         if tf.executing_eagerly() and not tf.config.functions_run_eagerly():
-            return problem.compiled(self, HyperGradient.compute)(inner_batches, outer_batch, state, carry)
+            return _called(problem.compiled(self, HyperGradient.compute), inner_batches, outer_batch, state, carry)
         return self._compute(problem, inner_batches, outer_batch, state, carry)
 
     @abc.abstractmethod
@@ -86,7 +87,7 @@ class HyperGradient(abc.ABC):
     def evaluate(self, problem, inner_batches, outer_batch):
         """T inner steps from the initial state and the outer objective: an `Evaluation`, no derivative."""
         if tf.executing_eagerly() and not tf.config.functions_run_eagerly():
-            return problem.compiled(self, HyperGradient.evaluate)(as_inner_batches(inner_batches), outer_batch)
+            return _called(problem.compiled(self, HyperGradient.evaluate), as_inner_batches(inner_batches), outer_batch)
         training = InnerTraining(problem, inner_batches)
         run = training.run()
         outer_loss = problem.outer_loss(run.state, training.outer, outer_batch)
@@ -154,3 +155,14 @@ def result(training, gradients, outer_loss, run, carry=(), **diagnostics):
     return HyperGradientResult(
         gradients, outer_loss, training.losses(run), run.state, list(carry),
         {**training.diagnostics(gradients, outer_loss, run), **diagnostics})
+
+
+def _called(function, *arguments):
+    """The compiled function's result; of an assertion that fails, the words alone, as a ValueError."""
+    try:
+        return function(*arguments)
+    except tf.errors.InvalidArgumentError as error:
+        found = re.search(r"assertion failed: (\[.*\])", str(error))
+        if found is None:
+            raise
+        raise ValueError(" ".join(re.findall(r"\[([^\]]*)\]", found.group(1)))) from error
