@@ -51,7 +51,7 @@ def repeat(batch, steps):
         ValueError: If `steps` is not a positive integer.
     """
     checks.positive_integer("The number of inner steps", steps)
-    return RepeatedBatch(tf.nest.map_structure(tf.convert_to_tensor, batch), tf.range(steps))
+    return RepeatedBatch(as_tensors("A batch", batch), tf.range(steps))
 
 
 def stack(batches):
@@ -64,9 +64,15 @@ def stack(batches):
         Inner batches.
 
     Raises:
-        ValueError: If there is no batch, or the batches differ in structure or shape.
+        ValueError: If there is no batch or no end of them, or they differ in structure or shape.
+        TypeError: If it is nothing to go through.
     """
-    batches = list(batches)
+    if isinstance(batches, tf.data.Dataset) and batches.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError("batches must be finite. Received a tf.data.Dataset that repeats without end: take(T) cuts it")
+    try:
+        batches = list(batches)
+    except TypeError as error:
+        raise TypeError(f"batches must be a list of batches. Received: {batches!r}") from error
     if not batches:
         raise ValueError("stack needs at least one batch. Received an empty list.")
     for batch in batches[1:]:
@@ -95,8 +101,8 @@ def gather(data, indices):
             an index is out of range.
         TypeError: If the indices are not integers.
     """
-    data = tf.nest.map_structure(tf.convert_to_tensor, data)
-    indices = tf.convert_to_tensor(indices)
+    data = as_tensors("data", data)
+    indices = as_tensors("indices", np.asarray(indices) if isinstance(indices, (list, tuple)) else indices)
     if not indices.dtype.is_integer:
         raise TypeError(f"indices must be integers. Received dtype: {indices.dtype.name}")
     if indices.shape.rank is not None and (indices.shape.rank != 2 or indices.shape[1] == 0):
@@ -117,13 +123,30 @@ def gather(data, indices):
     return GatheredBatches(data, indices)
 
 
+def as_tensors(name, nest):
+    """The nest with tensors for arrays and tuples for lists, which `tf.data` would pack.
+
+    Raises:
+        TypeError: If a leaf is no dense array: None, a generator, a data set, a ragged or sparse tensor.
+    """
+    def converted(leaf):
+        if not isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
+            try:
+                return tf.convert_to_tensor(leaf)
+            except (TypeError, ValueError):
+                pass
+        raise TypeError(f"{name} must be a nest of arrays such as (x, y). Received: {type(leaf).__name__}")
+
+    return tf.nest.map_structure(converted, tree.lists_to_tuples(nest))
+
+
 def as_inner_batches(inner_batches):
     """Checks inner batches and turns their leaves into tensors.
 
     Raises:
         ValueError: If there is no tensor, T is zero, or the leading axes differ.
     """
-    inner_batches = tf.nest.map_structure(tf.convert_to_tensor, tree.lists_to_tuples(inner_batches))
+    inner_batches = as_tensors("inner_batches", inner_batches)
     leaves = _leaves_with_steps(inner_batches)
     if not leaves:
         raise ValueError("inner_batches must hold at least one tensor. Received an empty nest.")

@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox._core import checks, tree
-from farhox.data.batches import GatheredBatches, RepeatedBatch, as_inner_batches
+from farhox._core import checks
+from farhox.data.batches import GatheredBatches, RepeatedBatch, as_inner_batches, as_tensors
 from farhox.data.finite import raise_if_not_finite
 from farhox.data.streams import HyperIterations, continued, inner_stream, is_stream, outer_stream
 
@@ -140,7 +140,7 @@ def _arrays(name, data):
     if isinstance(data, tf.data.Dataset):
         data = _read(name, data)
     try:
-        data = as_tensors(data)
+        data = as_tensors(name, data)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a nest of arrays such as (x, y), or a tf.data.Dataset of examples. "
                         f"Received: {type(data).__name__}") from error
@@ -228,7 +228,7 @@ def as_hyper_iterations(data, strategy):
     if isinstance(data, tf.distribute.DistributedDataset):
         return data
     if isinstance(data, (tuple, list)) and len(data) == 2:
-        data = tf.data.Dataset.from_tensors((as_inner_batches(data[0]), as_tensors(data[1])))
+        data = tf.data.Dataset.from_tensors((as_inner_batches(data[0]), as_tensors("outer_batch", data[1])))
     if not isinstance(data, tf.data.Dataset):
         raise ValueError("Data must be a tf.data.Dataset of pairs (inner_batches, outer_batch), as "
                          f"farhox.bilevel_dataset makes it, or one such pair. Received: {type(data).__name__}")
@@ -253,6 +253,13 @@ def pair(element):
     return element
 
 
-def as_tensors(nest):
-    """The nest with tensors for arrays, and tuples for lists."""
-    return tf.nest.map_structure(tf.convert_to_tensor, tree.lists_to_tuples(nest))
+def raise_if_endless(data, name, steps):
+    """Raises a ValueError for data without an end of which nobody says how much is wanted.
+
+    Args:
+        data: A data set.
+        name: Name of the argument that says it.
+        steps: Its value.
+    """
+    if steps is None and isinstance(data, tf.data.Dataset) and data.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(f"{name} must be given for data that repeat without end. Received: {name}=None")

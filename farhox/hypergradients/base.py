@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from farhox.data.batches import as_inner_batches
+from farhox.data.batches import as_inner_batches, as_tensors
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
 
@@ -75,7 +75,7 @@ class HyperGradient(abc.ABC):
             raise TypeError(f"problem must be a farhox.BilevelProblem. Received: {problem!r}")
         problem.raise_if_model_changed()
         inner_batches = as_inner_batches(inner_batches)
-        outer_batch = tf.nest.map_structure(tf.convert_to_tensor, outer_batch)
+        outer_batch = as_tensors("outer_batch", outer_batch)
         if tf.executing_eagerly() and not tf.config.functions_run_eagerly():
             return _called(problem.compiled(self, HyperGradient.compute), inner_batches, outer_batch, state, carry)
         return self._compute(problem, inner_batches, outer_batch, state, carry)

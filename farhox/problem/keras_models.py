@@ -6,6 +6,7 @@ from keras.src.models.functional import Functional
 
 from farhox._core import functional
 from farhox.problem.losses import takes_class_numbers
+from farhox.stn.layers import SelfTuning
 
 
 def check_model(model):
@@ -13,7 +14,8 @@ def check_model(model):
 
     Raises:
         TypeError: If it is not a Keras model.
-        ValueError: If it is not built, trains by a `train_step` of its own, or has quantized layers.
+        ValueError: If it is not built, trains by a `train_step` of its own, or has quantized, stateful or self-tuning
+            layers.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model. Received: {model!r} of type {type(model).__name__}")
@@ -25,6 +27,15 @@ def check_model(model):
     if not model.built or not model.weights:
         raise ValueError(f"The model must be built before a problem is made of it, so that its variables exist: call "
                          f"model.build(input_shape) or give it an Input. Received the unbuilt model {model.name!r}")
+    stateful = [layer.name for layer in model._flatten_layers()
+                if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    if stateful:
+        raise ValueError("Recurrent layers must not be stateful: the outer batch would start where training ended. "
+                         f"Received: {model.name!r} with the stateful layers {stateful}")
+    tuned = [layer.name for layer in model._flatten_layers() if isinstance(layer, SelfTuning)]
+    if tuned:
+        raise ValueError("Self-tuning layers need a farhox.stn.SelfTuningModel, which draws their hyperparameters. "
+                         f"Received: {model.name!r} with the self-tuning layers {tuned}")
     quantized = [layer.name for layer in model._flatten_layers()
                  if isinstance(layer.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy)]
     if quantized:
@@ -37,6 +48,19 @@ def state_variables(model):
     """Statistics and seeds: variables that are not trainable by nature, rather than frozen weights."""
     frozen = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
     return [v for v in model.non_trainable_variables if id(v) not in frozen]
+
+
+def check_examples(model, x):
+    """Raises a ValueError if inner inputs lack the axis of examples, as those of a batch that was not repeated do."""
+    if not isinstance(model, (Functional, keras.Sequential)) or keras.tree.is_nested(x) or len(model.inputs) != 1:
+        return
+    shape = tuple(model.inputs[0].shape)
+    # Keras adds a last axis of length 1 itself.
+    if tf.TensorShape(x.shape).rank == len(shape) - 1 and shape[-1] != 1:
+        raise ValueError(
+            f"An inner batch must have an axis of examples: inputs of shape {shape}. Received shape "
+            f"{tuple(x.shape)}. Inner batches have a leading axis T, one entry per inner step: use "
+            "farhox.repeat(batch, steps) for the same batch in every step.")
 
 
 def has_own_loss(model):

@@ -9,7 +9,14 @@ from farhox.dynamics.base import GradientDescent
 from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
 from farhox.outer.outer_variable import OuterVariable
 from farhox.problem.bilevel import BilevelProblem
-from farhox.problem.keras_models import check_model, example_specs, has_own_loss, own_loss, state_variables
+from farhox.problem.keras_models import (
+    check_examples,
+    check_model,
+    example_specs,
+    has_own_loss,
+    own_loss,
+    state_variables,
+)
 from farhox.problem.losses import SupervisedLoss, checked_labels, takes_class_numbers, weights_of_classes
 from farhox.problem.outer_losses import as_outer_loss, takes_groups
 from farhox.problem.read import found_outer_variables
@@ -90,6 +97,9 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
             trainable than when the problem was made.
     """
     check_model(model)
+    for name, given in (("outer_variables", outer_variables), ("representation", representation)):
+        if not isinstance(given, (list, tuple, str)) and not (given is None and name == "representation"):
+            raise TypeError(f"{name} must be a list. Received: {given!r} of type {type(given).__name__}")
     own = has_own_loss(model)
     _check_arguments(loss, example_weights, class_weights, outer_call, own, share_representation)
     trainable = list(model.trainable_variables)
@@ -124,6 +134,8 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
     def inner_objective(batch):
         batch, additions = batch if share_representation else (batch, [])
         x, y, extra = unpacked(batch)
+        if not share_representation:
+            check_examples(model, x)
         weights = extra if example_weights is None else example_weights(extra)
         by_class = None if class_weights is None else tf.convert_to_tensor(class_weights.value())
         with inner_context(extra):
@@ -217,9 +229,17 @@ def _without(entries, others):
 def _unpacked(batch, needed=None):
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or (needed and len(batch) != 3):
         length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        if isinstance(batch, tf.Tensor):
+            length = (f" of shape {batch.shape}. A hyper-iteration is (inner_batches, outer_batch), as "
+                      "farhox.bilevel_dataset makes it, with inner_batches=farhox.repeat((x, y), steps) for instance")
         advice = "; farhox.bilevel_dataset(..., index=True) adds the index" if needed == "(x, y, index)" else ""
         raise ValueError(f"A batch must be a tuple {needed or '(x, y) or (x, y, sample_weight)'}. "
                          f"Received: {type(batch).__name__}{length}{advice}")
+    for leaf in (part for part in tf.nest.flatten(batch[0]) if tf.TensorShape(part.shape).rank is not None):
+        if len(leaf.shape) == 0:
+            raise ValueError("Each batch must have an axis of examples. Received a scalar for x: a hyper-iteration is "
+                             "(inner_batches, outer_batch), with a leading axis T in inner_batches or "
+                             "farhox.repeat(batch, steps) for the same batch in every step.")
     return (*batch, None) if len(batch) == 2 else tuple(batch)
 
 

@@ -10,8 +10,9 @@ import tensorflow as tf
 from farhox._core import checks, tree
 from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
-from farhox.data.batches import as_inner_batches, examples_of
-from farhox.data.datasets import as_hyper_iterations, as_tensors, pair
+from farhox.data.batches import as_inner_batches, as_tensors, examples_of
+from farhox.data.datasets import as_hyper_iterations, pair, raise_if_endless
+from farhox.dynamics.base import InnerDynamics
 from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
@@ -121,6 +122,9 @@ class HyperOptimizer(keras.Model):
         if (metrics or kwargs.get("weighted_metrics")) and self.problem.outer_predictions is None:
             raise ValueError("Metrics need predictions: give BilevelProblem(outer_predictions=batch -> (targets, "
                              "predictions, sample_weight)), or make the problem with farhox.supervised_problem.")
+        if isinstance(optimizer, InnerDynamics):
+            raise TypeError("The outer optimizer must be one of Keras, such as keras.optimizers.Adam(0.01): farhox' "
+                            f"own are inner dynamics. Received: {optimizer!r}")
         # Losses are not scaled: a hypergradient is computed before the optimizer sees it.
         super().compile(optimizer=optimizer, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False, **kwargs)
         if not self.optimizer.built:
@@ -166,6 +170,7 @@ class HyperOptimizer(keras.Model):
                 more than weights.
         """
         x = self._dataset(x)
+        raise_if_endless(x, "steps_per_epoch", kwargs.get("steps_per_epoch"))
         if validation_data is not None:
             validation_data = self._dataset(validation_data)
         if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -205,7 +210,9 @@ class HyperOptimizer(keras.Model):
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
         add_progress(callbacks, kwargs.get("verbose", "auto"))
         with clear_errors():
-            logs = Logs(super().evaluate(self._dataset(x), callbacks=callbacks, return_dict=True, **kwargs))
+            x = self._dataset(x)
+            raise_if_endless(x, "steps", kwargs.get("steps"))
+            logs = Logs(super().evaluate(x, callbacks=callbacks, return_dict=True, **kwargs))
         if as_dictionary:
             return logs
         names = self.metrics_names
@@ -231,7 +238,7 @@ class HyperOptimizer(keras.Model):
         self.problem.raise_if_model_changed()
         if self._step_function is None:
             self._step_function = self._compiled(self._hyper_iteration)
-        inner_batches, outer_batch = as_inner_batches(inner_batches), as_tensors(outer_batch)
+        inner_batches, outer_batch = as_inner_batches(inner_batches), as_tensors("outer_batch", outer_batch)
         with clear_errors():
             self._check_data(inner_batches, outer_batch)
             result = self._step_function(inner_batches, outer_batch)
