@@ -51,10 +51,9 @@ class L1L2(keras.regularizers.Regularizer):
 
     def __call__(self, x):
         weights = tf.convert_to_tensor(x)
-        l1 = _penalty("l1", self.l1, tf.abs(weights))
-        if self.has_l1 and functional.is_taken_over(x):
-            l1 = tf.stop_gradient(l1)  # The proximal step has the derivatives, that of the strength among them.
-        return l1 + _penalty("l2", self.l2, tf.square(weights))
+        # Proximal dynamics that have taken over the l1 part do what its subgradient would do.
+        kinked = tf.stop_gradient(weights) if self.has_l1 and functional.is_taken_over(x) else weights
+        return _penalty("l1", self.l1, tf.abs(kinked)) + _penalty("l2", self.l2, tf.square(weights))
 
     def get_config(self):
         return {name: serialized(strength) if isinstance(strength, OuterVariable) else strength.tolist()
