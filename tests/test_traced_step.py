@@ -1,0 +1,170 @@
+"""One traced step: user code of every kind is the same training in all directions, or is refused by name."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import unrolled
+from problems import assert_close, variable
+
+import farhox
+from farhox._core import functional
+
+METHODS = {"reverse": farhox.ReverseHG(), "forward": farhox.ForwardHG(), "checkpoints": farhox.ReverseHG(
+    checkpoint_every=2)}
+methods = pytest.mark.parametrize("method", list(METHODS.values()), ids=list(METHODS))
+
+
+def data():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(6, 3))
+    return (x, x.sum(axis=1, keepdims=True)), (random.normal(size=(5, 3)), random.normal(size=(5, 1)))
+
+
+class FunctionCall(keras.Model):
+    """A model whose `call` is a `tf.function`."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = keras.layers.Dense(2, activation="tanh")
+        self.last = keras.layers.Dense(1)
+        # A trace that builds the layers keeps their initial weights, in Keras alone too.
+        self.hidden.build([None, 3])
+        self.last.build([None, 2])
+
+    @tf.function
+    def call(self, x):
+        return self.last(self.hidden(x))
+
+
+@methods
+def test_a_loss_and_a_call_under_tf_function_are_part_of_the_step(method, float64):
+    train, validation = data()
+    rate, scale = variable(0.1, name="rate"), variable(1.5, name="scale")
+
+    @tf.function
+    def loss(y, predictions):
+        return scale * tf.reduce_mean(tf.square(y - predictions), axis=-1)
+
+    model = FunctionCall()
+    model(train[0])  # Traced before, outside of any problem.
+    problem = farhox.supervised_problem(
+        model, loss=loss, outer_loss="mean_squared_error", dynamics=farhox.GradientDescent(rate),
+        outer_variables=[rate, scale])
+    batches = farhox.repeat(train, 3)
+    gradients = method.compute(problem, batches, validation).gradients
+    assert_close(gradients, unrolled.finite_differences(problem, batches, validation), 1e-7)
+    assert np.all(np.abs(gradients) > 1e-6)
+    before = float(tf.reduce_sum(model(train[0])))
+    model.last.kernel.assign(0.0 * model.last.kernel)
+    model.last.bias.assign(0.0 * model.last.bias)
+    assert before != 0 and float(tf.reduce_sum(model(train[0]))) == 0
+
+
+@methods
+def test_what_python_draws_is_one_constant_for_all_directions(method):
+    random, w, c = np.random.default_rng(3), keras.Variable(0.0), keras.Variable(2.0)
+    problem = farhox.BilevelProblem(
+        lambda _: 0.5 * (w - c * float(random.normal())) ** 2, lambda _: 0.5 * tf.square(w), [w], [c],
+        farhox.GradientDescent(1.0))
+    # w = c n after one step of rate 1, so E = (c n)^2 / 2 and dE/dc = 2 E / c = E.
+    result = method.compute(problem, farhox.repeat(tf.zeros([]), 1), tf.zeros([]))
+    assert float(result.outer_loss) > 0
+    np.testing.assert_allclose(result.gradients[0], result.outer_loss, rtol=1e-6)
+
+
+def normal():
+    return tf.random.normal([])
+
+
+@pytest.mark.parametrize("method, draw, operation", [
+    *((method, normal, "RandomStandardNormal") for method in (
+        *METHODS.values(), farhox.DartsHG(), farhox.ImplicitHG(), farhox.EvoGradHG())),
+    (farhox.ReverseHG(), lambda: tf.random.uniform([]), "RandomUniform"),
+    (farhox.ReverseHG(), lambda: tf.ensure_shape(tf.py_function(lambda: 1.0, [], tf.float32), []), "EagerPyFunc"),
+    (farhox.ReverseHG(), lambda: tf.cond(tf.constant(1.0) > tf.zeros([]), normal, lambda: 0.0),
+     "RandomStandardNormal")])
+def test_draws_without_a_seed_and_calls_of_python_are_refused_by_name(method, draw, operation):
+    w, c = keras.Variable(0.5), keras.Variable(2.0)
+    problem = farhox.BilevelProblem(lambda _: 0.5 * (w - c * draw()) ** 2, lambda _: 0.5 * tf.square(w), [w], [c],
+                                    farhox.GradientDescent(0.1))
+    with pytest.raises(ValueError, match=f"The operation {operation} at '"):
+        method.compute(problem, farhox.repeat(tf.zeros([]), 1), tf.zeros([]))
+
+
+def test_an_assignment_to_a_variable_of_tensorflow_is_refused():
+    w, counter = keras.Variable(0.5), tf.Variable(0.0)
+
+    def inner(_):
+        counter.assign_add(1.0)
+        return 0.5 * tf.square(w)
+
+    problem = farhox.BilevelProblem(inner, lambda _: 0.5 * tf.square(w), [w], [w], farhox.GradientDescent(0.1))
+    with pytest.raises(ValueError, match="AssignAddVariableOp at '.*Make it a keras.Variable"):
+        farhox.ReverseHG().compute(problem, farhox.repeat(tf.zeros([]), 1), tf.zeros([]))
+
+
+def test_the_outer_objective_may_draw():
+    w = keras.Variable(0.5)
+    problem = farhox.BilevelProblem(lambda _: 0.5 * tf.square(w), lambda _: w * tf.random.uniform([], 1.0, 2.0), [w], [w],
+                                    farhox.GradientDescent(0.1))
+    assert 0.9 <= float(farhox.ReverseHG().compute(problem, farhox.repeat(0.0, 1), 0.0).gradients[0]) <= 1.8
+
+
+def test_functions_run_eagerly_for_debugging_with_the_same_numbers(float64):
+    train, validation = data()
+    rate = variable(0.1)
+    seen = []
+
+    def loss(y, predictions):
+        seen.append(tf.executing_eagerly())
+        return tf.reduce_mean(tf.square(y - predictions), axis=-1)
+
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2, "tanh"), keras.layers.BatchNormalization(),
+                              keras.layers.Dense(1)])
+    problem = farhox.supervised_problem(model, loss=loss, dynamics=farhox.GradientDescent(rate), outer_variables=[rate])
+    arguments = problem, farhox.repeat(train, 3), validation
+    compiled = farhox.ReverseHG().compute(*arguments)
+    assert not any(seen)
+    seen.clear()
+    tf.config.run_functions_eagerly(True)
+    try:
+        eager = farhox.ReverseHG(memory=0).compute(*arguments)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert any(seen)
+    assert_close(eager.gradients, compiled.gradients, 1e-10)
+
+
+def test_settings_of_tensorflow_and_keras_are_as_before_after_user_code():
+    from keras.src.losses import loss as keras_loss
+    before = keras_loss.scale_loss_for_distribution
+    with pytest.raises(RuntimeError):
+        functional.call(_raise, bindings=[])
+    assert keras_loss.scale_loss_for_distribution is before and not tf.config.functions_run_eagerly()
+    first, second = functional.user_code(), functional.user_code()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert tf.config.functions_run_eagerly()
+    second.__exit__(None, None, None)
+    assert keras_loss.scale_loss_for_distribution is before and not tf.config.functions_run_eagerly()
+
+
+def _raise():
+    raise RuntimeError("the objective failed")
+
+
+def test_a_method_of_ones_own_is_a_few_lines():
+    class Explicit(farhox.hypergradients.SingleHyperGradient):
+        def differentiate(self, training, outer_batch, carry):
+            run = training.run()
+            at_end = training.outer_gradients(run.state, outer_batch)
+            gradients = training.gradients(at_end.outer, sees="Explicit sees the outer objective alone.")
+            return farhox.hypergradients.result(training, gradients, at_end.loss, run)
+
+    w, c = keras.Variable(2.0), keras.Variable(3.0)
+    problem = farhox.BilevelProblem(lambda _: 0.5 * tf.square(w), lambda _: w * c, [w], [c],
+                                    farhox.GradientDescent(0.5))
+    result = Explicit().compute(problem, farhox.repeat(0.0, 2), 0.0)
+    np.testing.assert_allclose([result.gradients[0], result.outer_loss], [0.5, 1.5])
