@@ -5,8 +5,8 @@ import dataclasses
 import tensorflow as tf
 
 from farhox._core import checks, tree
+from farhox._core.linearized import zeros_for_none
 from farhox.hypergradients.base import SingleHyperGradient, result
-from farhox.problem.inner_training import zeros_for_none
 
 _SEES = ("DartsHG sees what the objectives and the last inner step depend on. An initial value without a proximal term "
          "acts through all steps: use ReverseHG or ForwardHG for it.")

@@ -5,8 +5,9 @@ import dataclasses
 import tensorflow as tf
 
 from farhox._core.inner_state import float_leaves
+from farhox._core.linearized import zeros_for_none
 from farhox.hypergradients.base import HyperGradientResult, SingleHyperGradient
-from farhox.problem.inner_training import gradient_diagnostics, zeros_for_none
+from farhox.problem.inner_training import gradient_diagnostics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,11 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.inner_state import float_leaves
+from farhox._core.linearized import zeros_for_none
 from farhox.hypergradients.base import SingleHyperGradient, result
 from farhox.problem.back_step import BackStep
-from farhox.problem.inner_training import InnerRun, Record, zeros_for_none
+from farhox.problem.inner_training import InnerRun
+from farhox.problem.record import Record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,12 @@ import tensorflow as tf
 
 from farhox._core import checks, functional, tree
 from farhox._core.inner_state import InnerState, float_leaves
+from farhox._core.linearized import zeros_for_none
 from farhox.dynamics.base import Momentum
 from farhox.dynamics.settings import setting_per_variable
 from farhox.hypergradients.base import SingleHyperGradient, result
 from farhox.problem.bilevel import variable_names
-from farhox.problem.inner_training import InnerRun, zeros_for_none
+from farhox.problem.inner_training import InnerRun
 
 _LARGEST_DENOMINATOR = 10 ** 4
 _WORD = 2 ** 63

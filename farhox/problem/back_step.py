@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from farhox._core.cut import choices, tensors_to_keep
-from farhox.problem.inner_training import zeros_for_none
+from farhox._core.linearized import zeros_for_none
 
 
 class BackStep:

@@ -5,14 +5,14 @@ Python or a random generator draws while it is traced is the same in all directi
 mended everywhere.
 """
 
-import contextlib
 import functools
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from farhox._core import tree
-from farhox._core.inner_state import InnerState, OuterGradients, float_leaves, with_float_leaves
+from farhox._core.inner_state import float_leaves, with_float_leaves
+from farhox._core.linearized import LinearizedMap
 from farhox._core.refusals import check_operations
 from farhox._core.step_graph import StepGraph
 from farhox.data.batches import RepeatedBatch, as_inner_batches, batch_at, num_steps
@@ -328,142 +328,6 @@ class InnerTraining:
         return tf.nest.map_structure(lambda fetch: None if fetch is None else next(values), fetches)
 
 
-class Record:
-    """States of consecutive steps, and tensors of each step's graph, by index inside loops of a graph.
-
-    Args:
-        like: An inner state.
-        kept: List of tensors of the step's graph.
-        size: Steps at most, int or scalar tensor.
-        arrays: For internal use.
-    """
-
-    def __init__(self, like, kept, size=None, arrays=None):
-        self.like = like
-        self.kept = kept
-        self.arrays = arrays
-        if arrays is None:
-            self.arrays = [
-                tf.TensorArray(leaf.dtype, size=count, element_shape=leaf.shape, clear_after_read=False)
-                for leaves, count in ((tf.nest.flatten(like), size + 1), (kept, size)) for leaf in leaves]
-
-    def with_arrays(self, arrays):
-        """The same record with the arrays that came out of a loop."""
-        return Record(self.like, self.kept, arrays=arrays)
-
-    def written_first(self, state):
-        """The record with the state before the first step."""
-        return self._written([0] * len(tf.nest.flatten(state)), tf.nest.flatten(state))
-
-    def written(self, index, state, kept):
-        """The record with the state after step `index`, and the kept tensors of that step."""
-        leaves = tf.nest.flatten(state)
-        return self._written([index + 1] * len(leaves) + [index] * len(kept), leaves + kept)
-
-    def _written(self, indices, leaves):
-        written = [array.write(index, leaf) for array, index, leaf in zip(self.arrays, indices, leaves)]
-        return self.with_arrays(written + self.arrays[len(written):])
-
-    def state(self, index):
-        """The state before step `index`."""
-        count = len(tf.nest.flatten(self.like))
-        return tf.nest.pack_sequence_as(self.like, [array.read(index) for array in self.arrays[:count]])
-
-    def kept_values(self, index):
-        """The kept tensors of step `index`."""
-        count = len(tf.nest.flatten(self.like))
-        return [array.read(index) for array in self.arrays[count:]]
-
-
-class LinearizedMap:
-    """A map read off a traced graph, at a point: its products with cotangents and tangents can be taken many times.
-
-    What does not depend on cotangents or tangents is computed once, in the graph where the map was made, also when
-    products are taken inside a loop.
-
-    Args:
-        graph: A `StepGraph`.
-        values: Values of the graph's inputs, the point.
-        inputs, parameters: Lists of tensors of the graph that the map depends on.
-        outputs: List of tensors of the graph.
-        unknowns: List of values of the shapes of `inputs`.
-        held: List of tensors of the graph through which products with the parameters do not pass.
-
-    Attributes:
-        unknowns: As given.
-    """
-
-    def __init__(self, graph, values, inputs, parameters, outputs, unknowns, held=()):
-        self.unknowns = unknowns
-        self._graph = graph
-        self._feeds = list(zip(graph.inputs, values))
-        self._inputs = inputs
-        self._parameters = parameters
-        self._outputs = outputs
-        self._held = held
-        self._home = contextlib.nullcontext if tf.executing_eagerly() else tf.compat.v1.get_default_graph().as_default
-        self._products = {}
-        # By name: tensors that depend on no cotangent or tangent, with their values.
-        self._computed = {}
-
-    def input_product(self, cotangents):
-        """(d outputs / d inputs)' cotangents as a list, zero where no output depends on an input."""
-        products = self._transposed("inputs", self._inputs, cotangents, ())
-        return zeros_for_none(products, self.unknowns)
-
-    def parameter_product(self, cotangents):
-        """(d outputs / d parameters)' cotangents as a list, None where no output depends on a parameter."""
-        return self._transposed("parameters", self._parameters, cotangents, self._held)
-
-    def product(self, tangents, of_parameters):
-        """(d outputs / d (inputs, parameters)) tangents as a list, zero where an output is independent.
-
-        Args:
-            tangents: List aligned with inputs; None is a tangent of zero.
-            of_parameters: The same for the parameters.
-        """
-        tangents = list(tangents) + list(of_parameters)
-        key = ("forward", tuple(tangent is None for tangent in tangents))
-        if key not in self._products:
-            sources = self._inputs + self._parameters
-            placeholders = [None if tangent is None else placeholder for tangent, placeholder in zip(
-                tangents, self._graph.placeholders(sources))]
-            self._products[key] = placeholders, self._staged(
-                self._graph.pushforward(self._outputs, sources, placeholders), placeholders)
-        return zeros_for_none(self._at(key, tangents), self.unknowns)
-
-    def depends_on(self):
-        """Which parameters the outputs depend on: a list of bools."""
-        cotangents = self._graph.placeholders(self._outputs)
-        return [product is not None
-                for product in self._graph.pullback(self._outputs, self._parameters, cotangents)]
-
-    def _transposed(self, name, sources, cotangents, held):
-        key = (name, tuple(cotangent is None for cotangent in cotangents))
-        if key not in self._products:
-            placeholders = [None if cotangent is None else placeholder for cotangent, placeholder in zip(
-                cotangents, self._graph.placeholders(self._outputs))]
-            self._products[key] = placeholders, self._staged(
-                self._graph.pullback(self._outputs, sources, placeholders, held), placeholders)
-        return self._at(key, cotangents)
-
-    def _staged(self, products, placeholders):
-        """The products, and what they need that does not depend on the placeholders, computed at home."""
-        wanted = [product for product in products if product is not None]
-        base = self._graph.independent(wanted, [p for p in placeholders if p is not None])
-        new = [tensor for tensor in base if tensor.name not in self._computed]
-        with self._home():
-            values = self._graph.run(new, self._feeds + list(self._computed.values()))
-        self._computed.update((tensor.name, (tensor, value)) for tensor, value in zip(new, values))
-        return products, [self._computed[tensor.name] for tensor in base]
-
-    def _at(self, key, values):
-        placeholders, (products, base) = self._products[key]
-        feeds = self._feeds + base + [(p, value) for p, value in zip(placeholders, values) if p is not None]
-        wanted = iter(self._graph.run([product for product in products if product is not None], feeds))
-        return [None if product is None else next(wanted) for product in products]
-
-
 class _OuterObjective:
     """See `InnerTraining.outer_graph`."""
 
@@ -487,12 +351,6 @@ class _OuterObjective:
             self._graph, self._graph.outputs, tf.nest.flatten(state) + self._rest, checks=True)
 
 
-def zeros_for_none(products, like):
-    """The products, zero tensors where there is none."""
-    return [tf.zeros(leaf.shape, leaf.dtype) if product is None and leaf.shape.is_fully_defined()
-            else tf.zeros_like(leaf) if product is None else product for product, leaf in zip(products, like)]
-
-
 def gradient_diagnostics(gradients, outer_loss):
     """The diagnostics of the hypergradient alone."""
     return {"finite": tf.logical_and(tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
@@ -503,6 +361,3 @@ def _sum(parts):
     present = [part for part in parts if part is not None]
     return functools.reduce(tf.add, present) if present else None
 
-
-__all__ = ["InnerRun", "InnerState", "InnerTraining", "LinearizedMap", "OuterGradients", "Record",
-           "gradient_diagnostics", "zeros_for_none"]

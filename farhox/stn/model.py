@@ -13,8 +13,8 @@ from farhox.stn.alternation import alternate, as_dataset, training_data, unpack
 from farhox.stn.draws import Draws
 from farhox.stn.gates import as_hyperparameters
 from farhox.stn.guard import StopWhenDiverged, UpdateGuard
-from farhox.stn.losses import as_loss
 from farhox.stn.held import hyperparameters_in
+from farhox.stn.losses import as_loss
 from farhox.stn.network import Network
 from farhox.stn.saved_names import check_names, save_names
 from farhox.stn.steps import STN, DeltaSTN
