@@ -1,5 +1,6 @@
 """HyperparameterTrace: what it records, where it puts it, and files that go on after an interruption."""
 
+import importlib.util
 import pathlib
 
 import keras
@@ -217,9 +218,9 @@ def test_files_of_something_else_are_left_as_they_are(tmp_path):
 
 
 def test_missing_tensorboard_is_an_import_error_when_it_is_asked_for(monkeypatch):
-    find = farhox.callbacks.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        farhox.callbacks.importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
     HyperparameterTrace(csv_path="trace.csv")
     with pytest.raises(ImportError, match="pip install tensorboard"):
         HyperparameterTrace(log_dir="logs")
