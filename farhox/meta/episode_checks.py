@@ -97,7 +97,7 @@ def as_support(support, network, classes=None, ignored=None):
                          f"Received: labels of shape {labels.shape}")
     _check_finite("support labels", labels)
     if classes is not None:
-        labels = _class_numbers(labels, network, classes, ignored)
+        labels = _class_numbers(labels, x, network, classes, ignored)
     if len(support) == 2:
         return x, labels
     weights = _tensor("support weights", support[2])
@@ -201,8 +201,11 @@ def _tensor(name, value):
         raise TypeError(f"{name} must be an array of one shape and type. Received: {_in_words(value)}") from error
 
 
-def _class_numbers(labels, network, classes, ignored):
+def _class_numbers(labels, x, network, classes, ignored):
     rank = len(network.output_shape) if _inputs_of(network) else None
+    if rank is not None and labels.shape.rank not in (rank - 1, rank):
+        # Of some layers Keras infers another rank than they have: text vectorization is one.
+        rank = len(network(tf.nest.map_structure(lambda leaf: leaf[:1], x), training=False).shape)
     if labels.dtype == tf.string or not (labels.dtype.is_integer or bool(tf.reduce_all(labels == tf.round(labels)))):
         raise ValueError(f"support labels must be whole numbers, those of classes. Received: {labels.dtype.name}"
                          f"{'' if labels.dtype == tf.string else ' with fractions'}")
