@@ -174,7 +174,7 @@ class Learner(HyperOptimizer):
         try:
             super().raise_if_diverged()
         except RuntimeError as error:
-            places = self._not_finite_data.numpy()
+            places = self._watch.places_not_finite()
             parts = [self._part_in_words(outer, place) for outer, place in enumerate(places) if place[0]]
             if not parts:
                 raise

@@ -66,6 +66,11 @@ class Watch:
             tf.reduce_all(flags == 0), lambda: tf.zeros([2, 3], tf.int32),
             lambda: tf.cast(tf.stack([first_not_finite(inner_batches), first_not_finite(outer_batch)]), tf.int32)))
 
+    def places_not_finite(self):
+        """Where the inner batches and the outer batch of the last hyper-iteration skipped were not finite themselves: an
+        array [2, 3] of array number (0 where all was finite), entry and example."""
+        return self._not_finite_data.numpy()
+
     def start_counting(self):
         """Starts the count of updates skipped in a row anew."""
         self._in_a_row.assign(0)
@@ -86,7 +91,7 @@ class Watch:
         if lost:
             causes.append(f"what the outer optimizer made of {lost}, whose last good value is kept")
         places = [f"{place_in_words(place)} of the {which}" for which, place in zip(
-            ("inner batches", "outer batch"), self._not_finite_data.numpy()) if place[0]]
+            ("inner batches", "outer batch"), self.places_not_finite()) if place[0]]
         advice = f"The data hold NaN or infinity, in {' and in '.join(places)}: mend them." if places else ADVICE
         raise RuntimeError(
             f"Training stopped: {in_a_row} updates in a row were skipped because a value was not finite. At the last "
