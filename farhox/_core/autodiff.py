@@ -6,8 +6,6 @@ dependency is reported as None, so that callers can tell "does not depend" from 
 
 import tensorflow as tf
 
-from farhox._core.exact import exact_derivatives
-
 
 def dense(gradient):
     """A gradient as a tensor: the sparse gradients of lookups are added up, None stays None."""
@@ -87,9 +85,6 @@ class ForwardLinearization:
 def forward_product(function, inputs, tangents):
     """(d function / d inputs) tangents: one step of forward mode.
 
-    In a graph the function is traced into a graph of its own, so that derivatives of the product are exact too, see
-    `farhox._core.exact`.
-
     TensorFlow's forward accumulator cannot enter the loops of a graph (LSTM and GRU without `unroll`) and some
     functions with a gradient of their own. There the product is the derivative of the transposed product u'J in u,
     along the tangents: the same numbers for about twice the work. An error of the function itself comes up again there.
@@ -102,8 +97,6 @@ def forward_product(function, inputs, tangents):
         Outputs of the function, the list of their tangents (zeros where independent), and the auxiliary list.
     """
     inputs = _distinct(inputs)
-    if not tf.executing_eagerly():
-        function = _as_one_operation(function, inputs)
     try:
         with tf.autodiff.ForwardAccumulator(inputs, tangents) as accumulator:
             outputs, auxiliary = function(inputs)
@@ -112,14 +105,3 @@ def forward_product(function, inputs, tangents):
     except Exception:  # The accumulator fails with errors of many kinds.
         linearization = ForwardLinearization(function, inputs)
         return linearization.outputs, linearization.product(tangents), linearization.auxiliary
-
-
-def _as_one_operation(function, inputs):
-    """The function as the call of a graph that the rules of exact derivatives have been set in."""
-    def body(*inputs):
-        with exact_derivatives():
-            return function(list(inputs))
-
-    traced = tf.function(body, autograph=False).get_concrete_function(
-        *[tf.TensorSpec(x.shape, x.dtype) for x in inputs])
-    return lambda inputs: traced(*inputs)
