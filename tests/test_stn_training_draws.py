@@ -32,7 +32,7 @@ def test_a_bilevel_problem_tunes_dropout_through_gates_and_a_strength_of_weights
 
     problem = farhox.BilevelProblem(
         inner, outer, network.trainable_variables, [rate, decay], dynamics=farhox.GradientDescent(0.1),
-        state_variables=[*network.non_trainable_variables, *draws.state_variables])
+        state_variables=[*network.non_trainable_variables, *draws.state_variables], stop_gradient="tensorflow")
     random = np.random.default_rng(0)
     batch = random.normal(size=(6, 4)), random.integers(0, 3, 6)
     result = farhox.ReverseHG().compute(problem, farhox.repeat(batch, 3), batch)

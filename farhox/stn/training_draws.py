@@ -26,7 +26,8 @@ class TrainingDraws:
     problem = farhox.BilevelProblem(
         inner_objective, lambda batch: loss(batch[1], network(batch[0], training=False)),
         network.trainable_variables, [*draws.hyperparameters, decay],
-        state_variables=[*network.non_trainable_variables, *draws.state_variables], dynamics=...)
+        state_variables=[*network.non_trainable_variables, *draws.state_variables], dynamics=...,
+        stop_gradient="tensorflow")  # Draws are constants: hyperparameters act through the gates alone.
     ```
 
     Args:
