@@ -84,8 +84,8 @@ def test_tables_say_where_and_why_in_80_columns(fitted, capsys):
     tuner.results_summary()
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    for part in ("learning_rate", "found by", "l2", "first,", "second", "off: is None", "sweep: ", "annealing: ",
-                 "guard: never fired", "online: l2 0.001 -> ", "Best epoch"):
+    for part in ("learning_rate", "found by", "l2", "first,", "second", "off: is None", "sweep: ", "heats: rate",
+                 "annealing: ", "guard: never fired", "online: l2 0.001 -> ", "Best epoch"):
         assert part in text
     assert any(line.startswith("momentum") and "fixed" in line for line in text.splitlines())
 
@@ -285,6 +285,48 @@ def test_the_guard_goes_back_from_a_rise_and_from_what_is_not_finite():
     assert kept == [0, 1, 2, 3, 3, 3, 3, 3]  # Means of two: 1, .9, .7, .65, bad, .9, .75, bad.
     diverging = Guard("initial")
     assert diverging.watch(Round(9.0, 1.2, 1.0, True), lambda: "worse") and diverging.good == "initial"
+
+
+def test_the_guard_starts_afresh_where_training_does_not_come_to_what_the_sweep_reached():
+    guard, seen = Guard("initial", reached=0.5, rounds=3), []
+    for loss in (1.0, 0.9, 0.8, 1.0, 0.6, 0.4):
+        seen.append(guard.watch(Round(loss, 1.2, loss, True), lambda: loss))
+    assert seen == [False, False, True, False, False, False] and guard.good != "initial"
+    held = Guard("initial", reached=0.5, rounds=2)
+    assert [held.watch(Round(1.0, 1.2, 1.0, True), lambda: "worse") for _ in range(2)] == [False, True]
+    assert held.good == "initial"
+
+
+def test_rates_are_cut_from_what_they_are_and_not_from_what_they_were(eagerly):
+    tuner = farhox.Tuner(network(keras.optimizers.SGD(0.1)), sweep=False, online=False)
+    training = tuner_module.Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
+    guard = Guard(training.state())
+    for _ in range(2):
+        tuner._go_back(training, guard, Round(9.0, 1.0, 9.0, True))
+    assert float(training.rate_row.hyperparameter) == pytest.approx(0.1 * 0.3 ** 2)
+
+
+def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_pass_by_what_has_not_trained(monkeypatch):
+    tuner = farhox.Tuner(network())
+    training = type("Training", (), {"momentum": lambda self: 0.9, "restart": lambda self, start: None})()
+    monkeypatch.setattr(tuner._network, "evaluate", lambda batches: {"val_loss": 2.3})
+
+    def chosen(losses):
+        tried = []
+
+        def heat(rate, *_):
+            tried.append(rate)
+            return losses[len(tried) - 1]
+
+        monkeypatch.setattr(tuner, "_heat", heat)
+        rate = tuner._rate_of_heats(4.0, training, None, 1000, None, None)
+        np.testing.assert_allclose(tried, [0.1 / 3 ** k for k in range(len(tried))])
+        return len(tried), round(float(np.log(0.1 / rate) / np.log(3)))
+
+    assert chosen([0.5, 0.4, 0.6]) == (3, 1)
+    assert chosen([0.5, 0.4, 0.3, 0.35]) == (4, 2)
+    assert chosen([2.31, 2.3, 2.3, 2.3, 0.9, 1.0]) == (6, 4)
+    assert chosen([np.inf] * 7)[0] == 7
 
 
 def test_a_sweep_stops_where_the_smoothed_loss_has_risen():

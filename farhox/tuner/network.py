@@ -1,11 +1,15 @@
 """What is trained: a copy of the user's model with hyperparameters in it, its losses, its evaluation."""
 
+import dataclasses
+
 import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
 from farhox.tuner.losses import Losses
+from farhox import stn
 from farhox.tuner.penalties import Penalties
+from farhox.tuner.responses import Responses
 
 # Metrics that count have no derivative; a smooth loss stands for them in hypergradients.
 _SMOOTH = {
@@ -86,7 +90,7 @@ class Objective:
 
 
 class Network:
-    """A copy of the user's model, trained in its place.
+    """A copy of the user's model, trained in its place; a self-tuning one if strengths of its layers are tuned.
 
     Args:
         model: The compiled functional or Sequential Keras model. It is not changed.
@@ -105,15 +109,30 @@ class Network:
     def __init__(self, model, choice, objective):
         check_model(model)
         self._original, self._objective = model, objective
-        self.model = copy_of(model)
         self.losses = Losses(model, choice)
         self.penalties = Penalties(model, choice)
-        self.found = self.losses.found + self.penalties.found
-        self.penalties.install(self.model)
-        self.model.compile(loss=model.loss, **metrics_of(model))
+        self.responses = Responses(model, choice)
+        self.found = self.losses.found + self.penalties.found + self.responses.found
+        self.model = self._draws = None
         self._added = [] if objective.metric is None else [objective.metric]
         self._mean = keras.metrics.Mean()
         self._evaluate = tf.function(self._evaluated, reduce_retracing=True, autograph=False)
+
+    def build(self, rows):
+        """Makes the copy, once it is settled which hyperparameters are tuned.
+
+        Args:
+            rows: List of `Tunable`.
+        """
+        names = {row.name for row in rows if row.tuned}
+        self.responses.found = [row if row.name in names else dataclasses.replace(row, tuned=False)
+                                for row in self.responses.found]
+        tuned = self.responses.tuned()
+        self.model = copy_of(self._original)
+        self.penalties.install(self.model)
+        if tuned:
+            self.model, self._draws = self.responses.converted(self.model)
+        self.model.compile(loss=self._original.loss, **metrics_of(self._original))
 
     @property
     def inner_variables(self):
@@ -124,15 +143,20 @@ class Network:
     def state_variables(self):
         """Statistics and seeds: what is not trainable by nature, rather than frozen."""
         frozen = {id(v) for layer in self.model._flatten_layers() for v in layer._trainable_variables}
-        return [v for v in self.model.non_trainable_variables if id(v) not in frozen]
+        own = [v for v in self.model.non_trainable_variables if id(v) not in frozen]
+        return own + (self._draws.state_variables if self._draws is not None else [])
 
     def inner_objective(self, batch):
         """The training loss of a batch (x, y) or (x, y, sample_weight), penalties of layers included."""
         x, y, weight = unpacked(batch)
-        loss = self.losses.training(y, self.model(x, training=True), weight)
-        for addition in self.model.losses:
-            loss += tf.cast(addition, loss.dtype)
-        return loss
+
+        def loss(predictions):
+            value = self.losses.training(y, predictions, weight)
+            for addition in self.model.losses:
+                value += tf.cast(addition, value.dtype)
+            return value
+
+        return loss(self.model(x, training=True)) if self._draws is None else self._draws.objective(x, loss)
 
     def outer_objective(self, batch):
         """The validation loss of a batch."""
@@ -166,12 +190,28 @@ class Network:
             values: Dictionary from names to values.
             optimizer: Keras optimizer to compile it with.
         """
-        plain = copy_of(self._original)
+        if self._draws is None:
+            plain = copy_of(self._original)
+            plain.set_weights(weights)
+        else:
+            plain = self._baked(weights, values)
         self.penalties.write(plain, values)
-        plain.set_weights(weights)
         plain.compile(optimizer=optimizer, loss=self._original.loss,
                       loss_weights=self._original._compile_loss._user_loss_weights, **metrics_of(self._original))
         return plain
+
+    def _baked(self, weights, values):
+        """The plain model of a self-tuning one with these weights and strengths."""
+        before = self.model.get_weights(), [row.value() for row in self.responses.found]
+        self._set(weights, [values[row.name] for row in self.responses.found])
+        plain = stn.bake(self.model)
+        self._set(*before)
+        return plain
+
+    def _set(self, weights, strengths):
+        self.model.set_weights(weights)
+        for row, value in zip(self.responses.found, strengths):
+            row.hyperparameter.assign(value)
 
     def _validation_loss(self, targets, predictions, weight):
         if self._objective.loss is not None:

@@ -6,10 +6,10 @@ import tensorflow as tf
 
 from farhox.outer import L1L2, Hyperparameter
 from farhox.outer.outer_variable import value_of
+from farhox.stn.held import layers_of
 from farhox.tuner import tunables
 from farhox.tuner.tunables import Place
 
-_REGULARIZERS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2, L1L2)
 _KINDS = {(False, "l1"): tunables.L1, (False, "l2"): tunables.L2,
           (True, "l1"): tunables.ACTIVITY_L1, (True, "l2"): tunables.ACTIVITY_L2}
 
@@ -35,7 +35,7 @@ class Penalties:
                 if isinstance(strength, Hyperparameter):
                     own.setdefault(id(strength), (strength, name, []))[2].append((key, layer.name))
                 elif np.ndim(strength) == 0 and strength != 0.0:
-                    places.setdefault((key[2], name), []).append((key, Place(layer.name, strength)))
+                    places.setdefault((key[1] == "activity_regularizer", name), []).append((key, Place(layer.name, strength)))
         self.found, self._settings = [], {}
         for (of_activity, strength), entries in sorted(places.items()):
             kind = _KINDS[of_activity, strength]
@@ -65,15 +65,16 @@ class Penalties:
             if key not in self._settings:
                 continue
             replacement = make(self._settings[key])
-            if not key[2]:
-                layer._trainable_variables[key[1]].regularizer = replacement
-            for name, value in list(vars(layer).items()):
-                if value is regularizer:
-                    setattr(layer, name, replacement)
+            for variable in layer._trainable_variables:
+                if variable.regularizer is regularizer:
+                    variable.regularizer = replacement
+            if isinstance(key[1], str):
+                setattr(layer, key[1], replacement)
 
 
+@keras.saving.register_keras_serializable(package="farhox")
 class _Penalty(keras.regularizers.Regularizer):
-    """Adds sum(l1 |x| + l2 x^2) with strengths (hyperparameter, ratio)."""
+    """Adds sum(l1 |x| + l2 x^2) with strengths (hyperparameter, ratio). Saved, it is Keras' with their numbers."""
 
     def __init__(self, l1=None, l2=None):
         self._l1, self._l2 = l1, l2
@@ -86,15 +87,40 @@ class _Penalty(keras.regularizers.Regularizer):
                 total += strength[1] * value_of(strength[0], dtype=x.dtype) * tf.reduce_sum(measure(x))
         return total
 
+    def get_config(self):
+        strengths = {"l1": self._l1, "l2": self._l2}
+        return {name: 0.0 if entry is None else float(entry[0]) * entry[1] for name, entry in strengths.items()}
+
+    @classmethod
+    def from_config(cls, config):
+        return keras.regularizers.L1L2(**config)
+
+
+_REGULARIZERS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2, L1L2, _Penalty)
+
 
 def _regularizers(model):
-    """((index of the layer, index of its variable, whether of activities), layer, regularizer) of L1 and L2."""
-    for index, layer in enumerate(model._flatten_layers(include_self=False)):
-        for number, variable in enumerate(layer._trainable_variables):
-            if isinstance(variable.regularizer, _REGULARIZERS):
-                yield (index, number, False), layer, variable.regularizer
-        if isinstance(layer.activity_regularizer, _REGULARIZERS):
-            yield (index, 0, True), layer, layer.activity_regularizer
+    """((place of the layer, name of its attribute or number of its variable), layer, regularizer) of L1 and L2.
+
+    Places and names are the same in copies of a model, and in the self-tuning layers that are made of its layers.
+    """
+    for index, layer in enumerate(layers_of(model)):
+        for place, holder in _holders(layer, (index,)):
+            held = {name: value for name, value in vars(holder).items() if isinstance(value, _REGULARIZERS)}
+            for name, value in held.items():
+                yield (place, name), holder, value
+            for number, variable in enumerate(holder._trainable_variables):
+                regularizer = variable.regularizer
+                if isinstance(regularizer, _REGULARIZERS) and not any(regularizer is value for value in held.values()):
+                    yield (place, number), holder, regularizer
+
+
+def _holders(layer, place):
+    """A layer and the layers in it: the cell of a recurrent one, the layer of a wrapper."""
+    yield place, layer
+    for name, value in vars(layer).items():
+        if isinstance(value, keras.Layer):
+            yield from _holders(value, (*place, name))
 
 
 def _strength(regularizer, name):

@@ -62,19 +62,18 @@ class Sweep:
         rates, losses: Arrays, the rate and the training loss of each step.
         stop: The rate at which the smoothed loss exceeded `tolerance` times its minimum, or the last one.
         stopped: Whether it did.
+        least: The least smoothed loss.
     """
 
     rates: Any
     losses: Any
     stop: float
     stopped: bool
+    least: float
 
 
 def read_sweep(rates, losses, tolerance=1.5, smoothing=0.8):
     """Where a sweep stops: at the first smoothed loss above `tolerance` times the smallest so far, or not a number.
-
-    Losses that can be negative are measured from the range they have gone through: above the smallest by
-    (tolerance - 1) times what the loss has fallen and its size at the start.
 
     Args:
         rates, losses: Arrays of the steps so far.
@@ -90,11 +89,11 @@ def read_sweep(rates, losses, tolerance=1.5, smoothing=0.8):
     average, weight, least = 0.0, 0.0, math.inf
     for index, loss in enumerate(losses):
         if not math.isfinite(loss):
-            return Sweep(rates[:index + 1], losses[:index + 1], float(rates[index]), True)
+            return Sweep(rates[:index + 1], losses[:index + 1], float(rates[index]), True, least)
         average = smoothing * average + (1.0 - smoothing) * loss
         weight = smoothing * weight + (1.0 - smoothing)
         smoothed = average / weight
         least = min(least, smoothed)
         if index >= 3 and smoothed > least + (tolerance - 1.0) * max(abs(least), 1e-3 * abs(losses[0])):
-            return Sweep(rates[:index + 1], losses[:index + 1], float(rates[index]), True)
-    return Sweep(rates, losses, float(rates[-1]), False)
+            return Sweep(rates[:index + 1], losses[:index + 1], float(rates[index]), True, least)
+    return Sweep(rates, losses, float(rates[-1]), False, least)

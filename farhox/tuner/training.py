@@ -10,12 +10,14 @@ import tensorflow as tf
 from farhox.dynamics import KerasDynamics
 from farhox.hypergradients import ReverseHG
 from farhox.problem import BilevelProblem
-from farhox.training import HyperOptimizer
+from farhox.training import HyperOptimizer, OptimizerGroups
 from farhox.training.errors import DivergedError
 from farhox.tuner.rate import Rate
 
 _WITH_MOMENTUM = ("momentum", "beta_1")
 _SWEEP_MOMENTUM = 0.5
+# Strengths move in smaller steps, since the response has to keep up, and wait until there is one.
+_RESPONSE_SLOWER, _WARM_UP = 3.0, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +67,18 @@ class Training:
             network.inner_objective, network.outer_objective, network.inner_variables,
             [self.rate_row.hyperparameter] if idle else outer, state_variables=network.state_variables,
             dynamics=KerasDynamics(optimizer, **{**settings, "learning_rate": self.rate}))
-        self.outer_optimizer = keras.optimizers.SGD(0.0) if idle else keras.optimizers.Adam(
-            outer_rate, beta_2=0.9, epsilon=1e-12)
+        path = keras.optimizers.Adam(outer_rate, beta_2=0.9, epsilon=1e-12)
+        self._response = keras.optimizers.Adam(outer_rate / _RESPONSE_SLOWER, beta_2=0.9, epsilon=1e-12)
+        responding = [row.hyperparameter for row in self.tuned if row.route == "response"]
+        # Without an effect: a rate of zero.
+        self.outer_optimizer = keras.optimizers.SGD(0.0) if idle else OptimizerGroups(
+            path, [(self._response, responding)] if responding else [])
         self._engine = HyperOptimizer(
             problem, ReverseHG(truncation=0 if idle else truncation), online=True, max_skipped_updates=2**31 - 1)
         self._engine.compile(self.outer_optimizer)
         self._outer_rate = outer_rate
-        self._kept = [*self._engine.variables, *self.outer_optimizer.variables,
+        self._kept = [*self._engine.variables, *self.outer_optimizer.variables, *path.variables,
+                      *self._response.variables,
                       *(row.hyperparameter.variable for row in rows if row.hyperparameter is not None)]
         self._kept = list({id(variable): variable for variable in self._kept}.values())
         self.steps = 0
@@ -92,9 +99,14 @@ class Training:
             return error.losses
 
     def anneal_outer_rate(self, progress):
-        """Lets the step of the outer optimizer fall to .3 of its start over the first 40 % of training."""
+        """Lets the steps of the outer optimizer fall to .3 of their start over the first 40 % of training.
+
+        Layers learn how they respond before strengths follow it: these wait for the first tenth.
+        """
         if self.tuned:
-            self.outer_optimizer.learning_rate.assign(self._outer_rate * (1.0 - 0.7 * min(1.0, progress / 0.4)))
+            rate = self._outer_rate * (1.0 - 0.7 * min(1.0, progress / 0.4))
+            self.outer_optimizer.learning_rate.assign(rate)
+            self._response.learning_rate.assign(0.0 if progress < _WARM_UP else rate / _RESPONSE_SLOWER)
 
     def state(self):
         """All that training changes, as a list of tensors to go back to."""
@@ -134,17 +146,22 @@ class Guard:
     """Watches the training loss of rounds, and keeps the last good state to go back to.
 
     A window's mean loss above `factor` times the least so far and `margin` more, or a value that is not finite, is bad.
-    The least starts at the loss of the initial weights.
+    The least starts at the loss of the initial weights. So is a loss that has not come to what the sweep reached, in
+    about as many steps: a rate that is too high can hold a network where it learns nothing.
 
     Args:
         initial: The state before training.
+        reached: Float, the least loss of the sweep, or None without one.
+        rounds: Int, rounds until training must have come there.
         window: Positive int, rounds that are averaged.
     """
 
     factor, margin = 1.3, 0.1
 
-    def __init__(self, initial, window=5):
+    def __init__(self, initial, reached=None, rounds=5, window=5):
         self._losses, self._least, self._window = [], None, window
+        self._initial, self._reached = initial, reached
+        self._rounds, self._waited = max(1, rounds), 0
         self.good = initial
         self.fired = 0
 
@@ -154,9 +171,14 @@ class Guard:
             self._least = done.first_loss if math.isfinite(done.first_loss) else math.inf
         self._losses = [*self._losses, done.loss][-self._window:]
         mean = float(np.mean(self._losses))
-        if not done.finite or mean > self.factor * self._least + self.margin:
+        self._waited += 1
+        due = self._reached is not None and self._waited == self._rounds
+        behind = due and done.loss > self._reached
+        if not done.finite or behind or mean > self.factor * self._least + self.margin:
             self._losses.clear()
             self.fired += 1
+            if behind:
+                self.good, self._least, self._waited = self._initial, None, 0
             return True
         if mean < self._least:
             self._least = mean

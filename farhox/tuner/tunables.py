@@ -198,6 +198,27 @@ class Choice:
             hyperparameter.assign(self.start[hyperparameter.name])
         return self.tunable(hyperparameter.name, kind, places, hyperparameter)
 
+    def strength(self, hyperparameter, kind_name, places):
+        """The `Tunable` of the strength of layers that perturb, with its start and its range set."""
+        kind = Kind(kind_name, hyperparameter.low, math.inf if hyperparameter.high is None else hyperparameter.high,
+                    False, RESPONSE)
+        start = self._lookup(self.start, hyperparameter.name, kind, None)
+        given = self._lookup(self.ranges, hyperparameter.name, kind, None)
+        if start is not None:
+            hyperparameter.assign(start)
+        if given is not None:
+            value, ends = float(hyperparameter.numpy()), []
+            if not given[0] <= value <= given[1] or given[1] > kind.high:
+                raise ValueError(f"The range of {hyperparameter.name!r} must hold its value {value:g} and end at "
+                                 f"{kind.high:g} at most. Received: {given}")
+            for end in given:
+                room = 1e-6 * (given[1] - given[0])
+                hyperparameter.assign(min(max(end, kind.low + room), kind.high - room))
+                ends.append(float(hyperparameter.variable.numpy()))
+            hyperparameter.assign(value)
+            hyperparameter.variable.constraint = Box(*ends)
+        return self.tunable(hyperparameter.name, kind, places, hyperparameter)
+
     def check_used(self, tunables):
         """Raises a ValueError if a name is none of the model's. A trial may have others, of architectures."""
         given = {*(self.tune or []), *self.fix, *self.ranges, *(() if self._of_trial else self.start)}

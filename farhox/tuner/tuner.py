@@ -19,6 +19,11 @@ from farhox.tuner.tunables import Choice, optimizer_tunables
 _ROUND = 20  # Steps from one update of the hyperparameters to the next, about.
 _SWEEP_STEPS = 100
 _SWEEP_RANGE = (1e-6, 10.0)
+_SWEEP_FINE = 300.0
+# Rates are tried from the stop divided by the first of these on, to the second in any case and the third at most; each
+# over so many steps, or a share of the training.
+_HEATS = (4.0, 36.0, 4e3)
+_HEAT_STEPS, _HEAT_SHARE = 30, 33
 _MOST_MOMENTUM = 0.9
 _RATE_CUT = 0.3
 _OUTER_BATCHES = 5  # An outer batch has the examples of so many training batches.
@@ -87,6 +92,7 @@ class Tuner:
         self._rows = optimizer_tunables(model.optimizer, choice) + self._network.found
         choice.check_used(self._rows)
         self._rows = [report.switched_off(row, self._sweeps, bool(online)) for row in self._rows]
+        self._network.build(self._rows)
         self._history, self._best = [], None
         self._values_before = self.get_hyperparameters()
         self.notes = [self._objective.note]
@@ -126,14 +132,16 @@ class Tuner:
         self._history, self._best = [], None
         total = epochs * rounds * inner_steps
         annealing = 0.0 if training.has_schedule else self._annealing
+        reached = None
         if self._sweeps and training.rate_row.tuned:
-            self._sweep(training, data, total, inner_steps)
+            reached = self._sweep(training, data, total, inner_steps, evaluated)
         training.rate.train(total, annealing)
         if annealing:
             self._note(f"annealing: the rate falls along a cosine over the last {annealing:.0%} of {total} steps")
         elif training.has_schedule:
             self._note("annealing: left to the schedule of the optimizer")
-        history = self._train(training, data, rounds, inner_steps, epochs, evaluated, callbacks, verbose)
+        guard = Guard(training.state(), reached, -(-_SWEEP_STEPS // inner_steps)) if self._guards else None
+        history = self._train(training, guard, data, rounds, inner_steps, epochs, evaluated, callbacks, verbose)
         if training.tuned:
             moved = ", ".join(f"{row.name} {report.number(self._values_before[row.name])} -> "
                               f"{report.number(row.value())}" for row in training.tuned[:3])
@@ -185,23 +193,28 @@ class Tuner:
                 schedule.setdefault(name, []).append(values)
         return {name: np.concatenate(values) for name, values in schedule.items()}
 
-    def _sweep(self, training, data, total, inner_steps):
-        """Finds the rate: it rises until the loss does; then training starts afresh."""
+    def _sweep(self, training, data, total, inner_steps, evaluated):
+        """Finds the rate: it rises until the loss does; then training starts afresh. Returns the least loss seen."""
         start = training.state()
         momenta = training.set_momentum()
-        sweep = self._swept(training, data, min(_SWEEP_STEPS, max(2 * inner_steps, total // 10)))
+        steps = min(_SWEEP_STEPS, max(3 * inner_steps, total // 10))
+        coarse = self._swept(training, data, _SWEEP_RANGE, max(inner_steps, steps // 3))
+        # The loss lags behind a rate that rises fast, so the stop is looked for again, slowly, below where it seemed.
+        training.restart(start)
+        sweep = self._swept(training, data, (coarse.stop / _SWEEP_FINE, coarse.stop), steps - steps // 3)
         stop = sweep.stop / (1.0 - training.momentum())
         training.set_momentum([min(momentum, _MOST_MOMENTUM) for momentum in momenta])
-        rate = self._rate_below(stop, training, data, total, start)
+        rate = self._rate_of_heats(stop, training, data, total, evaluated, start)
         training.restart(start)
         training.rate_row.hyperparameter.assign(rate)
         lowered = f", momentum {_MOST_MOMENTUM} at most" if any(m > _MOST_MOMENTUM for m in momenta) else ""
-        self._note(f"sweep: the loss {'rose' if sweep.stopped else 'did not rise up'} at rate {sweep.stop:.2g} after "
-                   f"{len(sweep.losses)} steps; rate {rate:.2g}{lowered}")
+        self._note(f"sweep: the loss {'rose at' if sweep.stopped else 'did not rise up to'} rate {sweep.stop:.2g}, in "
+                   f"{len(coarse.losses) + len(sweep.losses)} steps{lowered}")
+        return sweep.least
 
-    def _swept(self, training, data, steps):
-        training.rate.sweep(*_SWEEP_RANGE, steps)
-        rates, losses = np.geomspace(*_SWEEP_RANGE, steps), np.zeros([0])
+    def _swept(self, training, data, interval, steps):
+        training.rate.sweep(*interval, steps)
+        rates, losses = np.geomspace(*interval, steps), np.zeros([0])
         while True:
             for inner_batches, _ in data:
                 losses = np.concatenate([losses, training.forward(inner_batches)])[:steps]
@@ -209,17 +222,49 @@ class Tuner:
                 if sweep.stopped or len(losses) == steps:
                     return sweep
 
-    def _rate_below(self, stop, training, data, total, start):
-        """The rate to train with, given where the sweep stopped, over 1 - momentum."""
-        del data, total, start
-        divisor = 5.0 if "momentum" in vars(self._model.optimizer) else 10.0
-        return stop / divisor * (1.0 - training.momentum())
+    def _rate_of_heats(self, stop, training, data, total, evaluated, start):
+        """The rate below the stop, over 1 - momentum, with which a short annealed training ends best.
 
-    def _train(self, training, data, rounds, inner_steps, epochs, evaluated, callbacks, verbose):
+        While the lowest is the best, a lower one is tried: a network that a high rate has left where it learns nothing
+        has a loss that does not rise, so that the sweep goes on beyond the rates that train.
+        """
+        training.restart(start)
+        untrained = self._network.evaluate(evaluated)["val_loss"]
+        results, divisor = [], _HEATS[0]
+        while divisor <= _HEATS[1] or min(results)[1] == results[-1][1] and divisor <= _HEATS[2]:
+            rate = stop / divisor * (1.0 - training.momentum())
+            results.append((self._heat(rate, training, data, total, evaluated, start), rate))
+            if min(results)[0] >= untrained:
+                results[-1] = (math.inf, rate)  # One that has not trained is no better than the next one.
+            divisor *= 3.0
+        self._note(f"heats: rate {report.number(min(results)[1])} of "
+                   f"{', '.join(report.number(rate) for _, rate in results)}, by the validation loss after "
+                   f"{self._heat_steps(total)} annealed steps")
+        return min(results)[1]
+
+    def _heat(self, rate, training, data, total, evaluated, start):
+        """The validation loss after a short annealed training."""
+        steps, done = self._heat_steps(total), 0
+        training.restart(start)
+        training.rate_row.hyperparameter.assign(rate)
+        training.rate.train(steps, 0.5)
+        while done < steps:
+            for inner_batches, _ in data:
+                done += len(training.forward(inner_batches))
+                if done >= steps:
+                    break
+        loss = self._network.evaluate(evaluated)["val_loss"]
+        return loss if math.isfinite(loss) else math.inf
+
+    @staticmethod
+    def _heat_steps(total):
+        return max(_HEAT_STEPS, total // _HEAT_SHARE)
+
+    def _train(self, training, guard, data, rounds, inner_steps, epochs, evaluated, callbacks, verbose):
         callbacks = keras.callbacks.CallbackList(
             _checked_callbacks(callbacks), add_history=True, add_progbar=False, model=self._network.model,
             verbose=0, epochs=epochs, steps=rounds)
-        model, guard = self._network.model, Guard(training.state()) if self._guards else None
+        model = self._network.model
         model.stop_training = False
         callbacks.on_train_begin()
         for epoch in range(epochs):
@@ -253,11 +298,11 @@ class Tuner:
         return callbacks._history
 
     def _go_back(self, training, guard, done):
-        steps = training.steps
+        steps, rate = training.steps, training.rate_row.hyperparameter
+        cut = _RATE_CUT * rate.numpy()
         training.go_back(guard.good)
         training.steps = steps  # Time goes on, so that the annealing ends with the training.
-        rate = training.rate_row.hyperparameter
-        rate.assign(_RATE_CUT * rate.numpy())
+        rate.assign(cut)
         self._note(f"guard: training loss {done.loss:.3g} at step {steps}; back to the last good state, rate "
                    f"{rate.numpy():.2g}")
 

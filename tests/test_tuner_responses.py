@@ -1,0 +1,144 @@
+"""Tuner: dropout, noise and augmentation, in the same training as what gradients reach through the path."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import farhox
+from farhox import stn
+from farhox.tuner import tuner as tuner_module
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.uniform(0, 255, size=(60, 8, 8, 3)).astype("float32")
+Y = RANDOM.integers(0, 3, size=60)
+TRAIN, VALIDATION = (X[:40], Y[:40]), (X[40:], Y[40:])
+
+
+def network(rates=(0.2, 0.4), loss=None, head=keras.layers.Dense):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([
+        keras.Input([8, 8, 3]), keras.layers.RandomTranslation(0.1, 0.2, name="move"),
+        keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(4, 3, activation="relu", name="conv"),
+        keras.layers.Flatten(), keras.layers.Dropout(rates[0], name="drop"),
+        keras.layers.Dense(8, activation="relu", kernel_regularizer=keras.regularizers.L2(1e-3), name="hidden"),
+        keras.layers.Dropout(rates[1], name="drop_more"), head(3, name="head")])
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9),
+                  loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    return model
+
+
+def rows_of(tuner):
+    return {row.name: row for row in tuner._rows}
+
+
+def test_strengths_are_found_with_one_for_all_layers_or_one_each():
+    shared = rows_of(farhox.Tuner(network()))
+    assert shared["dropout_rate"].value() == pytest.approx(0.3) and shared["dropout_rate"].where == "drop, drop_more"
+    assert shared["random_translation_height_factor"].value() == pytest.approx(0.1)
+    assert {row.route for name, row in shared.items() if name.startswith(("drop", "random"))} == {"response"}
+    assert shared["l2"].route == "path" and shared["learning_rate"].route == "sweep"
+    own = rows_of(farhox.Tuner(network(), granularity="layer", fix=["random_translation_width_factor"],
+                               start={"drop.rate": 0.25}, ranges={"drop_more.rate": (0.3, 0.6)}))
+    assert own["drop.rate"].value() == pytest.approx(0.25) and own["drop_more.rate"].value() == pytest.approx(0.4)
+    assert not own["move.width_factor"].tuned and own["move.height_factor"].tuned
+    u = own["drop_more.rate"].hyperparameter.variable
+    for end, value in ((-9.0, 0.3), (9.0, 0.6)):
+        keep = u.numpy()
+        u.assign(u.constraint(tf.constant(end)))
+        assert own["drop_more.rate"].value() == pytest.approx(value, rel=1e-4)
+        u.assign(keep)
+
+
+def test_what_is_fixed_stays_the_layer_of_keras():
+    tuner = farhox.Tuner(network(), fix=["random_translation_height_factor", "random_translation_width_factor"])
+    layers = {layer.name: type(layer) for layer in tuner._network.model.layers}
+    assert layers["move"] is keras.layers.RandomTranslation and layers["drop"] is stn.Dropout
+    assert layers["hidden"] is stn.Dense
+    plain = farhox.Tuner(network(), tune=["l2"])
+    assert {type(layer).__module__.split(".")[0] for layer in plain._network.model.layers} == {"keras"}
+
+
+def test_one_round_moves_strengths_by_the_response_and_penalties_by_the_path():
+    tuner = farhox.Tuner(network(), sweep=False, annealing=0.0, outer_rate=0.3)
+    training = tuner_module.Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
+    training.rate.train(4, 0.0)
+    # Gates that start at zero have no response yet.
+    for variable in tuner._network.model.trainable_variables:
+        if "gate" in variable.path:
+            variable.assign(0.1 * RANDOM.normal(size=variable.shape))
+    tf.config.run_functions_eagerly(True)
+    result = training._engine.step(farhox.repeat(TRAIN, 2), VALIDATION)
+    tf.config.run_functions_eagerly(False)
+    # The strengths have the derivative of the validation loss through the gates, at the weights after the steps.
+    entries = [row.hyperparameter for row in training.tuned]
+    problem = training._engine.problem
+    values = dict(zip(map(id, problem.outer_variables), result.gradients))
+    before = {id(v): tf.identity(v) for v in problem.outer_variables}
+    moved = {row.name: float(row.hyperparameter.variable) for row in training.tuned}
+    assert len(entries) == 4 and all(np.isfinite(g) for g in result.gradients)
+    # Back to where the gradient was taken: one Adam step of the size of its rate ago.
+    for row in training.tuned:
+        step = 0.1 if row.route == "response" else 0.3
+        gradient = float(values[id(row.hyperparameter.variable)])
+        before[row.name] = moved[row.name] + step * np.sign(gradient)
+        row.hyperparameter.variable.assign(before[row.name])
+    for row in training.tuned:
+        if row.route == "response":
+            with tf.GradientTape() as tape:
+                loss = tuner._network.outer_objective(VALIDATION)
+            expected = tape.gradient(loss, row.hyperparameter.variable.value)
+            np.testing.assert_allclose(values[id(row.hyperparameter.variable)], expected, rtol=1e-3, atol=1e-7)
+    assert before["l2"] == pytest.approx(np.log(1e-3), rel=1e-4)
+
+
+def folder(path):
+    """Pictures of three classes, 8 x 8, as a user has them on disk."""
+    for label in range(3):
+        (path / f"class_{label}").mkdir(parents=True)
+        for index in range(16):
+            image = RANDOM.uniform(0, 90, size=(8, 8, 3))
+            image[..., label] += 120
+            keras.utils.save_img(path / f"class_{label}" / f"{index}.png", image, scale=False)
+    return path
+
+
+def test_a_folder_of_images_becomes_a_tuned_model_that_is_plain(tmp_path, capsys):
+    pytest.importorskip("PIL")
+    train, validation = keras.utils.image_dataset_from_directory(
+        folder(tmp_path / "images"), image_size=(8, 8), batch_size=8, validation_split=0.5, subset="both", seed=1)
+    tuner = farhox.Tuner(network())
+    history = tuner.fit(train, validation_data=validation, epochs=8)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert len(lines) == 8 and max(map(len, lines)) <= 80
+    best = tuner.get_model()
+    values = tuner.get_hyperparameters()
+    assert {type(layer).__module__.split(".")[0] for layer in best.layers} == {"keras"}
+    assert best.get_layer("drop").rate == best.get_layer("drop_more").rate == pytest.approx(values["dropout_rate"])
+    factor = best.get_layer("move").get_config()["height_factor"]
+    assert np.max(factor) == pytest.approx(values["random_translation_height_factor"])
+    assert best.get_layer("hidden").get_config()["kernel_regularizer"]["config"]["l2"] == pytest.approx(values["l2"])
+    loss = np.mean([float(best.loss(y, best(x, training=False))) * len(y) for x, y in validation]) * 3 / 24
+    assert loss == pytest.approx(min(history.history["val_loss"]), rel=1e-4) and loss < np.log(3)
+    best.save(tmp_path / "best.keras")
+    assert b"farhox" not in (tmp_path / "best.keras").read_bytes()
+    again = keras.models.load_model(tmp_path / "best.keras")
+    x = next(iter(validation))[0]
+    np.testing.assert_allclose(again.predict(x, verbose=0), best.predict(x, verbose=0), rtol=1e-5)
+
+
+def test_a_hyperparameter_in_a_self_tuning_layer_is_the_users_own():
+    rate = farhox.Hyperparameter(0.3, low=0.0, high=0.9, name="rate")
+    model = keras.Sequential([keras.Input([4]), keras.layers.Dense(4), stn.Dropout(rate), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    row = rows_of(farhox.Tuner(model))["rate"]
+    assert row.hyperparameter is rate and row.route == "response" and row.tuned
+
+
+def test_bad_strengths_are_refused():
+    with pytest.raises(ValueError, match="must hold its value 0.3 and end at 0.9 at most"):
+        farhox.Tuner(network(), ranges={"dropout_rate": (0.4, 0.6)})
+    model = keras.Sequential([keras.Input([4]), keras.layers.Dropout(0.2), keras.layers.LayerNormalization()])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="are tuned by layers that respond to them"):
+        farhox.Tuner(model)
