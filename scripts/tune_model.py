@@ -1,0 +1,363 @@
+"""farhox.Tuner from random starts, beside the same trainings untuned, annealed, averaged, and beside searches.
+
+    python scripts/tune_model.py --quick
+    python scripts/tune_model.py --tasks=mlp_sgd --starts=20
+
+Each task draws starts: a learning rate, a momentum or beta_1, an L2 strength or weight decay, a dropout rate. From each
+one, with initial weights of its own:
+
+- `tuner`: one run of `farhox.Tuner`.
+- `untuned`: Keras' `fit` with the values of the start; `annealed`: the same with the rate falling along a cosine over
+  the last 30 % of the steps; `averaged`: the same as untuned with an average of the weights.
+
+`random` is the best of the first annealed runs by validation loss, as many as have the CPU seconds of one tuned run, or
+of ten. `tpe` is Optuna's Parzen estimator with median pruning on annealed trainings, with the same CPU seconds.
+"""
+
+import math
+import pathlib
+
+import experiment  # First: it sets TensorFlow's log level.
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+
+import farhox
+
+METHODS = {"tuner": "Tuner", "untuned": "Untuned", "annealed": "Untuned, annealed",
+           "averaged": "Untuned, averaged weights", "tpe": "Parzen estimator, annealed"}
+ANNEALED, AVERAGE = 0.3, 0.99
+SETTINGS = ("tasks", "methods", "starts", "share", "tpe_budget")
+QUICK = {"tasks": ["digits"], "starts": 2, "tpe_budget": 0.5}
+RATES = {"sgd": (1e-4, 1.0), "adamw": (1e-5, 0.1)}
+TEXT = {"window": 40, "examples": 8000}
+
+
+def define_flags():
+    experiment.define_flags("results/tune_model")
+    flags.DEFINE_list("tasks", [name for name in TASKS if name != "digits"], "Tasks.")
+    flags.DEFINE_list("methods", list(METHODS), "What is run.")
+    flags.DEFINE_integer("starts", 20, "Random starts of each task.", lower_bound=1)
+    flags.DEFINE_float("share", 1.0, "Share of the steps of each task.", lower_bound=0.01, upper_bound=1.0)
+    flags.DEFINE_float("tpe_budget", 10.0, "CPU seconds of the Parzen estimator, in tuned runs.", lower_bound=0.1)
+
+
+class Task:
+    """A network and its data; `draw` gives starts.
+
+    Args:
+        optimizer: "sgd" or "adamw".
+        data: Function (folder of TFDS' data sets, seed) -> training, validation and test data.
+        layers: Function (L2 strength, dropout rate) -> list of Keras layers, the input first.
+        batch_size, epochs: Ints.
+        dropout: Bool, whether the network has a dropout rate to draw.
+    """
+
+    def __init__(self, optimizer, data, layers, batch_size, epochs, dropout=False):
+        self.optimizer, self.data, self.layers = optimizer, data, layers
+        self.batch_size, self.epochs, self.dropout = batch_size, epochs, dropout
+
+    def ranges(self):
+        """Name of each hyperparameter to its (low, high, log)."""
+        sgd = self.optimizer == "sgd"
+        return {"learning_rate": (*RATES[self.optimizer], True), "momentum" if sgd else "beta_1": (0.05, 0.98, False),
+                **({"l2": (1e-6, 0.03, True)} if sgd else {"weight_decay": (1e-3, 3.2, True)}),
+                **({"dropout": (0.02, 0.8, False)} if self.dropout else {})}
+
+    def draw(self, index):
+        """The start of this number, a dictionary."""
+        random = np.random.default_rng([7, index])
+        return {name: float(np.exp(random.uniform(math.log(low), math.log(high))) if log else random.uniform(low, high))
+                for name, (low, high, log) in self.ranges().items()}
+
+    def model(self, values, seed, steps=None, average=False):
+        """The compiled model of a start; with `steps`, its rate is annealed."""
+        keras.utils.set_random_seed(seed)
+        model = keras.Sequential(self.layers(values.get("l2", 0.0), values.get("dropout", 0.0)))
+        rate = values["learning_rate"] if steps is None else Cosine(values["learning_rate"], steps)
+        extra = {"use_ema": True, "ema_momentum": AVERAGE} if average else {}
+        if self.optimizer == "sgd":
+            optimizer = keras.optimizers.SGD(rate, momentum=values["momentum"], **extra)
+        else:
+            optimizer = keras.optimizers.AdamW(
+                rate, beta_1=values["beta_1"], weight_decay=values["weight_decay"], **extra)
+        model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+
+class Cosine(keras.optimizers.schedules.LearningRateSchedule):
+    """A rate that falls to zero along a cosine over the last 30 % of the steps."""
+
+    def __init__(self, rate, steps):
+        self.rate, self.steps = rate, steps
+
+    def __call__(self, step):
+        progress = 1.0 - (self.steps - tf.cast(step, tf.float32)) / (ANNEALED * self.steps)
+        return self.rate * 0.5 * (1.0 + tf.cos(math.pi * tf.clip_by_value(progress, 0.0, 1.0)))
+
+    def get_config(self):
+        return {"rate": self.rate, "steps": self.steps}
+
+
+class Best(keras.callbacks.Callback):
+    """Keeps the weights of the epoch with the least validation loss, penalties left out.
+
+    Args:
+        data: Validation data.
+        average: Bool. Evaluate the averages of the weights.
+        report: Callable (epoch, loss), or None.
+    """
+
+    def __init__(self, data, average=False, report=None):
+        super().__init__()
+        self.data, self.average, self.report = data, average, report
+        self.loss, self.weights = math.inf, None
+
+    def on_epoch_end(self, epoch, logs=None):
+        weights = self.model.get_weights()
+        if self.average:
+            self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
+        loss = loss_and_accuracy(self.model, self.data)[0]
+        if loss < self.loss:
+            self.loss, self.weights = loss, self.model.get_weights()
+        self.model.set_weights(weights)
+        if self.report is not None:
+            self.report(epoch, loss)
+
+
+def loss_and_accuracy(model, data):
+    """Cross-entropy and accuracy on a data set."""
+    x, y = data
+    predictions = model.predict(x, batch_size=500, verbose=0)
+    loss = float(np.mean(keras.losses.sparse_categorical_crossentropy(y, predictions, from_logits=True)))
+    return (loss if math.isfinite(loss) else math.inf), float(np.mean(np.argmax(predictions, -1) == y))
+
+
+def train(task, parts, epochs, values, seed, method, report=None):
+    """One plain training. Returns the least validation loss and the model of that epoch, or None if there is none."""
+    (x, y), validation, _ = parts
+    steps = epochs * -(-len(x) // task.batch_size) if method != "untuned" and method != "averaged" else None
+    model = task.model(values, seed, steps, method == "averaged")
+    best = Best(validation, method == "averaged", report)
+    model.fit(x, y, batch_size=task.batch_size, epochs=epochs, verbose=0, callbacks=[best])
+    if best.weights is None:
+        return math.inf, None
+    model.set_weights(best.weights)
+    return best.loss, model
+
+
+def tuned(task, parts, epochs, values, seed):
+    """One run of the tuner, and what it says."""
+    tuner = farhox.Tuner(task.model(values, seed), seed=seed)
+    history = tuner.fit(*parts[0], batch_size=task.batch_size, epochs=epochs, validation_data=parts[1], verbose=0)
+    return min(history.history["val_loss"]), tuner.get_model(), tuner
+
+
+def result_of(validation_loss, model, test, **more):
+    """What the JSON file of a run holds."""
+    if model is None:
+        return {"validation_loss": None, "test_loss": None, "test_accuracy": None, **more}
+    loss, accuracy = loss_and_accuracy(model, test)
+    return {"validation_loss": validation_loss, "test_loss": loss, "test_accuracy": accuracy, **more}
+
+
+def search_tpe(task, parts, epochs, seed, budget):
+    """Trials of Optuna's Parzen estimator with median pruning until the CPU seconds are spent."""
+    import optuna
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), pruner=optuna.pruners.MedianPruner())
+    began, trials = experiment.clocks()["cpu_seconds"], []
+    while not trials or trials[-1]["spent"] < budget:
+        trial = study.ask()
+        values = {name: trial.suggest_float(name, low, high, log=log)
+                  for name, (low, high, log) in task.ranges().items()}
+
+        def report(epoch, loss, trial=trial):
+            trial.report(min(loss, 1e9), epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        try:
+            loss, model = train(task, parts, epochs, values, seed, "annealed", report)
+            found = result_of(loss, model, parts[2])
+            study.tell(trial, min(loss, 1e9))
+        except optuna.TrialPruned:
+            found = result_of(math.inf, None, None)
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        trials.append({**found, "values": values, "spent": experiment.clocks()["cpu_seconds"] - began})
+        keras.backend.clear_session()
+    return {"trials": trials}
+
+
+def best_within(runs, budget):
+    """The test loss of the run with the least validation loss among the first ones that the budget pays for."""
+    spent, best = 0.0, None
+    for run in runs:
+        spent += run["cpu_seconds"]
+        if spent > budget and best is not None:
+            break
+        if run["validation_loss"] is not None and (best is None or run["validation_loss"] < best["validation_loss"]):
+            best = run
+    return None if best is None else best["test_loss"]
+
+
+def run_task(name, folder, settings, data_dir, seed):
+    """All runs of a task: by method, a list over starts, and the searches."""
+    task = TASKS[name]
+    parts = task.data(data_dir, seed)
+    epochs = max(1, round(settings["share"] * task.epochs))
+    runs = {}
+    for method in [method for method in METHODS if method in settings["methods"] and method != "tpe"]:
+        for index in range(settings["starts"]):
+            def run(path, method=method, index=index):
+                del path
+                keras.backend.clear_session()
+                values = task.draw(index)
+                if method == "tuner":
+                    loss, model, tuner = tuned(task, parts, epochs, values, index)
+                    return result_of(loss, model, parts[2], start=values, notes=tuner.notes, values={
+                        key: value for key, value in tuner.get_hyperparameters().items() if value is not None})
+                return result_of(*train(task, parts, epochs, values, index, method), parts[2], start=values)
+
+            runs.setdefault(method, []).append(folder.once(f"{name}_seed{seed}_{method}_{index}", run))
+    if "tpe" in settings["methods"] and "tuner" in runs:
+        budget = settings["tpe_budget"] * float(np.mean([run["cpu_seconds"] for run in runs["tuner"]]))
+        runs["tpe"] = folder.once(f"{name}_seed{seed}_tpe", lambda path: search_tpe(
+            task, parts, epochs, seed, budget))
+    return runs
+
+
+def searches(runs):
+    """Test losses of the searches with the CPU seconds of one tuned run and of ten, by name."""
+    if "tuner" not in runs:
+        return {}
+    one = float(np.mean([run["cpu_seconds"] for run in runs["tuner"]]))
+    found = {}
+    for times in (1, 10):
+        if "annealed" in runs:
+            found[f"random, {times} x"] = best_within(runs["annealed"], times * one)
+        if "tpe" in runs:
+            trials, before = [], 0.0
+            for trial in runs["tpe"]["trials"]:
+                trials.append({**trial, "cpu_seconds": trial["spent"] - before})
+                before = trial["spent"]
+            found[f"tpe, {times} x"] = best_within(trials, times * one)
+    return found
+
+
+def table(tasks):
+    rows = []
+    for name, runs in tasks.items():
+        for method, label in METHODS.items():
+            if method == "tpe" or method not in runs:
+                continue
+            losses = np.array([math.inf if run["test_loss"] is None else run["test_loss"] for run in runs[method]])
+            accuracy = np.median([run["test_accuracy"] or 0.0 for run in runs[method]])
+            seconds = np.mean([run["cpu_seconds"] for run in runs[method]])
+            rows.append([name, label, *(f"{value:.3f}" for value in (losses.min(), np.median(losses), losses.max())),
+                         f"{100 * accuracy:.1f}", f"{seconds:.0f}"])
+        for label, loss in searches(runs).items():
+            rows.append([name, f"search: {label}", "-" if loss is None else f"{loss:.3f}", "", "", "", ""])
+    return experiment.markdown_table(
+        ["task", "method", "best test loss", "median", "worst", "median accuracy, %", "CPU seconds of a run"], rows)
+
+
+def plot(tasks, path):
+    """Test losses of all starts, method beside method."""
+    with experiment.figure(path, columns=len(tasks), size=(4.6 * len(tasks), 4.2)) as axes:
+        for axis, (name, runs) in zip(np.ravel(axes), tasks.items()):
+            shown = [method for method in METHODS if method in runs and method != "tpe"]
+            for place, method in enumerate(shown):
+                losses = [run["test_loss"] for run in runs[method] if run["test_loss"] is not None]
+                offsets = np.linspace(-0.2, 0.2, max(1, len(losses)))
+                axis.scatter(place + offsets[:len(losses)], sorted(losses), s=14,
+                             color=experiment.BLUE if method == "tuner" else experiment.GREY)
+            for (label, loss), color in zip(searches(runs).items(), (
+                    experiment.ORANGE, experiment.GREEN, experiment.ORANGE, experiment.GREEN)):
+                if loss is not None:
+                    axis.axhline(loss, color=color, linewidth=1, linestyle="--" if ", 1 x" in label else "-",
+                                 label=label.replace(" x", " x the CPU seconds"))
+            axis.set(title=name, yscale="log", ylabel="Test loss", xticks=range(len(shown)))
+            axis.set_xticklabels([METHODS[method].replace(", ", ",\n") for method in shown], fontsize=8)
+            axis.legend(fontsize=7)
+
+
+def fashion(data_dir, seed):
+    return experiment.images("fashion_mnist", data_dir, (10_000, 5000), seed)
+
+
+def digits(data_dir, seed):
+    from sklearn.datasets import load_digits
+    del data_dir
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(x))
+    x, y = (x[order] / 16).astype("float32").reshape(-1, 8, 8, 1), y[order].astype("int64")
+    return [(x[part], y[part]) for part in (slice(600), slice(600, 1000), slice(1000, None))]
+
+
+def shakespeare(data_dir, seed):
+    import stn_text
+    texts = stn_text.read_texts("characters", None, data_dir)
+    numbers, _ = stn_text.encode(texts, 80)
+    del seed
+    return [stn_text.windows(text, TEXT["window"], count) for text, count in zip(
+        numbers, (TEXT["examples"], 1000, 1000))]
+
+
+def mlp(units, shape):
+    def layers(l2, dropout):
+        del dropout
+        penalty = {"kernel_regularizer": keras.regularizers.L2(l2)} if l2 else {}
+        return [keras.Input(shape), keras.layers.Flatten(), *(
+            keras.layers.Dense(count, activation="relu", **penalty) for count in units),
+            keras.layers.Dense(10, **penalty)]
+    return layers
+
+
+def cnn(l2, dropout):
+    del l2
+    return [keras.Input([28, 28, 1]), keras.layers.Conv2D(16, 3, strides=2, activation="relu"),
+            keras.layers.LayerNormalization(), keras.layers.Conv2D(32, 3, strides=2, activation="relu"),
+            keras.layers.LayerNormalization(), keras.layers.Flatten(), keras.layers.Dropout(dropout),
+            keras.layers.Dense(64, activation="relu"), keras.layers.Dropout(dropout), keras.layers.Dense(10)]
+
+
+def text(l2, dropout):
+    del l2
+    return [keras.Input([TEXT["window"]], dtype="int32"), keras.layers.Embedding(80, 32),
+            keras.layers.GRU(96, return_sequences=True), keras.layers.Dropout(dropout), keras.layers.Dense(80)]
+
+
+TASKS = {
+    "mlp_sgd": Task("sgd", fashion, mlp((128, 128), [28, 28, 1]), 100, 20),
+    "mlp_adamw": Task("adamw", fashion, mlp((128, 128), [28, 28, 1]), 100, 15),
+    "cnn": Task("adamw", fashion, cnn, 100, 12, dropout=True),
+    "text": Task("adamw", shakespeare, text, 50, 12, dropout=True),
+    "digits": Task("sgd", digits, mlp((32,), [8, 8, 1]), 30, 5),
+}
+
+
+def main(_):
+    experiment.require(matplotlib="examples", optuna="search")
+    settings = experiment.settings(SETTINGS, QUICK)
+    for name, known in (("tasks", TASKS), ("methods", METHODS)):
+        unknown = sorted(set(settings[name]) - set(known))
+        if unknown:
+            raise app.UsageError(f"--{name} may name {', '.join(known)}. Received: {', '.join(unknown)}")
+    output = pathlib.Path(flags.FLAGS.output)
+    folder = experiment.Folder(output, settings)
+    tasks = {}
+    for seed in experiment.seeds():
+        for name in settings["tasks"]:
+            label = name if len(experiment.seeds()) == 1 else f"{name}, seed {seed}"
+            tasks[label] = run_task(name, folder, settings, flags.FLAGS.data_dir, seed)
+    print(f"\n{table(tasks)}\nResults and plot: {output.resolve()}")
+    experiment.write_json(output / "results.json", experiment.rounded({
+        "settings": settings, "tasks": tasks, "searches": {name: searches(runs) for name, runs in tasks.items()}}))
+    plot(tasks, output / "tune_model.png")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
