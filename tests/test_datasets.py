@@ -199,7 +199,8 @@ def test_example_weights_find_their_examples_in_a_shuffled_stream():
 
 
 @pytest.mark.parametrize("make", [
-    lambda: streamed(examples().map(lambda x, y: (x + tf.random.normal([1], seed=1, dtype=x.dtype), y)).shuffle(9, seed=1).batch(5)),
+    lambda: streamed(examples().map(lambda x, y: (
+        x + tf.random.normal([1], seed=1, dtype=x.dtype), y)).shuffle(9, seed=1).batch(5)),
     lambda: farhox.bilevel_dataset((X, Y), (X_VAL, Y_VAL), 3, batch_size=5, outer_batch_size=3),
 ], ids=["stream", "arrays"])
 def test_skipped_epochs_leave_the_order_and_draws_of_those_after_them(make):
@@ -232,7 +233,8 @@ import resource
 import tensorflow as tf
 import farhox
 
-batch = tf.data.Dataset.range(400).map(lambda i: (tf.fill([2500000], tf.cast(i, tf.float32))[tf.newaxis], i[tf.newaxis]))
+batch = tf.data.Dataset.range(400).map(
+    lambda i: (tf.fill([2500000], tf.cast(i, tf.float32))[tf.newaxis], i[tf.newaxis]))
 data = farhox.bilevel_dataset(batch, batch.take(3), inner_steps=4)
 next(iter(data))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -244,7 +246,8 @@ print(sum(float(inner.data[0][0, 0]) for inner, _ in data))
 @pytest.mark.slow
 def test_memory_stays_flat_on_a_stream_larger_than_memory():
     # 4 GB in batches of 10 MB, with an address space of one more GB.
-    ended = subprocess.run([sys.executable, "-c", STREAM_LARGER_THAN_MEMORY], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", STREAM_LARGER_THAN_MEMORY], capture_output=True, text=True, check=True)
     assert float(ended.stdout) == sum(range(4, 400, 4))
 
 

@@ -6,11 +6,10 @@ import pytest
 import tensorflow as tf
 
 import farhox
-from farhox.tuner import tuner as tuner_module
 from farhox.tuner.losses import Losses
 from farhox.tuner.rate import Rate, read_sweep
 from farhox.tuner.report import epoch_line
-from farhox.tuner.training import Guard, Round
+from farhox.tuner.training import Guard, Round, Training
 from farhox.tuner.tunables import Choice
 
 RANDOM = np.random.default_rng(0)
@@ -92,7 +91,7 @@ def test_tables_say_where_and_why_in_80_columns(fitted, capsys):
 
 def test_a_plain_keras_training_with_the_schedule_gives_the_same_weights(eagerly):
     # Full batches, so that both see the same data.
-    tuner = farhox.Tuner(network(), online=False)
+    tuner = farhox.Tuner(network(), online=False, sweep=False)
     tuner.fit(*TRAIN, batch_size=160, epochs=12, validation_data=VALIDATION, verbose=0)
     rates = tuner.get_schedule()["learning_rate"]
     assert rates.shape == (12,) and rates[0] == rates[8] > 3 * rates[-1]
@@ -106,7 +105,7 @@ def test_a_plain_keras_training_with_the_schedule_gives_the_same_weights(eagerly
 def test_hyperparameters_follow_the_hypergradient_of_the_last_step(eagerly):
     # One round by hand: w' = w - rate (g + 2 l2 w), so dE/dlog(l2) = -2 rate l2 w . dE/dw'.
     tuner = farhox.Tuner(network(keras.optimizers.SGD(0.05)), sweep=False, guard=False, annealing=0.0)
-    training = tuner_module.Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
+    training = Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
     training.rate.train(1, 0.0)
     copy = network(keras.optimizers.SGD(0.05))
     result = training._engine.step(farhox.repeat(TRAIN, 1), VALIDATION)
@@ -178,7 +177,7 @@ def test_a_users_own_hyperparameters_are_tuned_as_they_are(eagerly):
     model = keras.Sequential([keras.Input([6]), *(keras.layers.Dense(
         n, kernel_regularizer=farhox.L1L2(l2=strength)) for n in (4, 2))])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    tuner = farhox.Tuner(model, start={"strength": 2e-3})
+    tuner = farhox.Tuner(model, start={"strength": 2e-3}, sweep=False)
     (row,) = [row for row in tuner._rows if row.name == "strength"]
     assert row.tuned and row.hyperparameter is strength and len(row.places) == 2
     tuner.fit(*TRAIN, batch_size=40, epochs=2, validation_data=VALIDATION, verbose=0)
@@ -250,9 +249,10 @@ def test_losses_of_several_outputs_are_those_of_keras():
 
 def test_the_schedule_of_an_optimizer_stays_and_is_scaled(eagerly):
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
-    tuner = farhox.Tuner(network(keras.optimizers.SGD(schedule)), online=False)
+    tuner = farhox.Tuner(network(keras.optimizers.SGD(schedule)), online=False, sweep=False, start={"learning_rate": 2.0})
     tuner.fit(*TRAIN, batch_size=40, epochs=4, validation_data=VALIDATION, verbose=0)
     factor = tuner.get_hyperparameters()["learning_rate"]
+    assert factor == pytest.approx(2.0)
     np.testing.assert_allclose(
         tuner.get_schedule()["learning_rate"], factor * 0.1 * 0.5 ** (np.arange(16) / 10), rtol=1e-5)
 
@@ -299,7 +299,7 @@ def test_the_guard_starts_afresh_where_training_does_not_come_to_what_the_sweep_
 
 def test_rates_are_cut_from_what_they_are_and_not_from_what_they_were(eagerly):
     tuner = farhox.Tuner(network(keras.optimizers.SGD(0.1)), sweep=False, online=False)
-    training = tuner_module.Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
+    training = Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
     guard = Guard(training.state())
     for _ in range(2):
         tuner._go_back(training, guard, Round(9.0, 1.0, 9.0, True))

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import farhox
 from farhox import stn
-from farhox.tuner import tuner as tuner_module
+from farhox.tuner.training import Training
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.uniform(0, 255, size=(60, 8, 8, 3)).astype("float32")
@@ -61,7 +61,7 @@ def test_what_is_fixed_stays_the_layer_of_keras():
 
 def test_one_round_moves_strengths_by_the_response_and_penalties_by_the_path():
     tuner = farhox.Tuner(network(), sweep=False, annealing=0.0, outer_rate=0.3)
-    training = tuner_module.Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
+    training = Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
     training.rate.train(4, 0.0)
     # Gates that start at zero have no response yet.
     for variable in tuner._network.model.trainable_variables:

@@ -17,9 +17,9 @@ def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch
     """A `tf.data.Dataset` whose elements are hyper-iterations, for `HyperOptimizer.fit`.
 
     **Arrays** are held once, and batches are made of indices into them. Without `batch_size` inner training is
-    full-batch and one epoch is one hyper-iteration. With it, a hyper-iteration takes `inner_steps` batches of a shuffled
-    stream that goes through the training examples again and again; one epoch is as many hyper-iterations as go once
-    through them, and at least one. Shuffling goes on over the epochs.
+    full-batch and one epoch is one hyper-iteration. With it, a hyper-iteration takes `inner_steps` batches of a
+    shuffled stream that goes through the training examples again and again; one epoch is as many hyper-iterations as go
+    once through them, and at least one. Shuffling goes on over the epochs.
 
     **Streams** are read as they come: a `tf.data.Dataset` of batches, as `image_dataset_from_directory` or `.batch(n)`
     make it, or a `keras.utils.PyDataset`, whose batches are shuffled as in `fit`. A hyper-iteration takes the next

@@ -125,8 +125,9 @@ def _batches(name, data, size_name, batch_size, seed):
         raise ValueError(f"{name} must hold at least one example. Received an empty {type(data).__name__}.") from None
     size = int(tf.nest.flatten(first)[0].shape[0])
     if batch_size is not None and size < batch_size:
-        raise ValueError(f"{size_name} must not exceed the number of {'training' if name == 'train' else name} examples."
-                         f" Received: {size_name}={batch_size} for {size} examples")
+        kind = "training" if name == "train" else name
+        raise ValueError(f"{size_name} must not exceed the number of {kind} examples. "
+                         f"Received: {size_name}={batch_size} for {size} examples")
     rest = tf.data.Dataset.counter().map(lambda _: iterator.get_next())
     return tf.data.Dataset.from_tensors(first).concatenate(rest), None if whole else size, count
 

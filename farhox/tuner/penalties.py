@@ -35,7 +35,8 @@ class Penalties:
                 if isinstance(strength, Hyperparameter):
                     own.setdefault(id(strength), (strength, name, []))[2].append((key, layer.name))
                 elif np.ndim(strength) == 0 and strength != 0.0:
-                    places.setdefault((key[1] == "activity_regularizer", name), []).append((key, Place(layer.name, strength)))
+                    of_activity = key[1] == "activity_regularizer"
+                    places.setdefault((of_activity, name), []).append((key, Place(layer.name, strength)))
         self.found, self._settings = [], {}
         for (of_activity, strength), entries in sorted(places.items()):
             kind = _KINDS[of_activity, strength]

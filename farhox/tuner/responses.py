@@ -7,7 +7,7 @@ from farhox.outer import Hyperparameter
 from farhox.stn.held import layers_of
 from farhox.stn.perturbations import PerturbationLayer
 from farhox.tuner import tunables
-from farhox.tuner.tunables import Kind, Place
+from farhox.tuner.tunables import Place
 
 
 class Responses:
@@ -65,8 +65,8 @@ class Responses:
         names = [entry.name for entry in self.tuned()]
         converted = stn.convert(model, self.tuned(), strengths=strengths)
         if not any(isinstance(layer, stn.SelfTuning) for layer in converted._flatten_layers()):
-            raise ValueError("Dropout, noise and augmentation are tuned by layers that respond to them, such as Dense and "
-                             f"Conv2D. Received: {model.name!r} without any: fix={names}")
+            raise ValueError("Dropout, noise and augmentation are tuned by layers that respond to them, such as Dense "
+                             f"and Conv2D. Received: {model.name!r} without any: fix={names}")
         return converted, stn.TrainingDraws(converted)
 
 

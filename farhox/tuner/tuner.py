@@ -5,19 +5,16 @@ import time
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from farhox._core import checks
-from farhox.data import bilevel_dataset
-from farhox.data.streams import is_stream
 from farhox.tuner import report
+from farhox.tuner.data import rounds_of
 from farhox.tuner.network import Network, Objective, check_model
 from farhox.tuner.rate import read_sweep
 from farhox.tuner.training import Guard, Training
 from farhox.tuner.tunables import Choice, optimizer_tunables
 
-_ROUND = 20  # Steps from one update of the hyperparameters to the next, about.
-_SWEEP_STEPS = 100
+_SWEEP_STEPS, _LEAST_SWEEP_STEPS = 100, 60
 _SWEEP_RANGE = (1e-6, 10.0)
 _SWEEP_FINE = 300.0
 # Rates are tried from the stop divided by the first of these on, to the second in any case and the third at most; each
@@ -26,7 +23,6 @@ _HEATS = (4.0, 36.0, 4e3)
 _HEAT_STEPS, _HEAT_SHARE = 30, 33
 _MOST_MOMENTUM = 0.9
 _RATE_CUT = 0.3
-_OUTER_BATCHES = 5  # An outer batch has the examples of so many training batches.
 # These set the rate or go on from a state of their own, which the tuner does itself.
 _REFUSED = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau, keras.callbacks.BackupAndRestore)
 
@@ -125,8 +121,9 @@ class Tuner:
         if validation_data is None:
             raise ValueError("A Tuner tunes hyperparameters on validation data. Received: validation_data=None")
         checks.positive_integer("epochs", epochs)
-        data, rounds, inner_steps, evaluated = self._data(
-            x, y, sample_weight, batch_size, validation_data, steps_per_epoch)
+        if y is not None:
+            x = (x, y) if sample_weight is None else (x, y, sample_weight)
+        data, rounds, inner_steps, evaluated = rounds_of(x, validation_data, batch_size, steps_per_epoch, self._seed)
         training = Training(self._network, self._model.optimizer, self._rows, self._truncation, self._outer_rate)
         self.notes = [self._objective.note]
         self._history, self._best = [], None
@@ -134,7 +131,7 @@ class Tuner:
         annealing = 0.0 if training.has_schedule else self._annealing
         reached = None
         if self._sweeps and training.rate_row.tuned:
-            reached = self._sweep(training, data, total, inner_steps, evaluated)
+            reached = self._sweep(training, data, total, evaluated)
         training.rate.train(total, annealing)
         if annealing:
             self._note(f"annealing: the rate falls along a cosine over the last {annealing:.0%} of {total} steps")
@@ -153,9 +150,10 @@ class Tuner:
         """Prints the best epoch, the hyperparameters there beside those of the start, and what each part did."""
         self._check_fitted()
         best = self._best
-        lines = [f"Best epoch: {best['epoch'] + 1}, {self._objective.name} {best['logs'][self._objective.name]:.4g}", ""]
-        report.write("\n".join(lines + [report.results(self._rows, self._values_before, best["values"]), "",
-                                        *report.wrapped(self.notes)]))
+        value = best["logs"][self._objective.name]
+        report.write("\n".join([
+            f"Best epoch: {best['epoch'] + 1}, {self._objective.name} {value:.4g}", "",
+            report.results(self._rows, self._values_before, best["values"]), "", *report.wrapped(self.notes)]))
 
     def plot(self, path):
         """Writes a picture of the values of the tuned hyperparameters and the validation loss over the epochs.
@@ -193,12 +191,12 @@ class Tuner:
                 schedule.setdefault(name, []).append(values)
         return {name: np.concatenate(values) for name, values in schedule.items()}
 
-    def _sweep(self, training, data, total, inner_steps, evaluated):
+    def _sweep(self, training, data, total, evaluated):
         """Finds the rate: it rises until the loss does; then training starts afresh. Returns the least loss seen."""
         start = training.state()
         momenta = training.set_momentum()
-        steps = min(_SWEEP_STEPS, max(3 * inner_steps, total // 10))
-        coarse = self._swept(training, data, _SWEEP_RANGE, max(inner_steps, steps // 3))
+        steps = min(_SWEEP_STEPS, max(_LEAST_SWEEP_STEPS, total // 10))
+        coarse = self._swept(training, data, _SWEEP_RANGE, steps // 3)
         # The loss lags behind a rate that rises fast, so the stop is looked for again, slowly, below where it seemed.
         training.restart(start)
         sweep = self._swept(training, data, (coarse.stop / _SWEEP_FINE, coarse.stop), steps - steps // 3)
@@ -326,34 +324,6 @@ class Tuner:
             training.rate_row.hyperparameter.numpy()) * before["learning_rate"]
         return taken
 
-    def _data(self, x, y, sample_weight, batch_size, validation_data, steps_per_epoch):
-        """Hyper-iterations, their number in an epoch, their inner steps, and batches to evaluate on."""
-        if y is not None:
-            x = (x, y) if sample_weight is None else (x, y, sample_weight)
-        if is_stream(x):
-            if batch_size is not None:
-                raise ValueError("Batches of a data set have a size already. Received: "
-                                 f"batch_size={batch_size} with a {type(x).__name__}")
-            count = x.num_batches if isinstance(x, keras.utils.PyDataset) else int(x.cardinality())
-            count = None if count is None or count < 0 else count
-            examples = None
-        else:
-            batch_size = checks.positive_integer("batch_size", 32 if batch_size is None else batch_size)
-            examples = len(np.asarray(tf.nest.flatten(x)[0]))
-            batch_size = min(batch_size, examples)
-            count = examples // max(batch_size, 1)
-        if steps_per_epoch is not None:
-            count = checks.positive_integer("steps_per_epoch", steps_per_epoch)
-        if count is None:
-            raise ValueError("The number of batches in an epoch must be known. Received a data set of unknown length: "
-                             "give steps_per_epoch")
-        rounds = max(1, math.ceil(count / _ROUND))
-        inner_steps = max(1, math.ceil(count / rounds))
-        outer, evaluated, outer_size = _validation(validation_data, batch_size)
-        data = bilevel_dataset(x, outer, inner_steps, batch_size=batch_size, outer_batch_size=outer_size,
-                               hyper_iterations=rounds, seed=self._seed)
-        return data, rounds, inner_steps, evaluated
-
     def _plain_optimizer(self, values):
         optimizer = self._model.optimizer
         config = optimizer.get_config()
@@ -369,32 +339,6 @@ class Tuner:
     def _check_fitted(self):
         if self._best is None:
             raise ValueError("The tuner must have run: call fit() first.")
-
-
-def _validation(data, batch_size):
-    """Outer data, batches to evaluate on, and the size of outer batches of arrays."""
-    if isinstance(data, keras.utils.PyDataset):
-        return data, _PyBatches(data), None
-    if isinstance(data, tf.data.Dataset):
-        first = next(iter(data), None)
-        if first is None:
-            raise ValueError("validation_data must hold at least one batch. Received an empty tf.data.Dataset.")
-        size = int(tf.nest.flatten(first)[0].shape[0])
-        return data.rebatch(_OUTER_BATCHES * (batch_size or size)), data, None
-    data = tuple(data) if isinstance(data, list) else data
-    count = len(tf.nest.flatten(data)[0])
-    size = min(count, _OUTER_BATCHES * (batch_size or 32))
-    return data, tf.data.Dataset.from_tensor_slices(data).batch(max(size, min(count, 256))), size
-
-
-class _PyBatches:
-    """The batches of a `PyDataset` in their order."""
-
-    def __init__(self, data):
-        self._data = data
-
-    def __iter__(self):
-        return (self._data[index] for index in range(self._data.num_batches))
 
 
 def _checked_callbacks(callbacks):
