@@ -249,7 +249,8 @@ def test_losses_of_several_outputs_are_those_of_keras():
 
 def test_the_schedule_of_an_optimizer_stays_and_is_scaled(eagerly):
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
-    tuner = farhox.Tuner(network(keras.optimizers.SGD(schedule)), online=False, sweep=False, start={"learning_rate": 2.0})
+    tuner = farhox.Tuner(
+        network(keras.optimizers.SGD(schedule)), online=False, sweep=False, start={"learning_rate": 2.0})
     tuner.fit(*TRAIN, batch_size=40, epochs=4, validation_data=VALIDATION, verbose=0)
     factor = tuner.get_hyperparameters()["learning_rate"]
     assert factor == pytest.approx(2.0)
