@@ -63,10 +63,14 @@ class Training:
         outer = [row.hyperparameter for row in self.tuned]
         # Without a hyperparameter to follow, the rate stands where the problem needs one, and does not move.
         idle = not outer
+        named = [self.rate_row.hyperparameter] if idle else outer
+        fixed = [row.hyperparameter for row in rows if row.hyperparameter is not None and not any(
+            row.hyperparameter is entry for entry in named)]
         problem = BilevelProblem(
             network.inner_objective, network.outer_objective, network.inner_variables,
-            [self.rate_row.hyperparameter] if idle else outer, state_variables=network.state_variables,
-            dynamics=KerasDynamics(optimizer, **{**settings, "learning_rate": self.rate}))
+            named, state_variables=network.state_variables, fixed=fixed,
+            dynamics=KerasDynamics(optimizer, **{**settings, "learning_rate": self.rate}),
+            stop_gradient="tensorflow")  # Draws are constants: strengths act through the response alone.
         path = keras.optimizers.Adam(outer_rate, beta_2=0.9, epsilon=1e-12)
         self._response = keras.optimizers.Adam(outer_rate / _RESPONSE_SLOWER, beta_2=0.9, epsilon=1e-12)
         responding = [row.hyperparameter for row in self.tuned if row.route == "response"]
