@@ -57,11 +57,14 @@ def operations_of(graph, start=0):
     """The operations of a graph from number `start` on, and all that loops and branches among them hold."""
     for operation in graph.get_operations()[start:]:
         yield operation
-        for name in ("_cond_graph", "_body_graph", "_true_graph", "_false_graph"):
-            inner = getattr(operation, name, None)
-            if inner is not None:
-                yield from operations_of(inner)
-        for inner in getattr(operation, "_branch_graphs", None) or []:
+        yield from operations_inside(operation)
+
+
+def operations_inside(operation):
+    """The operations that a loop or a branch holds; none of any other operation."""
+    graphs = [getattr(operation, name, None) for name in ("_cond_graph", "_body_graph", "_true_graph", "_false_graph")]
+    for inner in [*graphs, *(getattr(operation, "_branch_graphs", None) or [])]:
+        if inner is not None:
             yield from operations_of(inner)
 
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from farhox._core.exact import operations_of
+from farhox._core.exact import operations_inside
 
 _DRAWS = frozenset([
     "RandomUniform", "RandomUniformInt", "RandomStandardNormal", "TruncatedNormal", "ParameterizedTruncatedNormal",
@@ -31,18 +31,8 @@ def check_operations(graph, outputs, outer=False):
     """
     needed = graph.ancestors([output for output in tf.nest.flatten(outputs) if output is not None])
     for operation in graph.graph.get_operations():
-        inside = [operation, *(inner for inner in _inner_operations(operation))]
-        for found in inside:
+        for found in (operation, *operations_inside(operation)):
             _check(found, operation.name in needed, operation.name, outer)
-
-
-def _inner_operations(operation):
-    for name in ("_cond_graph", "_body_graph", "_true_graph", "_false_graph"):
-        inner = getattr(operation, name, None)
-        if inner is not None:
-            yield from operations_of(inner)
-    for inner in getattr(operation, "_branch_graphs", None) or []:
-        yield from operations_of(inner)
 
 
 def _check(operation, needed, name, outer):
