@@ -1,30 +1,27 @@
 """The benchmark: its competitors compute what farhox computes, and what it writes is complete."""
 
-import importlib
 import json
-import pathlib
 import subprocess
 import sys
 
 import pytest
 import tensorflow as tf
 from problems import assert_close
+from script_files import import_script, script_path
 
-SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 WORKLOADS = {"W1": "softmax_regression", "W2": "tanh_network", "W4": "near_optimum"}
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("benchmark_hypergradients")
+    return import_script("benchmark_hypergradients", monkeypatch)
 
 
 def test_quick_run_writes_a_row_with_all_measurements(tmp_path, benchmark):
     path = tmp_path / "benchmark.json"
     finished = subprocess.run(
-        [sys.executable, str(SCRIPTS / "benchmark_hypergradients.py"), "--quick", "--workloads=W2",
+        [sys.executable, str(script_path("benchmark_hypergradients")), "--quick", "--workloads=W2",
          "--methods=reverse", "--steps=3", "--repeats=2", f"--json={path}"],
         capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr

@@ -84,5 +84,5 @@ def test_the_readme_has_two_set_up_commands_that_name_what_exists():
         assert command.startswith("python3 -m venv .venv && ")
         extra = re.search(r'"\.\[(\w+)\]"', command)[1]
         assert extra in settings["options.extras_require"]
-    script = re.search(r"scripts/\w+\.py", commands[0])[0]
+    script = re.search(r"scripts/\w+/\w+\.py", commands[0])[0]
     assert (ROOT / script).exists() and commands[1].endswith(" -m pytest -n 2")

@@ -1,9 +1,7 @@
 """Meta-training over replicas and processes: the weights of one device, also after a worker has died."""
 
-import importlib
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -16,12 +14,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from few_shot import images, network
+from script_files import import_script, script_path
 from test_meta_scripts import read_weights
 
 import farhox
 from farhox import meta
 
-SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 
 
 def maml(model):
@@ -134,8 +132,7 @@ def test_the_chief_is_the_process_that_writes(jobs, task, chief):
 @pytest.fixture
 def launcher(monkeypatch):
     """The script that launches workers, as a module."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("launch_workers")
+    return import_script("launch_workers", monkeypatch)
 
 
 WORKER = """
@@ -218,7 +215,7 @@ TINY = ["--ways=2", "--queries=2", "--filters=2", "--inner_steps=2", "--meta_bat
 
 
 def start(script, output, environment, *flags):
-    return subprocess.Popen([sys.executable, *(str(SCRIPTS / name) if name.endswith(".py") else name
+    return subprocess.Popen([sys.executable, *(str(script_path(name[:-3])) if name.endswith(".py") else name
                                                for name in script), f"--output={output}", *flags],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

@@ -1,9 +1,7 @@
 """The scripts of meta-learning: every algorithm runs, a killed run ends with the weights of one that was not."""
 
-import importlib
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -12,11 +10,11 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from script_files import import_script, script_path
 
 import farhox
 from farhox import meta
 
-SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 needs_data = pytest.mark.skipif(
     "FARHOX_DATA_DIR" not in os.environ, reason="FARHOX_DATA_DIR names no folder of TFDS' data sets")
 TINY = ["--quick", "--filters=4", "--meta_steps=8", "--steps_per_epoch=2", "--validation_episodes=10",
@@ -31,12 +29,11 @@ def cache(tmp_path_factory):
 
 def load(name, monkeypatch):
     """A script as a module."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module(name)
+    return import_script(name, monkeypatch)
 
 
 def start(script, output, environment, *flags):
-    return subprocess.Popen([sys.executable, str(SCRIPTS / f"{script}.py"), f"--output={output}", *flags],
+    return subprocess.Popen([sys.executable, str(script_path(script)), f"--output={output}", *flags],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

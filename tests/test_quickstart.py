@@ -2,25 +2,23 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from script_files import import_script, script_path
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "quickstart.py"
 
 
 @pytest.fixture
 def quickstart(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import quickstart
-    return quickstart
+    return import_script("quickstart", monkeypatch)
 
 
 def test_the_tuned_model_beats_the_untuned_one_and_comes_near_the_clean_one(tmp_path):
-    command = [sys.executable, str(SCRIPT), f"--output={tmp_path}", "--hyper_iterations=30", "--inner_steps=60"]
+    command = [sys.executable, str(script_path("quickstart")), f"--output={tmp_path}", "--hyper_iterations=30",
+               "--inner_steps=60"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "results.json").read_text())

@@ -1,10 +1,8 @@
 """The experiments of scripts/: each runs in its --quick setting on real images, and what they share keeps its word."""
 
-import importlib
 import json
 import math
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -14,10 +12,10 @@ import time
 import keras
 import numpy as np
 import pytest
+from script_files import SCRIPTS, import_script, script_path
 
 import farhox
 
-SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 EXPERIMENTS = ["clean_labels", "learn_schedule", "tune_learning_rates"]
 needs_data = pytest.mark.skipif(
     "FARHOX_DATA_DIR" not in os.environ, reason="FARHOX_DATA_DIR names no folder of TFDS' data sets")
@@ -26,12 +24,11 @@ needs_data = pytest.mark.skipif(
 @pytest.fixture
 def load(monkeypatch):
     """Imports a script by its name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module
+    return lambda name: import_script(name, monkeypatch)
 
 
 def run_quick(name, output):
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--quick", f"--output={output}"]
+    command = [sys.executable, str(script_path(name)), "--quick", f"--output={output}"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -143,7 +140,7 @@ def test_a_run_that_is_told_to_stop_where_nothing_is_trained_ends_with_one_line(
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_script_that_is_told_to_stop_saves_its_state_and_ends_with_one_line(tmp_path, number, code):
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS / "sinusoid.py"), f"--output={tmp_path}", "--algorithms=fomaml",
+        [sys.executable, str(script_path("sinusoid")), f"--output={tmp_path}", "--algorithms=fomaml",
          "--meta_steps=200000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     states = tmp_path / "runs" / "fomaml_seed0"
@@ -187,10 +184,10 @@ def test_importing_an_experiment_defines_no_flag(load, name):
     assert not set(load(name).SETTINGS) & set(flags.FLAGS)
 
 
-@pytest.mark.parametrize("file", sorted((SCRIPTS / "flags").glob("*.cfg")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(SCRIPTS.glob("*/flags/*.cfg")), ids=lambda file: file.stem)
 def test_a_flag_file_is_understood_by_its_script(load, file):
     from absl import flags
-    script = max((path.stem for path in SCRIPTS.glob("*.py") if file.stem.startswith(path.stem)), key=len)
+    script = max((path.stem for path in file.parents[1].glob("*.py") if file.stem.startswith(path.stem)), key=len)
     before = set(flags.FLAGS)
     load(script).define_flags()
     try:

@@ -6,7 +6,6 @@ with the exported model: messages, addresses and errors are what the scripts get
 
 import concurrent.futures
 import http.server
-import importlib
 import json
 import os
 import pathlib
@@ -20,6 +19,7 @@ import types
 import numpy as np
 import pytest
 import tensorflow as tf
+from script_files import import_script
 from tensorflow.core.framework import tensor_pb2
 from test_docs import blocks
 
@@ -123,10 +123,8 @@ def run(command, **options):
 @pytest.fixture
 def script(monkeypatch):
     """Imports a script and runs its main function with flags, in this process."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-
     def start(name, **values):
-        module = importlib.import_module(name)
+        module = import_script(name, monkeypatch)
         monkeypatch.setattr(module, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(**values)))
         return module.main(None)
 
@@ -205,14 +203,14 @@ def test_a_folder_without_a_training_is_refused(tmp_path, script):
         script("export_model", run=tmp_path, seed=0)
 
 
-def test_what_is_exported_is_the_state_of_a_training_that_goes_on(tmp_path, script, capsys):
-    omniglot = importlib.import_module("omniglot")
+def test_what_is_exported_is_the_state_of_a_training_that_goes_on(tmp_path, script, monkeypatch, capsys):
+    omniglot_learner = import_script("omniglot_learner", monkeypatch)
     settings = {
         "algorithm": "maml", "ways": 3, "inner_steps": 1, "evaluation_steps": None, "inner_learning_rate": 0.1,
         "learn_learning_rates": False, "transductive": True, "filters": 2, "downsampling": "stride",
         "normalize_features": False, "outer_learning_rate": 1e-3, "decay": "none", "clipnorm": None, "meta_steps": 4}
-    learner = omniglot.make_learner(settings, omniglot.network(settings), True)
-    omniglot.compile_learner(learner, settings)
+    learner = omniglot_learner.make_learner(settings, omniglot_learner.network(settings), True)
+    omniglot_learner.compile_learner(learner, settings)
     for variable in learner.problem.outer_variables:
         variable.assign(variable + 0.1)
     state = tmp_path / "runs" / "seed0"

@@ -1,18 +1,17 @@
 """The benchmark of self-tuning steps runs in its --quick setting."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
 import pytest
-
-SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "benchmark_stn.py"
+from script_files import script_path
 
 
 @pytest.mark.slow
 def test_the_benchmark_measures_each_method_beside_the_plain_step(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--quick", "--networks=cnn", f"--json={tmp_path / 'measured.json'}"]
+    command = [sys.executable, str(script_path("benchmark_stn")), "--quick", "--networks=cnn",
+               f"--json={tmp_path / 'measured.json'}"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "measured.json").read_text())["results"]
@@ -22,6 +21,6 @@ def test_the_benchmark_measures_each_method_beside_the_plain_step(tmp_path):
 
 
 def test_an_unknown_network_is_refused():
-    command = [sys.executable, str(SCRIPT), "--networks=resnet"]
+    command = [sys.executable, str(script_path("benchmark_stn")), "--networks=resnet"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode != 0 and "must be among mlp,cnn,alexnet,lstm" in run.stdout + run.stderr

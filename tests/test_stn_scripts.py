@@ -1,21 +1,19 @@
 """The experiments with self-tuning networks: each runs in its --quick setting, and what they share keeps its word."""
 
-import importlib
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
+from script_files import import_script, script_path
 from absl import flags
 
 import farhox
 
-SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 EXPERIMENTS = ["stn_fashion_mnist", "stn_text", "stn_cifar10"]
 needs_data = pytest.mark.skipif(
     "FARHOX_DATA_DIR" not in os.environ, reason="FARHOX_DATA_DIR names no folder of TFDS' data sets")
@@ -28,8 +26,7 @@ SETTINGS = {
 @pytest.fixture
 def load(monkeypatch):
     """Imports a script by its name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module
+    return lambda name: import_script(name, monkeypatch)
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ def task(load):
 
 
 def run(script, output, *arguments):
-    return subprocess.run([sys.executable, str(SCRIPTS / f"{script}.py"), f"--output={output}", *arguments],
+    return subprocess.run([sys.executable, str(script_path(script)), f"--output={output}", *arguments],
                           capture_output=True, text=True, timeout=600)
 
 
@@ -106,9 +103,10 @@ def test_a_language_model_reads_a_folder_of_penn_treebank(tmp_path):
 def test_the_fifteen_hyperparameters_of_the_paper_are_tuned_on_images_like_those_of_cifar10(tmp_path):
     code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import stn_cifar10, tensorflow_datasets as tfds\n"
             "with tfds.testing.mock_data(num_examples=400):\n"
-            "    stn_cifar10.define_flags(); stn_cifar10.app.run(stn_cifar10.main)")
-    process = subprocess.run([sys.executable, "-c", code, str(SCRIPTS), "--quick", f"--output={tmp_path}",
-                              "--baseline=random,fixed"], capture_output=True, text=True, timeout=600)
+            "    stn_cifar10.define_flags(); stn_cifar10.program.run(stn_cifar10.main)")
+    command = [sys.executable, "-c", code, str(script_path("stn_cifar10").parent), "--quick", f"--output={tmp_path}",
+               "--baseline=random,fixed"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
     result = check(process, "stn_cifar10", tmp_path, ["random", "fixed"])
     assert len(result["stn"]["schedule"]["values"]) == 15
 

@@ -1,22 +1,19 @@
-"""scripts/tune_model.py: what a run holds, what a budget pays for, and its --quick form."""
+"""tune_model.py: what a run holds, what a budget pays for, and its --quick form."""
 
-import importlib
 import json
 import math
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from script_files import import_script, script_path
 
-SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("tune_model")
+    return import_script("tune_model", monkeypatch)
 
 
 def test_a_budget_pays_for_the_first_runs_and_validation_chooses_among_them(script):
@@ -50,7 +47,7 @@ def test_the_cosine_is_that_of_the_tuner(script):
 
 @pytest.mark.slow
 def test_the_quick_form_runs_all_methods_and_goes_on_where_it_was(tmp_path):
-    command = [sys.executable, str(SCRIPTS / "tune_model.py"), "--quick", f"--output={tmp_path}"]
+    command = [sys.executable, str(script_path("tune_model")), "--quick", f"--output={tmp_path}"]
     for _ in range(2):
         run = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert run.returncode == 0, run.stderr

@@ -10,13 +10,11 @@ import signal
 import sys
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import keras
+import numpy as np
+from absl import flags, logging
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-from absl import flags, logging  # noqa: E402
-
-from farhox.callbacks import Resumable, Resume  # noqa: E402
+from farhox.callbacks import Resumable, Resume
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563a8", "#d9772b", "#2f8f5b", "#8256a8", "#6b7280"
 # These change where and how often something runs, not what one run is.

@@ -16,10 +16,11 @@ where it was.
 import math
 import pathlib
 
-import experiment  # First: it sets TensorFlow's log level.
 import numpy as np
 from absl import app, flags
-from stn_training import PlainTrainer, self_tune
+
+from _shared import experiment
+from _shared.stn_training import PlainTrainer, self_tune
 
 SEARCHES = {"grid": "Grid search", "random": "Random search", "tpe": "Parzen estimator"}
 FIXED = {"schedule": "schedule of STN, replayed", "final": "final values of STN, fixed",

@@ -8,12 +8,12 @@ import dataclasses
 import math
 from typing import Callable
 
-import experiment  # First: it sets TensorFlow's log level.
 import keras
 import numpy as np
 import tensorflow as tf
 
 import farhox
+from _shared import experiment
 from farhox import stn
 from farhox.callbacks import Resumable, Resume
 

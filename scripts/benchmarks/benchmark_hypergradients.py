@@ -1,9 +1,9 @@
 """Time and memory of a hypergradient beside plain training, for every method and several numbers of inner steps.
 
 ```text
-python scripts/benchmark_hypergradients.py --quick
-python scripts/benchmark_hypergradients.py --workloads=W1,W2,W4 --steps=10,100,1000 --json=benchmark.json
-python scripts/benchmark_hypergradients.py --workloads=W3 --steps=5,16,256 --json=meta_learning.json
+python scripts/benchmarks/benchmark_hypergradients.py --quick
+python scripts/benchmarks/benchmark_hypergradients.py --workloads=W1,W2,W4 --steps=10,100,1000 --json=benchmark.json
+python scripts/benchmarks/benchmark_hypergradients.py --workloads=W3 --steps=5,16,256 --json=meta_learning.json
 ```
 
 Workloads, on synthetic data in float32:
@@ -28,6 +28,7 @@ memory, tracing included, above that of the process with its data and its model,
 
 import json
 import os
+import pathlib
 import platform
 import resource
 import statistics
@@ -36,10 +37,14 @@ import sys
 import time
 from typing import Any, Callable, NamedTuple
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import program  # First: it sets TensorFlow's log level.
+
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 import farhox
 from farhox import meta
@@ -430,4 +435,4 @@ def plain_gradients(variables, batch, weights=None, strength=None):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

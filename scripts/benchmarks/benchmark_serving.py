@@ -1,6 +1,6 @@
 """Times an exported few-shot learner: how long a request for adaptation takes, alone and among others.
 
-    python scripts/benchmark_serving.py
+    python scripts/benchmarks/benchmark_serving.py
 
 The network is that of few-shot classification on 28 x 28 images (four convolutions of 64 filters), five ways and one
 shot; images are random. Requests go to the loaded SavedModel itself, without a network in between.
@@ -8,12 +8,16 @@ shot; images are random. Requests go to the loaded SavedModel itself, without a 
 
 import concurrent.futures
 import pathlib
+import sys
 import tempfile
 import time
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program  # First: it sets TensorFlow's log level.
+
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from farhox import export, meta
 
@@ -83,4 +87,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -1,8 +1,8 @@
 """Time and memory of a step of a self-tuning network beside a step of the plain one.
 
 ```text
-python scripts/benchmark_stn.py --quick
-python scripts/benchmark_stn.py --networks=cnn,lstm --json=benchmark_stn.json
+python scripts/benchmarks/benchmark_stn.py --quick
+python scripts/benchmarks/benchmark_stn.py --networks=cnn,lstm --json=benchmark_stn.json
 ```
 
 Networks, on synthetic data in float32: `mlp` 784-1200-1200-10; `cnn`, two convolutions and two dense layers on 28 x 28
@@ -17,11 +17,16 @@ made: weights, slots, activations, and the tracing of steps.
 
 import json
 import os
+import pathlib
 import resource
 import statistics
 import subprocess
 import sys
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import program  # First: it sets TensorFlow's log level.
 
 import keras
 import numpy as np
@@ -182,4 +187,4 @@ def cross_entropy():
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

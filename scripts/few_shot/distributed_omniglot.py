@@ -1,8 +1,9 @@
-"""Meta-training on Omniglot over several processes or machines, with the learners and flags of omniglot.py.
+r"""Meta-training on Omniglot over several processes or machines, with the learners and flags of omniglot.py.
 
-    python scripts/launch_workers.py --workers=2 scripts/distributed_omniglot.py --quick
+    python scripts/few_shot/launch_workers.py --workers=2 scripts/few_shot/distributed_omniglot.py --quick
     TF_CONFIG='{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}' \
-        python scripts/distributed_omniglot.py --flagfile=scripts/flags/omniglot_maml.cfg --output=/shared/omniglot_maml
+        python scripts/few_shot/distributed_omniglot.py \
+        --flagfile=scripts/few_shot/flags/omniglot_maml.cfg --output=/shared/omniglot_maml
 
 Each process is the worker that TF_CONFIG names, and --output is a folder that all workers see. Every worker takes its
 share of each meta-batch, hypergradients are averaged, and the first worker (or the chief) saves the state every
@@ -14,12 +15,16 @@ and stop after the same meta-step. Without TF_CONFIG there is one worker.
 
 import hashlib
 import pathlib
+import sys
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program  # First: it sets TensorFlow's log level.
+from _shared.omniglot_learner import QUICK, SETTINGS, compile_learner, define_flags, make_learner, network, sources
+
 import keras
-import omniglot
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 from farhox import meta
 
@@ -29,11 +34,11 @@ def work(strategy, settings, output, data_dir, seed, save_every):
     chief = meta.is_chief(strategy)
     if chief:
         experiment.Folder(output, settings)
-    train, _, test = omniglot.sources(settings, data_dir, seed)
+    train, _, test = sources(settings, data_dir, seed)
     keras.utils.set_random_seed(seed)
     with strategy.scope():
-        learner = omniglot.make_learner(settings, omniglot.network(settings), settings["transductive"])
-        omniglot.compile_learner(learner, settings)
+        learner = make_learner(settings, network(settings), settings["transductive"])
+        compile_learner(learner, settings)
     bar = experiment.progress_bar(settings["meta_steps"], ["outer_loss"], "meta-step") if chief else None
     losses = meta.fit_distributed(
         learner, train, settings["meta_batch_size"], settings["meta_steps"], output / "states", save_every,
@@ -43,8 +48,8 @@ def work(strategy, settings, output, data_dir, seed, save_every):
     if chief:
         weights = output / f"seed{seed}.weights.h5"
         learner.save_weights(weights)
-        judge = omniglot.make_learner(settings, omniglot.network(settings), settings["transductive"])
-        omniglot.compile_learner(judge, settings)
+        judge = make_learner(settings, network(settings), settings["transductive"])
+        compile_learner(judge, settings)
         judge.load_weights(weights)
         result = judge.evaluate(test, settings["test_episodes"])
         print(f"Test accuracy {100 * result['accuracy']:.2f} % ± {100 * result['accuracy_interval']:.2f}")
@@ -63,7 +68,7 @@ def digest(learner):
 
 def main(_):
     strategy = tf.distribute.MultiWorkerMirroredStrategy()  # Before anything else of TensorFlow.
-    settings = experiment.settings(omniglot.SETTINGS, omniglot.QUICK)
+    settings = experiment.settings(SETTINGS, QUICK)
     if settings["algorithm"] == "protonet":
         raise SystemExit("--algorithm must be a learner with an inner training. Received: protonet")
     work(strategy, settings, pathlib.Path(flags.FLAGS.output), flags.FLAGS.data_dir, flags.FLAGS.seed,
@@ -71,5 +76,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    omniglot.define_flags()
-    app.run(main)
+    define_flags()
+    program.run(main)

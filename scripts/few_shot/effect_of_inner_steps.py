@@ -1,7 +1,7 @@
 """What the number of inner steps does to a learned representation, beside the exact solution of the inner problem.
 
-    python scripts/effect_of_inner_steps.py --quick
-    python scripts/effect_of_inner_steps.py
+    python scripts/few_shot/effect_of_inner_steps.py --quick
+    python scripts/few_shot/effect_of_inner_steps.py
 
 The inner problem is ridge regression on a linear map H of features of 100 Omniglot characters, 3 drawings of each; H is
 learned on 3 others and tested on the remaining 14. Its minimiser has a closed form, which is differentiated exactly:
@@ -14,12 +14,16 @@ Reference: Franceschi et al., Bilevel programming for hyperparameter optimizatio
 
 import dataclasses
 import pathlib
+import sys
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program  # First: it sets TensorFlow's log level.
+
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 import farhox
 from farhox import meta
@@ -291,4 +295,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -1,7 +1,7 @@
 """Which sums of inner gradients make a good meta-update, and what FOMAML and Reptile need of their inner mini-batches.
 
-    python scripts/first_order_study.py --quick
-    python scripts/first_order_study.py
+    python scripts/few_shot/first_order_study.py --quick
+    python scripts/few_shot/first_order_study.py
 
 An inner training takes gradients g_1, ..., g_T of mini-batches; the meta-update is a sum of some of them. The first
 part compares sums over four disjoint mini-batches. The second compares Reptile (the sum of all), FOMAML with a separate
@@ -13,11 +13,15 @@ Reference: Nichol et al., On first-order meta-learning algorithms, 2018, section
 """
 
 import pathlib
+import sys
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program  # First: it sets TensorFlow's log level.
+
 import keras
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 import farhox
 from farhox import meta
@@ -204,4 +208,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -1,6 +1,6 @@
 """Runs a script as several workers of tf.distribute on this machine, and starts them again when one of them dies.
 
-    python scripts/launch_workers.py --workers=2 scripts/distributed_omniglot.py --quick
+    python scripts/few_shot/launch_workers.py --workers=2 scripts/few_shot/distributed_omniglot.py --quick
 
 Each worker finds its place in the environment variable TF_CONFIG. Workers on several machines are started by what
 starts processes there, with a TF_CONFIG of the same form; see distributed_omniglot.py.
@@ -11,13 +11,18 @@ SIGTERM, SIGHUP and Ctrl-C are passed on to the workers, which save where they a
 
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
 import time
 
-from absl import app, flags
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import program  # First: it sets TensorFlow's log level.
+
+from absl import flags
 
 GRACE = 8.0  # Seconds that workers have to save their state.
 
@@ -119,4 +124,4 @@ def own_flags(arguments):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=own_flags)
+    program.run(main, own_flags)

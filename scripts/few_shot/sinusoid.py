@@ -1,7 +1,7 @@
 """Few-shot regression of sinusoids: MAML beside joint training of one network on all tasks.
 
-    python scripts/sinusoid.py --quick
-    python scripts/sinusoid.py --num_seeds=3
+    python scripts/few_shot/sinusoid.py --quick
+    python scripts/few_shot/sinusoid.py --num_seeds=3
 
 A task is a curve y = a sin(x - b); a learner sees `shots` of its points, takes a few gradient steps and is judged by
 its squared error elsewhere.
@@ -10,12 +10,16 @@ Reference: Finn et al., Model-agnostic meta-learning for fast adaptation of deep
 """
 
 import pathlib
+import sys
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program  # First: it sets TensorFlow's log level.
+
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 from farhox import meta
 
@@ -146,4 +150,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

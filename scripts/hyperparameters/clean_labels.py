@@ -4,9 +4,9 @@ Half of the training labels are replaced by wrong ones; the validation labels ar
 examples are outer variables in {0 <= w <= 1, sum(w) <= budget}, and hypergradients through the training say which ones
 help the validation loss. An example counts as discarded if its weight falls below 0.001.
 
-    python scripts/clean_labels.py --quick
-    python scripts/clean_labels.py --num_seeds=3
-    python scripts/clean_labels.py --flagfile=scripts/flags/clean_labels_paper.cfg
+    python scripts/hyperparameters/clean_labels.py --quick
+    python scripts/hyperparameters/clean_labels.py --num_seeds=3
+    python scripts/hyperparameters/clean_labels.py --flagfile=scripts/hyperparameters/flags/clean_labels_paper.cfg
 
 Afterwards a new model is trained on training and validation examples together: with the learned weights, with the right
 labels only (oracle), and with all labels alike (baseline).
@@ -15,12 +15,16 @@ Reference: Franceschi et al., Forward and reverse gradient-based hyperparameter 
 """
 
 import pathlib
+import sys
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program  # First: it sets TensorFlow's log level.
+
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 import farhox
 
@@ -205,4 +209,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -1,7 +1,7 @@
 """A learning rate for every step: a schedule learned for a convolutional net, saved, and replayed in plain Keras.
 
-    python scripts/learn_schedule.py --quick
-    python scripts/learn_schedule.py --num_seeds=3
+    python scripts/hyperparameters/learn_schedule.py --quick
+    python scripts/hyperparameters/learn_schedule.py --num_seeds=3
 
 Every hyper-iteration trains the net from new initial weights on batches drawn anew, and moves the T learning rates of
 its T steps along the hypergradient of the validation loss. The result is written as the JSON of a plain Keras schedule
@@ -11,12 +11,16 @@ in `keras.Model.fit` without farhox; constant rates train the very same nets.
 
 import json
 import pathlib
+import sys
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program  # First: it sets TensorFlow's log level.
+
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 import farhox
 
@@ -193,4 +197,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

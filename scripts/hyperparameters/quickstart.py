@@ -4,22 +4,25 @@ Some training labels are replaced by wrong ones. A small network is trained on t
 training the gradient of the validation loss says how its hyperparameters should have been: that is one
 hyper-iteration. Wrongly labelled examples end up with small weights, without anyone saying which they are.
 
-    python scripts/quickstart.py
-    python scripts/quickstart.py --dataset=mnist --data_dir=/path/to/tensorflow_datasets
+    python scripts/hyperparameters/quickstart.py
+    python scripts/hyperparameters/quickstart.py --dataset=mnist --data_dir=/path/to/tensorflow_datasets
 """
 
 import json
 import os
 import pathlib
+import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from absl import app, flags  # noqa: E402
+from _shared import program  # First: it sets TensorFlow's log level.
 
-import farhox  # noqa: E402
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import flags
+
+import farhox
 
 # What a person might start from; the hypergradient starts from it too.
 DEFAULT_LEARNING_RATE, DEFAULT_L2, MOMENTUM = 0.1, 1e-4, 0.9
@@ -211,4 +214,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

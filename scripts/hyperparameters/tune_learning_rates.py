@@ -1,4 +1,4 @@
-"""Learning rates, momentum and L2 strengths of a network: hypergradients against random search and a Parzen estimator.
+r"""Learning rates, momentum and L2 strengths of a network: hypergradients against random search and a Parzen estimator.
 
 Searches with the same number of gradient steps of the network, each started in the middle of the same ranges:
 
@@ -9,9 +9,10 @@ Searches with the same number of gradient steps of the network, each started in 
 - `random` and `tpe`: black-box searches by Optuna, each trial a training of T steps.
 - `untuned`: one long training with the values of the start, to see what the online methods owe to its length.
 
-    python scripts/tune_learning_rates.py --quick
-    python scripts/tune_learning_rates.py --num_seeds=3
-    python scripts/tune_learning_rates.py --flagfile=scripts/flags/tune_learning_rates_deep.cfg
+    python scripts/hyperparameters/tune_learning_rates.py --quick
+    python scripts/hyperparameters/tune_learning_rates.py --num_seeds=3
+    python scripts/hyperparameters/tune_learning_rates.py \
+        --flagfile=scripts/hyperparameters/flags/tune_learning_rates_deep.cfg
 
 `batch`, `random` and `tpe` minimise the very same function: same initial weights, same batches. The online methods
 train one network for longer than T steps.
@@ -21,8 +22,12 @@ Reference: Franceschi et al., Forward and reverse gradient-based hyperparameter 
 
 import math
 import pathlib
+import sys
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program  # First: it sets TensorFlow's log level.
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -330,4 +335,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -1,7 +1,7 @@
 """farhox.Tuner from random starts, beside the same trainings untuned, annealed, averaged, and beside searches.
 
-    python scripts/tune_model.py --quick
-    python scripts/tune_model.py --tasks=mlp_sgd --starts=20
+    python scripts/hyperparameters/tune_model.py --quick
+    python scripts/hyperparameters/tune_model.py --tasks=mlp_sgd --starts=20
 
 Each task draws starts: a learning rate, a momentum or beta_1, an L2 strength or weight decay, a dropout rate. From each
 one, with initial weights of its own:
@@ -16,8 +16,12 @@ of ten. `tpe` is Optuna's Parzen estimator with median pruning on annealed train
 
 import math
 import pathlib
+import sys
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program  # First: it sets TensorFlow's log level.
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -360,4 +364,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -1,7 +1,7 @@
 """Self-tuned dropout and augmentation on CIFAR-10: the fifteen hyperparameters of the paper, against its baselines.
 
-    python scripts/stn_cifar10.py --quick
-    python scripts/stn_cifar10.py --baseline=grid,random,tpe
+    python scripts/self_tuning/stn_cifar10.py --quick
+    python scripts/self_tuning/stn_cifar10.py --baseline=grid,random,tpe
 
 The AlexNet-like network of the paper, with a dropout rate after each of five convolutions and before two dense layers,
 dropout and a random scale on the input, hue, saturation, brightness and contrast, and the length and number of squares
@@ -12,13 +12,17 @@ Reference: MacKay et al., Self-tuning networks: bilevel optimization of hyperpar
 functions, 2019, section 4.2 and table 2.
 """
 
-import experiment  # First: it sets TensorFlow's log level.
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program, stn_experiment, stn_networks  # First: it sets TensorFlow's log level.
+from _shared.stn_training import Range, Task
+
 import keras
 import numpy as np
-import stn_experiment
-import stn_networks
-from absl import app, flags, logging
-from stn_training import Range, Task
+from absl import flags, logging
 
 from farhox import stn
 
@@ -82,4 +86,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -1,8 +1,8 @@
 """Self-tuned dropout and augmentation on Fashion-MNIST, against black-box searches and fixed values.
 
-    python scripts/stn_fashion_mnist.py --quick
-    python scripts/stn_fashion_mnist.py --num_seeds=3
-    python scripts/stn_fashion_mnist.py --model=alexnet --baseline=tpe
+    python scripts/self_tuning/stn_fashion_mnist.py --quick
+    python scripts/self_tuning/stn_fashion_mnist.py --num_seeds=3
+    python scripts/self_tuning/stn_fashion_mnist.py --model=alexnet --baseline=tpe
 
 Models: `cnn`, two convolutions and two dense layers; `alexnet`, five convolutions and three dense layers, after the
 paper. Hyperparameters: a dropout rate after each convolution and before the dense layers, noise on the input, random
@@ -13,12 +13,16 @@ Reference: MacKay et al., Self-tuning networks: bilevel optimization of hyperpar
 functions, 2019, section 4.
 """
 
-import experiment  # First: it sets TensorFlow's log level.
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program, stn_experiment, stn_networks  # First: it sets TensorFlow's log level.
+from _shared.stn_training import Range, Task
+
 import keras
-import stn_experiment
-import stn_networks
-from absl import app, flags
-from stn_training import Range, Task
+from absl import flags
 
 from farhox import stn
 
@@ -78,4 +82,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

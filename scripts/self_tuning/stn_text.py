@@ -1,8 +1,8 @@
 """A self-tuned language model: seven rates and strengths of an LSTM, against black-box searches and fixed values.
 
-    python scripts/stn_text.py --quick
-    python scripts/stn_text.py --level=words --baseline=random,tpe,fixed
-    python scripts/stn_text.py --folder=penn --baseline=grid,random,tpe
+    python scripts/self_tuning/stn_text.py --quick
+    python scripts/self_tuning/stn_text.py --level=words --baseline=random,tpe,fixed
+    python scripts/self_tuning/stn_text.py --folder=penn --baseline=grid,random,tpe
 
 Text is `tiny_shakespeare` of TFDS, in characters or words, or that of a folder with ptb.train.txt, ptb.valid.txt and
 ptb.test.txt, in words. Two LSTM layers, the output tied to the embedding. Hyperparameters: variational dropout of
@@ -18,13 +18,16 @@ functions, 2019, section 4.3, tables 1 and 2.
 import collections
 import pathlib
 import re
+import sys
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program, stn_experiment  # First: it sets TensorFlow's log level.
+from _shared.stn_training import Range, Task
+
 import keras
 import numpy as np
-import stn_experiment
 from absl import app, flags, logging
-from stn_training import Range, Task
 
 from farhox import stn
 
@@ -152,4 +155,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

@@ -1,6 +1,6 @@
-"""Exports a few-shot learner that scripts/omniglot.py has trained, as a new version of a served model.
+"""Exports a few-shot learner that scripts/few_shot/omniglot.py has trained, as a new version of a served model.
 
-    python scripts/export_model.py --run=results/omniglot_maml --directory=served/omniglot
+    python scripts/serving/export_model.py --run=results/omniglot_maml --directory=served/omniglot
 
 The folder of the run may be that of a finished training or of one that is still going on: then the state that was saved
 last is exported. Prints the signatures of what it wrote.
@@ -8,9 +8,14 @@ last is exported. Prints the signatures of what it wrote.
 
 import json
 import pathlib
+import sys
 
-import omniglot  # First: it sets TensorFlow's log level.
-from absl import app, flags
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import program  # First: it sets TensorFlow's log level.
+from _shared.omniglot_learner import compile_learner, make_learner, network
+
+from absl import flags
 
 from farhox import export
 
@@ -41,8 +46,8 @@ def trained_learner(run, seed):
     """The learner of a training, and the settings of its run."""
     weights = weights_of(run, seed)
     settings = json.loads((run / "runs" / "settings.json").read_text())
-    learner = omniglot.make_learner(settings, omniglot.network(settings), settings["transductive"])
-    omniglot.compile_learner(learner, settings)
+    learner = make_learner(settings, network(settings), settings["transductive"])
+    compile_learner(learner, settings)
     learner.load_weights(weights)
     return learner, settings
 
@@ -62,4 +67,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)

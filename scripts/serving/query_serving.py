@@ -1,7 +1,7 @@
 """Asks a running TensorFlow Serving to learn a new task of Omniglot, and draws its answer.
 
-    python scripts/query_serving.py --model=omniglot
-    python scripts/query_serving.py --model=omniglot --grpc --address=localhost:8500
+    python scripts/serving/query_serving.py --model=omniglot
+    python scripts/serving/query_serving.py --model=omniglot --grpc --address=localhost:8500
 
 The request is a test episode that the model has never seen: a support set and queries. The picture shows both, with the
 class that the server gives each query and how sure it is. --request sends arrays of a file of your own instead.
@@ -9,13 +9,17 @@ class that the server gives each query and how sure it is. --request sends array
 
 import json
 import pathlib
+import sys
 import urllib.error
 import urllib.request
 
-import experiment  # First: it sets TensorFlow's log level.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
+
+from _shared import experiment, program  # First: it sets TensorFlow's log level.
+
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 from farhox import meta
 
@@ -134,4 +138,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.run(main)
