@@ -396,23 +396,24 @@ class HyperOptimizer(keras.Model):
     def _update(self, finite, gradients, context):
         """Applies the hypergradients if they are finite; returns whether an update stands.
 
-        Over replicas the optimizer adds them up: hence the mean. What became of the values is looked at on one only.
+        Over replicas the optimizer adds them up: hence the mean. What became of the values, the same on all of them, is
+        looked at once.
         """
         replicas = context.num_replicas_in_sync
         if replicas == 1:
-            return tf.cond(finite, lambda: self._guarded_update.apply(self.optimizer, gradients), self._no_update)
+            return self._guarded(finite, lambda: self._apply(gradients))
         gradients = [gradient / replicas for gradient in gradients]
 
         def across_replicas(strategy, finite, gradients):
             # A condition may not hold a call that merges replicas, so the merge comes first and splits again inside.
-            def apply():
-                strategy.extended.call_for_each_replica(self._apply, args=(gradients,))
-                return tf.no_op()
+            return self._guarded(
+                strategy.experimental_local_results(finite)[0],
+                lambda: strategy.extended.call_for_each_replica(self._apply, args=(gradients,)))
 
-            return tf.cond(strategy.experimental_local_results(finite)[0], apply, lambda: tf.no_op())
+        return context.merge_call(across_replicas, args=(finite, gradients))
 
-        context.merge_call(across_replicas, args=(finite, gradients))
-        return finite
+    def _guarded(self, finite, update):
+        return tf.cond(finite, lambda: self._guarded_update.apply(self.optimizer, update), self._no_update)
 
     def _no_update(self):
         self._guarded_update.forget()

@@ -12,7 +12,7 @@ _HALVINGS = 52
 
 
 class GuardedUpdate:
-    """Applies hypergradients and looks at what became of the values.
+    """Runs an update of the outer variables and looks at what became of the values.
 
     After an update every outer value is finite, inside its bounds, and one that its type can tell from them:
 
@@ -36,11 +36,16 @@ class GuardedUpdate:
         self.lost = _flags(len(self._variables), "lost_values")
         self.held = _flags(len(self._variables), "held_values")
 
-    def apply(self, optimizer, gradients):
-        """Applies the gradients. Returns whether the update stands, a scalar bool tensor."""
+    def apply(self, optimizer, update):
+        """Runs an update. Returns whether it stands, a scalar bool tensor.
+
+        Args:
+            optimizer: The outer optimizer, whose state is part of what is taken back.
+            update: Callable that applies the hypergradients with it.
+        """
         before = [tf.convert_to_tensor(variable) for variable in self._variables]
         slots_before = [tf.convert_to_tensor(slot) for slot in optimizer.variables]
-        optimizer.apply(gradients, self._variables)
+        update()
         lost, held = [], []
         for variable, entry, old in zip(self._variables, self._entries, before):
             new = tf.convert_to_tensor(variable)
