@@ -321,6 +321,18 @@ def test_regression_is_judged_by_its_loss():
     assert result["loss_interval"] == pytest.approx(1.96 * np.std(errors, ddof=1) / np.sqrt(10), rel=1e-4)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_episodes_of_a_source_and_those_of_a_users_data_set_train_alike(jit_compile):
+    source, values = meta.SinusoidEpisodes(shots=3, queries=4), []
+    for data in (source.dataset(2, count=4), source.dataset(2, count=4).map(lambda *parts: tuple(*parts))):
+        learner = meta.MAML(keras.Sequential([keras.Input([1]), keras.layers.Dense(1, kernel_initializer="ones")]),
+                            0.01, 1, loss="mean_squared_error")
+        learner.compile(keras.optimizers.SGD(0.1), jit_compile=jit_compile)
+        learner.fit(data, verbose=0)
+        values.append([float(variable.numpy().sum()) for variable in learner.problem.outer_variables])
+    assert values[0] == values[1] and values[0][1] != 0.0
+
+
 def test_inner_batches_take_all_support_examples_before_any_comes_again():
     learner = meta.Reptile(network(), inner_steps=5, batch_size=4)
     learner.compile(keras.optimizers.SGD(1.0))

@@ -514,7 +514,9 @@ class HyperOptimizer(keras.Model):
         if not self.compiled or not self.jit_compile or not isinstance(data, tf.data.Dataset):
             return data
 
+        @tf.autograph.experimental.do_not_convert
         def checked(*element):
+            (element,) = element if len(element) == 1 else (element,)  # A plain tuple comes in parts, an episode whole.
             inner_batches, outer_batch = pair(element)
             with tf.control_dependencies(self.problem.data_checks(examples_of(inner_batches), outer_batch)):
                 return tf.nest.map_structure(tf.identity, element)
