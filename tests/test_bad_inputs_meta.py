@@ -324,3 +324,13 @@ def test_training_on_episodes_that_hold_nan_ends_with_an_error_that_names_them()
     data = tf.data.Dataset.from_tensors(meta.Episode((x, y), (spoilt, labels))).repeat(20)
     with pytest.raises(RuntimeError, match="NaN or infinity in the query inputs of episode 1 of the meta-batch, ex"):
         learner.fit(data, verbose=0)
+
+
+def test_labels_of_episodes_are_checked_before_xla_which_checks_nothing():
+    element = shared().source.dataset(2).take(1)
+    learner = meta.MAML(model(), 0.1, 1)
+    learner.compile(keras.optimizers.SGD(0.1), jit_compile=True)
+    assert np.isfinite(learner.fit(element, verbose=0).history["outer_loss"][0])
+    wrong = element.map(lambda episode: meta.Episode(episode.support, (episode.query[0], episode.query[1] + 1)))
+    with pytest.raises(ValueError, match="Labels must be integers from 0 .* Received labels from 1 to 3"):
+        learner.fit(wrong, verbose=0)

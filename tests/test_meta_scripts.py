@@ -57,7 +57,8 @@ def test_every_algorithm_trains_and_is_judged_on_omniglot(algorithm, tmp_path, c
     for form, result in run["test"].items():
         assert result["episodes"] == 10 and result["transductive"] == (form == "transductive")
         assert 0.0 < result["accuracy"] < 1.0 and result["accuracy_interval"] > 0.0
-    assert len(run["history"]["validation_accuracy"]) == 4 and np.all(np.isfinite(run["history"]["loss"]))
+    losses = run["history"]["loss" if algorithm == "protonet" else "outer_loss"]
+    assert len(run["history"]["validation_accuracy"]) == len(losses) == 4 and np.all(np.isfinite(losses))
     if algorithm == "hyper_representation":
         assert np.max(run["history"]["inner_learning_rate"]) <= 0.1001
     for name in ("omniglot.png", "episodes.png"):

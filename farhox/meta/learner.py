@@ -194,6 +194,9 @@ class Learner(HyperOptimizer):
         episode_checks.check_data(x, self.model)
         return super()._dataset(x)
 
+    def _checked_examples(self, data):
+        return episode_checks.as_parts(data, self.model)
+
     def test_step(self, data):
         support, query = self._parts(data)
         states, inner_losses = self._adapted(support)

@@ -222,6 +222,11 @@ class BilevelProblem:
         """Whether the inner objective is one of features of the batch."""
         return self._features is not None
 
+    @property
+    def has_data_checks(self):
+        """Whether there are assertions on data; see `data_checks`."""
+        return self._check_data is not None
+
     def data_checks(self, inner_examples, outer_batch):
         """Assertions on data, a list of tensors or operations; see `check_data`."""
         return [] if self._check_data is None else self._check_data(inner_examples, outer_batch)

@@ -372,6 +372,11 @@ class HyperOptimizer(keras.Model):
         del training
         return pair(data)
 
+    def _checked_examples(self, data):
+        """Of an element of the data set: the examples of training and of validation whose labels XLA cannot check."""
+        inner_batches, outer_batch = pair(data)
+        return examples_of(inner_batches), outer_batch
+
     def _hyper_iteration(self, inner_batches, outer_batch):
         result = self.hypergradient.compute(
             self.problem, inner_batches, outer_batch, state=self._kept.state_now(), carry=self._kept.carry_now())
@@ -511,14 +516,14 @@ class HyperOptimizer(keras.Model):
 
     def _dataset(self, x):
         data = as_hyper_iterations(x, self.distribute_strategy)
-        if not self.compiled or not self.jit_compile or not isinstance(data, tf.data.Dataset):
+        compiled = self.compiled and self.jit_compile
+        if not compiled or not self.problem.has_data_checks or not isinstance(data, tf.data.Dataset):
             return data
 
         @tf.autograph.experimental.do_not_convert
         def checked(*element):
             (element,) = element if len(element) == 1 else (element,)  # A plain tuple comes in parts, an episode whole.
-            inner_batches, outer_batch = pair(element)
-            with tf.control_dependencies(self.problem.data_checks(examples_of(inner_batches), outer_batch)):
+            with tf.control_dependencies(self.problem.data_checks(*self._checked_examples(element))):
                 return tf.nest.map_structure(tf.identity, element)
 
         return data.map(checked, num_parallel_calls=1)

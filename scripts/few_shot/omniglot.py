@@ -73,10 +73,12 @@ def plot_curves(settings, by_seed, path):
     with experiment.figure(path, columns=2, size=(10, 3.6)) as (accuracy, loss):
         for i, (seed, run) in enumerate(by_seed.items()):
             history = run["history"]
-            steps = settings["steps_per_epoch"] * np.arange(1, len(history["loss"]) + 1)
-            for axis, key, scale in ((accuracy, "accuracy", 100), (loss, "loss", 1)):
-                for name, color in ((key, experiment.GREY), (f"validation_{key}", experiment.BLUE)):
-                    label = "meta-training" if name == key else "meta-validation"
+            learned_by = "outer_loss" if "outer_loss" in history else "loss"  # Prototypes have no inner training.
+            steps = settings["steps_per_epoch"] * np.arange(1, len(history[learned_by]) + 1)
+            for axis, scale, names in ((accuracy, 100, ("accuracy", "validation_accuracy")),
+                                       (loss, 1, (learned_by, "validation_loss"))):
+                for name, color, label in zip(names, (experiment.GREY, experiment.BLUE),
+                                              ("meta-training", "meta-validation")):
                     axis.plot(steps, scale * np.array(history[name]), color=color, linewidth=1,
                               label=label if i == 0 else None)
         accuracy.set(title=f"{settings['algorithm']}, {settings['ways']} ways, {settings['shots']} shots",

@@ -88,7 +88,7 @@ def run(algorithm, settings, seed, folder):
             "amplitude": amplitude, "phase": phase, "before": learner.model(grid).numpy()[:, 0].tolist(),
             "after": learner.predict(support, grid)[:, 0].tolist()})
     return {"test": result, "errors_by_step": errors_by_step(learner, test, settings), "curves": curves,
-            "loss": history["loss"], "time_before": history["time_before"]}
+            "loss": history["outer_loss"], "time_before": history["time_before"]}
 
 
 def table(by_seed, settings):
