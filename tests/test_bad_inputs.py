@@ -7,6 +7,8 @@ import tensorflow as tf
 
 import farhox
 from farhox import stn
+from farhox.data import k_fold_dataset
+from farhox.training import OptimizerGroups
 
 X, Y = np.arange(24.0).reshape(8, 3).astype("float32") / 24, np.arange(8) % 3
 BATCH = X, Y
@@ -91,9 +93,9 @@ ROWS = [
     (lambda: data(batch_size=0), ValueError, "batch_size must be a positive integer"),
     (lambda: data(batch_size=9), ValueError, "batch_size must not exceed"),
     (lambda: data(batch_size=2, seed="0"), ValueError, "seed must be an integer"),
-    (lambda: farhox.k_fold_dataset(BATCH, 1, 2), ValueError, "folds"),
-    (lambda: farhox.k_fold_dataset(BATCH, 9, 2), ValueError, "at least one example per fold"),
-    (lambda: farhox.k_fold_dataset(None, 2, 2), TypeError, "data must be a nest of arrays"),
+    (lambda: k_fold_dataset(BATCH, 1, 2), ValueError, "folds"),
+    (lambda: k_fold_dataset(BATCH, 9, 2), ValueError, "at least one example per fold"),
+    (lambda: k_fold_dataset(None, 2, 2), TypeError, "data must be a nest of arrays"),
     # repeat, stack, gather
     (lambda: farhox.repeat(BATCH, 0), ValueError, "inner steps must be a positive integer"),
     (lambda: farhox.repeat(BATCH, None), ValueError, "inner steps must be a positive integer"),
@@ -173,7 +175,16 @@ ROWS = [
     (lambda: farhox.HyperOptimizer(PROBLEM, farhox.ReverseHG), TypeError, "hypergradient must be one of"),
     (lambda: uncompiled().compile("adam", loss="mse"), ValueError, "takes no loss"),
     (lambda: uncompiled().compile("no_such_optimizer"), ValueError, "no_such_optimizer"),
-    (lambda: uncompiled().compile(farhox.Adam()), TypeError, "keras.optimizers.Adam"),
+    (lambda: uncompiled().compile(farhox.Adam()), TypeError,
+     r"optimizer must be an optimizer of Keras: write keras.optimizers.Adam\(...\). farhox.Adam is inner dynamics"),
+    (lambda: uncompiled().compile(farhox.Momentum), TypeError, r"write keras.optimizers.SGD\(...\)"),
+    (lambda: farhox.KerasDynamics(farhox.GradientDescent()), TypeError, r"write keras.optimizers.SGD\(...\)"),
+    (lambda: OptimizerGroups(farhox.Adam(), []), TypeError, r"write keras.optimizers.Adam\(...\)"),
+    (lambda: farhox.meta.PrototypicalNetwork(MODEL, 3).compile(farhox.Adam()), TypeError,
+     r"write keras.optimizers.Adam\(...\)"),
+    *((lambda name=name: stn.SelfTuningModel(self_tuning()).compile(**{"loss": "mse", name: farhox.Adam()}), TypeError,
+       rf"{name} must be an optimizer of Keras: write keras.optimizers.Adam\(...\)")
+      for name in ("optimizer", "hyper_optimizer", "scale_optimizer")),
     (lambda: uncompiled().step(INNER, BATCH), ValueError, "must be compiled"),
     (lambda: fit(BATCH), ValueError, r"bilevel_dataset|farhox.repeat"),
     (lambda: fit(None), ValueError, "Data must be a tf.data.Dataset of pairs"),

@@ -8,7 +8,8 @@ import pytest
 import tensorflow as tf
 
 import farhox
-from farhox.dynamics import L1, GroupLasso, NuclearNorm, Projection
+from farhox.constraints import Box, CappedSimplex, Simplex
+from farhox.dynamics import L1, BacktrackingGradientDescent, GroupLasso, NuclearNorm, Projection, ProximalGradient
 
 OPTIMIZERS = keras.optimizers
 NAN, INFINITY = float("nan"), float("inf")
@@ -76,14 +77,14 @@ ROWS = [
     ("Adam", "beta_2 above one", lambda: farhox.Adam(beta_2=1.5), ValueError, "beta_2 must be .* less than 1.0"),
     ("Adam", "negative epsilon", lambda: farhox.Adam(epsilon=-1e-7), ValueError, "epsilon must be finite and at least"),
     ("Adam", "bfloat16", lambda: bound(farhox.Adam()), ValueError, "never moves a variable of type bfloat16"),
-    ("BacktrackingGradientDescent", "NaN", lambda: farhox.BacktrackingGradientDescent(NAN), ValueError, RATE),
-    ("BacktrackingGradientDescent", "decrease", lambda: farhox.BacktrackingGradientDescent(decrease=NAN), ValueError,
+    ("BacktrackingGradientDescent", "NaN", lambda: BacktrackingGradientDescent(NAN), ValueError, RATE),
+    ("BacktrackingGradientDescent", "decrease", lambda: BacktrackingGradientDescent(decrease=NAN), ValueError,
      "decrease must be a number strictly between 0 and 1"),
-    ("BacktrackingGradientDescent", "a bool", lambda: farhox.BacktrackingGradientDescent(max_backtracks=True),
+    ("BacktrackingGradientDescent", "a bool", lambda: BacktrackingGradientDescent(max_backtracks=True),
      ValueError, "max_backtracks must be a non-negative integer"),
-    ("ProximalGradient", "negative", lambda: farhox.ProximalGradient(-0.1), ValueError, RATE),
-    ("ProximalGradient", "a number", lambda: farhox.ProximalGradient(0.1, 0.1), TypeError, "penalty must be one of"),
-    ("ProximalGradient", "no penalty", lambda: bound(farhox.ProximalGradient(0.1), "float32"), ValueError,
+    ("ProximalGradient", "negative", lambda: ProximalGradient(-0.1), ValueError, RATE),
+    ("ProximalGradient", "a number", lambda: ProximalGradient(0.1, 0.1), TypeError, "penalty must be one of"),
+    ("ProximalGradient", "no penalty", lambda: bound(ProximalGradient(0.1), "float32"), ValueError,
      "needs a penalty"),
     ("L1", "negative", lambda: L1(-1.0), ValueError, "strength must be finite and at least 0.0"),
     ("L1", "NaN in an array", lambda: L1(np.array([0.1, NAN])), ValueError, "strength must be finite"),
@@ -120,11 +121,11 @@ ROWS = [
      "l2 must be finite and not negative"),
     ("L1L2.from_config", "text", lambda: farhox.L1L2.from_config({"l1": "strong", "l2": 0.0}), TypeError,
      "l1 must be a number"),
-    ("Box", "no bound", farhox.Box, ValueError, "A box needs a bound"),
-    ("Box.from_config", "infinite", lambda: farhox.Box.from_config({"low": -INFINITY, "high": 1.0}), ValueError,
+    ("Box", "no bound", Box, ValueError, "A box needs a bound"),
+    ("Box.from_config", "infinite", lambda: Box.from_config({"low": -INFINITY, "high": 1.0}), ValueError,
      "low must be a finite number"),
-    ("Simplex", "zero", lambda: farhox.Simplex(0.0), ValueError, "total must be a positive finite number"),
-    ("CappedSimplex.from_config", "NaN", lambda: farhox.CappedSimplex.from_config({"budget": NAN}), ValueError,
+    ("Simplex", "zero", lambda: Simplex(0.0), ValueError, "total must be a positive finite number"),
+    ("CappedSimplex.from_config", "NaN", lambda: CappedSimplex.from_config({"budget": NAN}), ValueError,
      "budget must be a positive finite number"),
 ]
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import farhox
 from farhox import export, meta
+from farhox.hypergradients import EpisodesHG
 
 X = np.random.default_rng(0).random((36, 4)).astype("float32")
 Y = np.repeat(np.arange(6), 6)
@@ -307,7 +308,7 @@ def test_a_learner_whose_outer_objective_never_sees_the_queries_is_an_error():
     network = model()
     problem = farhox.supervised_problem(network, learn_initialization=True, dynamics=farhox.GradientDescent(0.1),
                                         outer_call=lambda inputs: network(inputs[0]))
-    learner = meta.Learner(network, problem, farhox.EpisodesHG(farhox.ReverseHG()), 1)
+    learner = meta.Learner(network, problem, EpisodesHG(farhox.ReverseHG()), 1)
     learner.compile(keras.optimizers.SGD(0.1))
     message = "The outer objective of a learner must depend on the query inputs.* never sees the queries"
     for call in (lambda: learner.fit(shared().source.dataset(2, count=2), verbose=0),

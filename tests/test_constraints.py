@@ -9,11 +9,11 @@ import pytest
 import scipy.optimize
 import tensorflow as tf
 
-import farhox
+from farhox.constraints import Box, CappedSimplex, Simplex
 
 CONSTRAINTS = [
-    farhox.Box(low=-0.5, high=0.25), farhox.Box(low=0.0), farhox.Box(high=1.0),
-    farhox.Simplex(), farhox.Simplex(2.5), farhox.Simplex(1.0, at_most=True), farhox.CappedSimplex(1.5),
+    Box(low=-0.5, high=0.25), Box(low=0.0), Box(high=1.0),
+    Simplex(), Simplex(2.5), Simplex(1.0, at_most=True), CappedSimplex(1.5),
 ]
 entries = hypothesis.extra.numpy.arrays(
     np.float64, st.integers(1, 40), elements=st.one_of(
@@ -50,9 +50,9 @@ def projected_by_quadratic_program(values, total, cap, exact_sum):
 
 def kind_of(name, total):
     return {
-        "capped": (lambda: farhox.CappedSimplex(total), 1.0, False),
-        "simplex": (lambda: farhox.Simplex(total), np.inf, True),
-        "at_most": (lambda: farhox.Simplex(total, at_most=True), np.inf, False),
+        "capped": (lambda: CappedSimplex(total), 1.0, False),
+        "simplex": (lambda: Simplex(total), np.inf, True),
+        "at_most": (lambda: Simplex(total, at_most=True), np.inf, False),
     }[name]
 
 
@@ -77,7 +77,7 @@ def test_projection_equals_a_quadratic_program(kind):
 
 
 @pytest.mark.parametrize("constraint", [
-    farhox.Simplex(1.0, at_most=True), farhox.Simplex(1.0), farhox.CappedSimplex(1.0)],
+    Simplex(1.0, at_most=True), Simplex(1.0), CappedSimplex(1.0)],
     ids=["at_most", "equal", "capped"])
 def test_projection_of_the_simplex_oracle(constraint):
     # Every entry of the answer is below 1, so the cap of the capped simplex does not bind, and its sum is 1.
@@ -88,21 +88,21 @@ def test_projection_of_the_simplex_oracle(constraint):
 
 def test_simplex_with_at_most_keeps_a_small_sum_that_the_equality_raises():
     small = np.array([0.1, 0.2, -1.0])
-    np.testing.assert_array_equal(farhox.Simplex(1.0, at_most=True)(small).numpy(), [0.1, 0.2, 0.0])
-    np.testing.assert_allclose(farhox.Simplex(1.0)(small).numpy(), [0.45, 0.55, 0.0], rtol=1e-15)
+    np.testing.assert_array_equal(Simplex(1.0, at_most=True)(small).numpy(), [0.1, 0.2, 0.0])
+    np.testing.assert_allclose(Simplex(1.0)(small).numpy(), [0.45, 0.55, 0.0], rtol=1e-15)
 
 
 def test_capped_simplex_caps_where_the_simplex_does_not():
     values = np.array([3.0, 0.2])
-    np.testing.assert_allclose(farhox.CappedSimplex(1.2)(values).numpy(), [1.0, 0.2], rtol=1e-15)
-    np.testing.assert_allclose(farhox.Simplex(1.2, at_most=True)(values).numpy(), [1.2, 0.0], rtol=1e-15)
+    np.testing.assert_allclose(CappedSimplex(1.2)(values).numpy(), [1.0, 0.2], rtol=1e-15)
+    np.testing.assert_allclose(Simplex(1.2, at_most=True)(values).numpy(), [1.2, 0.0], rtol=1e-15)
 
 
 def test_box_clips_at_the_bounds_that_it_has():
     values = np.array([-2.0, 0.1, 2.0])
-    np.testing.assert_array_equal(farhox.Box(-0.3, 0.7)(values).numpy(), [-0.3, 0.1, 0.7])
-    np.testing.assert_array_equal(farhox.Box(low=0.5)(values).numpy(), [0.5, 0.5, 2.0])
-    np.testing.assert_array_equal(farhox.Box(high=0.0)(values).numpy(), [-2.0, 0.0, 0.0])
+    np.testing.assert_array_equal(Box(-0.3, 0.7)(values).numpy(), [-0.3, 0.1, 0.7])
+    np.testing.assert_array_equal(Box(low=0.5)(values).numpy(), [0.5, 0.5, 2.0])
+    np.testing.assert_array_equal(Box(high=0.0)(values).numpy(), [-2.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda constraint: type(constraint).__name__)
@@ -141,7 +141,7 @@ def test_keras_optimizers_enforce_constraints_after_an_update(constraint):
 
 def test_a_budget_over_many_float32_entries_holds_to_rounding():
     values = np.random.default_rng(5).uniform(0.0, 1.0, 50000).astype("float32")
-    projected = farhox.CappedSimplex(1000.0)(values).numpy().astype("float64")
+    projected = CappedSimplex(1000.0)(values).numpy().astype("float64")
     np.testing.assert_allclose(projected.sum(), 1000.0, rtol=1e-6)
 
 
@@ -154,11 +154,11 @@ def test_a_budget_over_many_float32_entries_holds_to_rounding():
 ])
 def test_box_refuses_bounds_that_bound_nothing(arguments, rule):
     with pytest.raises(ValueError, match=rule):
-        farhox.Box(**arguments)
+        Box(**arguments)
 
 
 @pytest.mark.parametrize("total", [0.0, -1.0, float("nan"), float("inf"), "1", True, None])
-@pytest.mark.parametrize("constraint", [farhox.Simplex, farhox.CappedSimplex])
+@pytest.mark.parametrize("constraint", [Simplex, CappedSimplex])
 def test_simplices_refuse_a_sum_that_is_not_positive(constraint, total):
     with pytest.raises(ValueError, match="must be a positive finite number"):
         constraint(total)

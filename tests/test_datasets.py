@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import farhox
+from farhox.data import k_fold_dataset
 from farhox.data.batches import batch_at, num_steps
 from farhox.data.finite import first_not_finite
 
@@ -60,7 +61,7 @@ def test_the_order_is_seeded_and_changes_from_epoch_to_epoch():
 
 @pytest.mark.parametrize("make", [
     lambda: dataset(batch_size=5, outer_batch_size=4, seed=0),
-    lambda: farhox.k_fold_dataset((X, Y), 3, inner_steps=2, batch_size=5, seed=0)], ids=["bilevel", "k_fold"])
+    lambda: k_fold_dataset((X, Y), 3, inner_steps=2, batch_size=5, seed=0)], ids=["bilevel", "k_fold"])
 def test_the_order_does_not_depend_on_the_global_seed(make):
     orders = []
     for global_seed in (None, 0, 7):

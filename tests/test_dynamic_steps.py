@@ -18,6 +18,9 @@ from problems import (
 )
 
 import farhox
+from farhox.hypergradients import DartsHG, EpisodesHG, EvoGradHG, ReversibleHG
+from farhox.insight import health
+from farhox.linear_solvers import Direct
 
 Q = 1 - RATE * CURVATURE
 # Norms before the steps: 5, 4, 3.2, 2.56, 2.048, ... The first below 2.6 is that of the fourth step.
@@ -31,10 +34,10 @@ METHODS = {
     "truncated_checkpoints": farhox.ReverseHG(truncation=3, checkpoint_every=2),
     "truncated_to_nothing": farhox.ReverseHG(truncation=0),
     "forward": farhox.ForwardHG(),
-    "implicit": farhox.ImplicitHG(farhox.Direct()),
-    "evograd": farhox.EvoGradHG(sigma=0.1),
-    "darts": farhox.DartsHG(),
-    "reversible": farhox.ReversibleHG(),
+    "implicit": farhox.ImplicitHG(Direct()),
+    "evograd": EvoGradHG(sigma=0.1),
+    "darts": DartsHG(),
+    "reversible": ReversibleHG(),
 }
 methods = pytest.mark.parametrize("name", list(METHODS))
 
@@ -164,7 +167,7 @@ def test_hypergradient_check_stops_too():
 
 def test_episodes_stop_by_themselves():
     case = scalar_quadratic(outer=("target",), stop_tolerance=TOLERANCE)
-    result = farhox.EpisodesHG(farhox.ReverseHG()).compute(
+    result = EpisodesHG(farhox.ReverseHG()).compute(
         case.problem, tf.stack([case.inner_batches, 4 * case.inner_batches]), tf.stack([case.outer_batch] * 2))
     # Norms with four times the curvature: 20, 4, 0.8.
     assert result.state.step.numpy().tolist() == [TAKEN, 3]
@@ -173,7 +176,7 @@ def test_episodes_stop_by_themselves():
 
 def test_health_counts_the_steps_taken():
     case = scalar_quadratic(outer=("target",), stop_tolerance=TOLERANCE)
-    assert farhox.health(*case[:3], farhox.ReverseHG()).steps == TAKEN
+    assert health(*case[:3], farhox.ReverseHG()).steps == TAKEN
 
 
 def test_supervised_problem_takes_a_tolerance():

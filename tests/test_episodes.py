@@ -6,6 +6,8 @@ import pytest
 import tensorflow as tf
 
 import farhox
+from farhox.data import k_fold_dataset
+from farhox.hypergradients import EpisodesHG
 
 EPISODES, STEPS = 3, 4
 
@@ -55,7 +57,7 @@ INNER_BATCHES = {
 def test_episodes_equal_the_mean_of_single_computations(problem, kind, method):
     inner, single = INNER_BATCHES[kind]
     outer = examples(EPISODES, 8)
-    result = farhox.EpisodesHG(method).compute(problem, inner, outer)
+    result = EpisodesHG(method).compute(problem, inner, outer)
     parts = [method.compute(problem, single(inner, k), episode(outer, k)) for k in range(EPISODES)]
     for i, gradient in enumerate(result.gradients):
         np.testing.assert_allclose(gradient, np.mean([part.gradients[i] for part in parts], axis=0), rtol=1e-12)
@@ -67,7 +69,7 @@ def test_episodes_equal_the_mean_of_single_computations(problem, kind, method):
 
 def test_order_of_episodes_does_not_matter(problem):
     inner, outer = examples(EPISODES, STEPS, 6), examples(EPISODES, 8)
-    method = farhox.EpisodesHG(farhox.ReverseHG())
+    method = EpisodesHG(farhox.ReverseHG())
     order = [2, 0, 1]
     first = method.compute(problem, inner, outer)
     second = method.compute(problem, episode(inner, order), episode(outer, order))
@@ -77,7 +79,7 @@ def test_order_of_episodes_does_not_matter(problem):
 
 def test_another_aggregation_replaces_the_mean(problem):
     inner, outer = examples(EPISODES, STEPS, 6), examples(EPISODES, 8)
-    worst = farhox.EpisodesHG(farhox.ReverseHG(), aggregation=lambda values: tf.reduce_max(values, axis=0))
+    worst = EpisodesHG(farhox.ReverseHG(), aggregation=lambda values: tf.reduce_max(values, axis=0))
     losses = [farhox.ReverseHG().compute(problem, episode(inner, k), episode(outer, k)).outer_loss
               for k in range(EPISODES)]
     np.testing.assert_allclose(worst.compute(problem, inner, outer).outer_loss, np.max(losses), rtol=1e-13)
@@ -86,7 +88,7 @@ def test_another_aggregation_replaces_the_mean(problem):
 def test_states_of_episodes_can_go_on():
     problem = make_problem(learned_bias=False)
     inner, outer = examples(EPISODES, 2 * STEPS, 6), examples(EPISODES, 8)
-    method = farhox.EpisodesHG(farhox.ForwardHG())
+    method = EpisodesHG(farhox.ForwardHG())
     halves = [tf.nest.map_structure(lambda leaf: leaf[:, part], inner)
               for part in (slice(None, STEPS), slice(STEPS, None))]
     first = method.compute(problem, halves[0], outer)
@@ -117,8 +119,8 @@ def test_different_inner_problems_are_one_problem_with_a_sum():
 
 
 def test_fit_and_evaluate_train_on_folds(problem):
-    data = farhox.k_fold_dataset(examples(40), folds=4, inner_steps=STEPS, batch_size=6)
-    optimizer = farhox.HyperOptimizer(problem, farhox.EpisodesHG(farhox.ReverseHG()))
+    data = k_fold_dataset(examples(40), folds=4, inner_steps=STEPS, batch_size=6)
+    optimizer = farhox.HyperOptimizer(problem, EpisodesHG(farhox.ReverseHG()))
     optimizer.compile(keras.optimizers.SGD(0.1), metrics=["accuracy"])
     history = optimizer.fit(data, epochs=3, verbose=0).history
     assert len(history["rate"]) == 3 and history["rate"][0] != history["rate"][-1]
@@ -126,7 +128,7 @@ def test_fit_and_evaluate_train_on_folds(problem):
     assert 0 <= result["accuracy"] <= 1
     inner, outer = next(iter(data))
     np.testing.assert_allclose(
-        farhox.EpisodesHG(farhox.ReverseHG()).evaluate(problem, inner, outer).outer_loss,
+        EpisodesHG(farhox.ReverseHG()).evaluate(problem, inner, outer).outer_loss,
         np.mean([farhox.ReverseHG().evaluate(
             problem, farhox.gather(inner.data, inner.indices[k]), episode(outer, k)).outer_loss for k in range(4)]),
         rtol=1e-12)
@@ -134,7 +136,7 @@ def test_fit_and_evaluate_train_on_folds(problem):
 
 def test_folds_are_disjoint_and_cover_the_data():
     x = np.arange(43.0)
-    inner, outer = next(iter(farhox.k_fold_dataset((x,), folds=5, inner_steps=2)))
+    inner, outer = next(iter(k_fold_dataset((x,), folds=5, inner_steps=2)))
     assert outer[0].shape == (5, 8) and inner.indices.shape == (5, 2, 32)
     held_out = np.sort(outer[0].numpy().ravel())
     assert len(np.unique(held_out)) == 40
@@ -151,13 +153,13 @@ def test_folds_are_disjoint_and_cover_the_data():
 ])
 def test_folds_refuse_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
-        farhox.k_fold_dataset(examples(40), **{"folds": 2, "inner_steps": 3, **arguments})
+        k_fold_dataset(examples(40), **{"folds": 2, "inner_steps": 3, **arguments})
 
 
 def test_episodes_refuse_bad_input():
     with pytest.raises(TypeError, match="method for one episode"):
-        farhox.EpisodesHG("reverse")
+        EpisodesHG("reverse")
     with pytest.raises(TypeError, match="aggregation must be a callable"):
-        farhox.EpisodesHG(farhox.ReverseHG(), aggregation="mean")
+        EpisodesHG(farhox.ReverseHG(), aggregation="mean")
     with pytest.raises(ValueError, match="Episodes start anew"):
-        farhox.HyperOptimizer(make_problem(learned_bias=False), farhox.EpisodesHG(farhox.ReverseHG()), online=True)
+        farhox.HyperOptimizer(make_problem(learned_bias=False), EpisodesHG(farhox.ReverseHG()), online=True)

@@ -17,6 +17,7 @@ from problems import (
 )
 
 import farhox
+from farhox.hypergradients import EvoGradHG
 
 dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
 NO_BATCH = (tf.zeros([1]), tf.zeros([]))
@@ -33,7 +34,7 @@ def resting_quadratic(dtype="float64", **other):
 
 @dtypes
 def test_two_opposite_signs_have_the_value_worked_out_by_hand(dtype):
-    result = farhox.EvoGradHG(perturbations=2, sigma=0.1, temperature=0.05, seed=0).compute(
+    result = EvoGradHG(perturbations=2, sigma=0.1, temperature=0.05, seed=0).compute(
         resting_quadratic(dtype), *NO_BATCH)
     weight = 1 / (1 + np.exp(-2.0))
     mixture = 0.1 * (2 * weight - 1)
@@ -49,7 +50,7 @@ def test_two_opposite_signs_have_the_value_worked_out_by_hand(dtype):
 def test_mean_over_draws_is_that_of_one_differentiated_step(perturbations, sign):
     """One gradient step of size sigma^2 (1 - 1/K) / temperature, for small sigma."""
     sigma, temperature = 1e-3, 0.05
-    method = farhox.EvoGradHG(perturbations, sigma, temperature, sign=sign)
+    method = EvoGradHG(perturbations, sigma, temperature, sign=sign)
     problem = resting_quadratic()
     compute = tf.function(lambda carry: method.compute(problem, *NO_BATCH, carry=carry).gradients[0], autograph=False)
     draws = [float(compute([tf.constant(draw, tf.int64)])) for draw in range(400)]
@@ -67,7 +68,7 @@ def test_direction_is_that_of_the_hypergradient(strength):
         lambda batch: keras.ops.square(w - 1) + penalty * keras.ops.square(w),
         lambda batch: keras.ops.square(w - 0.5),
         inner_variables=[w], outer_variables=[penalty], dynamics=farhox.GradientDescent(0.1))
-    method = farhox.EvoGradHG(perturbations=100, sigma=0.3, temperature=0.5, sign=False)
+    method = EvoGradHG(perturbations=100, sigma=0.3, temperature=0.5, sign=False)
     compute = tf.function(lambda carry: method.compute(problem, *NO_BATCH, carry=carry).gradients[0], autograph=False)
     mean = np.mean([float(compute([tf.constant(draw, tf.int64)])) for draw in range(100)])
     assert np.sign(mean) == np.sign((strength - 1) / (strength + 1) ** 3)
@@ -77,7 +78,7 @@ def test_gradient_is_that_of_the_mixture_of_a_network(float64):
     """Finite differences in λ of the outer loss at the mixture, with w_T held fixed: the same draws are made again."""
     case = trained_network(rate=0.0)
     problem = case.problem
-    method = farhox.EvoGradHG(perturbations=3, sigma=0.05, temperature=0.05, seed=4)
+    method = EvoGradHG(perturbations=3, sigma=0.05, temperature=0.05, seed=4)
     compute = tf.function(
         lambda state: method.compute(problem, case.inner_batches, case.outer_batch, state=state),
         autograph=False)
@@ -97,8 +98,8 @@ def test_gradient_is_that_of_the_mixture_of_a_network(float64):
 
 def test_run_is_that_of_the_inner_training(float64):
     case = trained_network()
-    result = farhox.EvoGradHG().compute(case.problem, case.inner_batches, case.outer_batch)
-    evaluation = farhox.EvoGradHG().evaluate(case.problem, case.inner_batches, case.outer_batch)
+    result = EvoGradHG().compute(case.problem, case.inner_batches, case.outer_batch)
+    evaluation = EvoGradHG().evaluate(case.problem, case.inner_batches, case.outer_batch)
     assert_close([result.outer_loss, result.inner_losses], [evaluation.outer_loss, evaluation.inner_losses], 1e-12)
     assert_close(result.state.variables, evaluation.state.variables, 1e-12)
 
@@ -107,21 +108,21 @@ def test_run_is_that_of_the_inner_training(float64):
     tf.__version__.startswith("2.18."), reason="XLA of TensorFlow 2.18 cannot compile the gradient of tf.map_fn"))])
 def test_compiled_computation_is_the_eager_one(jit_compile, float64):
     case = trained_network("Dense")  # Keras' dropout draws other masks under XLA.
-    method = farhox.EvoGradHG(sigma=0.05)
+    method = EvoGradHG(sigma=0.05)
     compiled = tf.function(lambda: method.compute(*case[:3]), autograph=False, jit_compile=jit_compile)()
     assert_close(compiled.gradients, method.compute(*case[:3]).gradients, 1e-9)
 
 
 def test_carry_makes_new_draws_and_resumes_exactly(float64):
     case = trained_network("Dense")
-    method = farhox.EvoGradHG(sigma=0.1)
+    method = EvoGradHG(sigma=0.1)
     first = method.compute(*case[:3])
     assert_identical(method.compute(*case[:3], carry=method.initial_carry(case.problem)), first)
     second = method.compute(*case[:3], carry=first.carry)
     assert second.gradients[0] != first.gradients[0]
     assert_identical(method.compute(*case[:3], carry=[tf.constant(1, tf.int64)]), second)
     assert [int(carry[0]) for carry in (first.carry, second.carry)] == [1, 2]
-    assert farhox.EvoGradHG(sigma=0.1, seed=3).compute(*case[:3]).gradients[0] != first.gradients[0]
+    assert EvoGradHG(sigma=0.1, seed=3).compute(*case[:3]).gradients[0] != first.gradients[0]
 
 
 def test_hyper_optimizer_draws_anew_in_each_iteration_and_goes_on_after_a_restart(tmp_path):
@@ -135,7 +136,7 @@ def test_hyper_optimizer_draws_anew_in_each_iteration_and_goes_on_after_a_restar
         problem = farhox.BilevelProblem(
             lambda batch: loss(batch) + strength() * sum(keras.ops.sum(w ** 2) for w in model.trainable_variables),
             loss, model.trainable_variables, [strength], farhox.GradientDescent(0.1))
-        result = farhox.HyperOptimizer(problem, farhox.EvoGradHG(sigma=0.05))
+        result = farhox.HyperOptimizer(problem, EvoGradHG(sigma=0.05))
         result.compile(keras.optimizers.Adam(0.1))
         return result
 
@@ -159,7 +160,7 @@ def test_hyper_optimizer_draws_anew_in_each_iteration_and_goes_on_after_a_restar
 @pytest.mark.parametrize("outer, name", [(("target", "rate"), "rate"), (("target", "initial"), "w")])
 def test_what_acts_through_the_path_is_an_error_that_names_it(outer, name):
     with pytest.raises(ValueError, match=f"depends on '{name}'. EvoGradHG sees .*use ReverseHG or ForwardHG"):
-        farhox.EvoGradHG().compute(*scalar_quadratic(outer=outer)[:3])
+        EvoGradHG().compute(*scalar_quadratic(outer=outer)[:3])
 
 
 def test_explicit_dependence_of_the_outer_objective_counts():
@@ -167,7 +168,7 @@ def test_explicit_dependence_of_the_outer_objective_counts():
     problem = farhox.BilevelProblem(
         lambda a: a / 2 * keras.ops.square(w), lambda goal: scale * keras.ops.square(w - goal),
         inner_variables=[w], outer_variables=[scale], dynamics=farhox.GradientDescent(0.1))
-    result = farhox.EvoGradHG().compute(problem, tf.constant([CURVATURE], tf.float64), tf.constant(GOAL, tf.float64))
+    result = EvoGradHG().compute(problem, tf.constant([CURVATURE], tf.float64), tf.constant(GOAL, tf.float64))
     assert_close(result.gradients, [result.diagnostics["mixture_loss"] / 2.0], 1e-12)
 
 
@@ -182,7 +183,7 @@ def test_explicit_dependence_of_the_outer_objective_counts():
 ])
 def test_arguments_out_of_range_are_errors(argument, value, rule):
     with pytest.raises(ValueError, match=rule):
-        farhox.EvoGradHG(**{argument: value})
+        EvoGradHG(**{argument: value})
 
 
 def trained_network(name="BatchNormalization", rate=0.3):

@@ -7,6 +7,8 @@ import tensorflow as tf
 from problems import assert_close, variable
 
 import farhox
+from farhox.hypergradients import EpisodesHG
+from farhox.linear_solvers import Direct
 from farhox.problem.inner_training import InnerTraining
 
 GENERATOR = np.random.default_rng(0)
@@ -46,7 +48,7 @@ METHODS = {
     "reverse": farhox.ReverseHG(), "sqrt": farhox.ReverseHG(checkpoint_every="sqrt"),
     "truncated": farhox.ReverseHG(truncation=2), "none": farhox.ReverseHG(truncation=0),
     "weighted": farhox.ReverseHG(step_weights=(0.1, 0.0, 0.2, 0.3, 0.4)), "forward": farhox.ForwardHG(),
-    "episodes": farhox.EpisodesHG(farhox.ReverseHG())}
+    "episodes": EpisodesHG(farhox.ReverseHG())}
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
@@ -85,7 +87,7 @@ def test_implicit_hypergradient_is_that_of_a_representation_computed_in_each_ste
         keras.utils.set_random_seed(0)
         problem = make(share, dynamics=farhox.GradientDescent(0.5), proximal=0.5)
         problem = problem.with_outer(problem.outer_objective, problem.outer_variables[1:])
-        method = farhox.ImplicitHG(farhox.Direct())
+        method = farhox.ImplicitHG(Direct())
         gradients.append(method.compute(problem, farhox.repeat((X, Y), 200), OUTER).gradients)
     assert_close(gradients[1], gradients[0], 1e-9)
 

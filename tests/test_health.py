@@ -6,6 +6,8 @@ import pytest
 import tensorflow as tf
 
 import farhox
+from farhox.hypergradients import EpisodesHG
+from farhox.insight import health
 
 OUTER = tf.zeros([1])
 
@@ -19,7 +21,7 @@ def quadratic(rate=0.1, outer_of=None):
 
 
 def report(method, steps=7, **settings):
-    return farhox.health(quadratic(**settings), farhox.repeat(tf.zeros([1]), steps), OUTER, method)
+    return health(quadratic(**settings), farhox.repeat(tf.zeros([1]), steps), OUTER, method)
 
 
 def test_contraction_and_truncation_bias_are_those_of_the_quadratic():
@@ -74,7 +76,7 @@ def test_entries_that_no_batch_reached_are_counted():
     problem = farhox.BilevelProblem(
         lambda index: tf.reduce_sum(weights(index) * (w - 2.0) ** 2), lambda _: (w - 1.0) ** 2, [w], [weights],
         dynamics=farhox.GradientDescent(0.1))
-    found = farhox.health(problem, farhox.repeat(tf.constant([0, 2]), 3), OUTER, farhox.ReverseHG())
+    found = health(problem, farhox.repeat(tf.constant([0, 2]), 3), OUTER, farhox.ReverseHG())
     assert found.gradients[0].remark == "2 of 4 entries are zero"
 
 
@@ -83,7 +85,7 @@ def test_many_directions_advise_reverse_mode():
     w = keras.Variable(np.zeros(11), dtype="float64", name="w")
     problem = farhox.BilevelProblem(
         lambda _: tf.reduce_sum((w - lam) ** 2), lambda _: tf.reduce_sum(w ** 2), [w], [lam])
-    found = farhox.health(problem, farhox.repeat(OUTER, 2), OUTER, farhox.ForwardHG())
+    found = health(problem, farhox.repeat(OUTER, 2), OUTER, farhox.ForwardHG())
     assert any("carries 11 directions" in sentence for sentence in found.advice)
 
 
@@ -92,7 +94,7 @@ def test_an_unsolved_linear_system_is_reported():
     scales = tf.constant([1e-4, 1e-2, 0.1, 1.0, 3.0, 9.0], tf.float64)
     problem = farhox.BilevelProblem(
         lambda _: tf.reduce_sum(scales * (w - 2 * lam) ** 2), lambda _: tf.reduce_sum(w), [w], [lam])
-    found = farhox.health(problem, farhox.repeat(OUTER, 2), OUTER, farhox.ImplicitHG(farhox.ConjugateGradient(2)))
+    found = health(problem, farhox.repeat(OUTER, 2), OUTER, farhox.ImplicitHG(farhox.ConjugateGradient(2)))
     assert any("linear system is not solved" in sentence for sentence in found.advice)
 
 
@@ -109,11 +111,11 @@ def test_a_result_that_is_there_is_not_computed_again():
     problem, batches = quadratic(), farhox.repeat(tf.zeros([1]), 7)
     result = farhox.ReverseHG().compute(problem, batches, OUTER)
     doubled = result._replace(gradients=[2 * gradient for gradient in result.gradients])
-    found = farhox.health(problem, batches, OUTER, farhox.ReverseHG(), result=doubled)
+    found = health(problem, batches, OUTER, farhox.ReverseHG(), result=doubled)
     assert found.gradients[0].norm == pytest.approx(2 * float(result.gradients[0]))
 
 
-@pytest.mark.parametrize("method", ["reverse", farhox.EpisodesHG(farhox.ReverseHG())], ids=["string", "episodes"])
+@pytest.mark.parametrize("method", ["reverse", EpisodesHG(farhox.ReverseHG())], ids=["string", "episodes"])
 def test_health_refuses_what_is_no_method_for_one_problem(method):
     with pytest.raises(TypeError, match="for one inner problem"):
-        farhox.health(quadratic(), farhox.repeat(OUTER, 2), OUTER, method)
+        health(quadratic(), farhox.repeat(OUTER, 2), OUTER, method)

@@ -23,16 +23,17 @@ from problems import (
 )
 
 import farhox
+from farhox.linear_solvers import GMRES, Direct, FixedPoint, Neumann, NormalConjugateGradient, Nystrom
 
 dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
 EXACT_SOLVERS = {
     "cg": farhox.ConjugateGradient(tolerance=0.0),
-    "normal_cg": farhox.NormalConjugateGradient(tolerance=0.0),
-    "gmres": farhox.GMRES(),
-    "dense": farhox.Direct(),
-    "neumann": farhox.Neumann(max_steps=300, tolerance=1e-14),
-    "nystrom": farhox.Nystrom(rank=10, rho=1e-11),
-    "fixed_point": farhox.FixedPoint(max_steps=300, tolerance=1e-14),
+    "normal_cg": NormalConjugateGradient(tolerance=0.0),
+    "gmres": GMRES(),
+    "dense": Direct(),
+    "neumann": Neumann(max_steps=300, tolerance=1e-14),
+    "nystrom": Nystrom(rank=10, rho=1e-11),
+    "fixed_point": FixedPoint(max_steps=300, tolerance=1e-14),
 }
 solvers = pytest.mark.parametrize("solver", list(EXACT_SOLVERS))
 Q = 1 - RATE * CURVATURE
@@ -42,8 +43,8 @@ END = 1.024288
 def solver_for(name, dtype):
     if dtype == "float32":
         # Tolerances and dampings that single precision can express.
-        return {"nystrom": farhox.Nystrom(rank=10, rho=1e-6),
-                "fixed_point": farhox.FixedPoint(max_steps=300)}.get(name, EXACT_SOLVERS[name])
+        return {"nystrom": Nystrom(rank=10, rho=1e-6),
+                "fixed_point": FixedPoint(max_steps=300)}.get(name, EXACT_SOLVERS[name])
     return EXACT_SOLVERS[name]
 
 
@@ -62,7 +63,7 @@ def test_scalar_quadratic_has_the_gradient_of_its_minimum(dtype, solver):
 def test_neumann_series_and_fixed_point_equal_truncation_on_a_quadratic(dtype, terms, published):
     case = scalar_quadratic(dtype, ("target",), steps=STEPS)
     expected = (END - GOAL) * (1 - Q ** terms)
-    for solver in (farhox.Neumann(terms, step_size=RATE, tolerance=0.0), farhox.FixedPoint(terms, tolerance=0.0)):
+    for solver in (Neumann(terms, step_size=RATE, tolerance=0.0), FixedPoint(terms, tolerance=0.0)):
         result = farhox.ImplicitHG(solver).compute(*case[:3])
         assert_close(result.gradients, [expected], TOLERANCE[dtype])
         assert int(result.diagnostics["solver_steps"]) == terms
@@ -114,7 +115,7 @@ def test_implicit_gradient_equals_finite_differences_of_a_trained_network(float6
         problem._inner_objective, problem._outer_objective, problem.inner_variables, problem.outer_variables[1:],
         farhox.GradientDescent(0.3))
     trained = tf.function(
-        lambda: farhox.ImplicitHG(farhox.Direct()).compute(problem, batches, case.outer_batch), autograph=False)()
+        lambda: farhox.ImplicitHG(Direct()).compute(problem, batches, case.outer_batch), autograph=False)()
     assert trained.diagnostics["inner_gradient_norm"] < 1e-9
     assert_close(trained.gradients, unrolled.finite_differences(problem, batches, case.outer_batch, step=1e-3), 1e-6)
 
@@ -126,7 +127,7 @@ def test_implicit_gradient_with_random_layers_is_that_of_the_last_step(float64):
     problem = farhox.BilevelProblem(
         case.problem._inner_objective, case.problem._outer_objective, case.problem.inner_variables, rest,
         farhox.GradientDescent(0.1), case.problem.state_variables)
-    method = farhox.ImplicitHG(farhox.NormalConjugateGradient(100, tolerance=1e-13), damping=1.0)
+    method = farhox.ImplicitHG(NormalConjugateGradient(100, tolerance=1e-13), damping=1.0)
     eager = method.compute(problem, *case[1:3])
     graph = tf.function(lambda: method.compute(problem, *case[1:3]), autograph=False)()
     assert_close(graph.gradients, eager.gradients, 1e-9)
@@ -155,7 +156,7 @@ def test_implicit_gradient_with_random_layers_is_that_of_the_last_step(float64):
 
 def test_damping_is_added_to_the_diagonal():
     case = scalar_quadratic(outer=("target",))
-    for solver in (farhox.ConjugateGradient(), farhox.Direct()):
+    for solver in (farhox.ConjugateGradient(), Direct()):
         gradients = farhox.ImplicitHG(solver, damping=0.5).compute(*case[:3]).gradients
         assert_close(gradients, [(END - GOAL) * CURVATURE / (CURVATURE + 0.5)], 1e-9)
 
@@ -175,7 +176,7 @@ def test_warm_start_begins_at_the_carried_solution():
 def test_tolerance_tightens_with_the_hyper_iteration():
     case = ridge_representation()
     schedule = keras.optimizers.schedules.ExponentialDecay(0.9, 1, 0.1)
-    method = farhox.ImplicitHG(farhox.Neumann(500, step_size=0.1, tolerance=schedule), warm_start=False)
+    method = farhox.ImplicitHG(Neumann(500, step_size=0.1, tolerance=schedule), warm_start=False)
     carry, residuals, steps = None, [], []
     for _ in range(4):
         result = method.compute(*case[:3], carry=carry)
@@ -200,7 +201,7 @@ def test_initial_carry_has_the_structure_of_the_carry(solver):
 def test_fixed_point_sees_what_acts_on_the_fixed_point_of_other_dynamics():
     """Momentum has the fixed point of gradient descent: the whole state (w, m) is solved for."""
     case = scalar_quadratic(outer=("target",), steps=200, dynamics=lambda rate: farhox.Momentum(rate, 0.5))
-    gradients = farhox.ImplicitHG(farhox.FixedPoint(500, tolerance=1e-14)).compute(*case[:3]).gradients
+    gradients = farhox.ImplicitHG(FixedPoint(500, tolerance=1e-14)).compute(*case[:3]).gradients
     assert_close(gradients, [TARGET - GOAL], 1e-9)
 
 
@@ -210,7 +211,7 @@ def test_every_solver_solves_the_system_of_the_dynamics_and_that_of_the_objectiv
     case = ridge_representation()
     method = EXACT_SOLVERS[solver]
     if solver == "nystrom":
-        method = farhox.Nystrom(rank=10, rho=1e-13)
+        method = Nystrom(rank=10, rho=1e-13)
     for system in ("objective", "dynamics"):
         if solver == "fixed_point" and system == "objective":
             continue  # The iteration has no step size of its own: it does not contract there.
@@ -242,9 +243,9 @@ def decayed_regression(decay, dynamics):
 
 
 @pytest.mark.parametrize("method", [
-    farhox.ImplicitHG(farhox.FixedPoint(3000, tolerance=1e-13)),
-    farhox.ImplicitHG(farhox.GMRES(tolerance=1e-13), system="dynamics"),
-    farhox.ImplicitHG(farhox.NormalConjugateGradient(tolerance=1e-13), system="dynamics")],
+    farhox.ImplicitHG(FixedPoint(3000, tolerance=1e-13)),
+    farhox.ImplicitHG(GMRES(tolerance=1e-13), system="dynamics"),
+    farhox.ImplicitHG(NormalConjugateGradient(tolerance=1e-13), system="dynamics")],
     ids=["fixed point", "gmres", "normal cg"])
 def test_decoupled_weight_decay_is_seen_in_the_dynamics(method):
     *case, expected = decayed_regression(
@@ -260,7 +261,7 @@ def test_weight_decay_of_adamw_has_the_implicit_gradient_of_its_own_fixed_point(
     *case, _ = decayed_regression(1.0, lambda decay: farhox.KerasDynamics(
         keras.optimizers.AdamW(0.05, weight_decay=1.0, epsilon=0.5, beta_1=0.5, beta_2=0.9),
         weight_decay=decay))
-    method = farhox.ImplicitHG(farhox.GMRES(tolerance=1e-12), system="dynamics")
+    method = farhox.ImplicitHG(GMRES(tolerance=1e-12), system="dynamics")
     implicit = tf.function(lambda: method.compute(*case), autograph=False)()
     unrolled = tf.function(lambda: farhox.ReverseHG().compute(*case), autograph=False)()
     assert implicit.diagnostics["stationarity_gap"] < 1e-8
@@ -285,7 +286,7 @@ def constrained_mean():
 
 
 def test_the_fixed_point_of_the_dynamics_includes_constraints():
-    for solver in (farhox.FixedPoint(), farhox.GMRES(), farhox.Direct()):
+    for solver in (FixedPoint(), GMRES(), Direct()):
         method = farhox.ImplicitHG(solver, system="dynamics")
         assert_close(method.compute(*constrained_mean()).gradients, [np.zeros(1)], 1e-12)
 
@@ -307,7 +308,7 @@ def indefinite(goal):
 
 @pytest.mark.parametrize("goal", [[1.0, 1.0], [0.1, 1.0]])
 def test_a_truncated_series_on_an_indefinite_hessian_is_returned_and_reported_where_it_diverges(goal):
-    result = farhox.ImplicitHG(farhox.Neumann(20, step_size=0.1, tolerance=0.0)).compute(*indefinite(goal))
+    result = farhox.ImplicitHG(Neumann(20, step_size=0.1, tolerance=0.0)).compute(*indefinite(goal))
     terms = np.arange(20)
     expected = [0.01 * goal[0] * 0.1 * np.sum(0.9 ** terms), 0.01 * goal[1] * 0.1 * np.sum(1.005 ** terms)]
     assert_close(result.gradients, [np.array(expected)], 1e-9)
@@ -315,7 +316,7 @@ def test_a_truncated_series_on_an_indefinite_hessian_is_returned_and_reported_wh
     assert bool(result.diagnostics["solver_failed"]) == (goal[0] < 1.0)
 
 
-@pytest.mark.parametrize("solver", [farhox.ConjugateGradient(), farhox.Neumann(20, step_size=0.1, tolerance=0.0)])
+@pytest.mark.parametrize("solver", [farhox.ConjugateGradient(), Neumann(20, step_size=0.1, tolerance=0.0)])
 def test_a_solution_that_failed_is_not_carried_on(solver):
     result = farhox.ImplicitHG(solver).compute(*indefinite([0.1, 1.0]))
     assert result.diagnostics["solver_failed"]
@@ -325,7 +326,7 @@ def test_a_solution_that_failed_is_not_carried_on(solver):
 
 def test_the_estimate_of_a_neumann_series_is_carried_on():
     case = ridge_representation()
-    method = farhox.ImplicitHG(farhox.Neumann(5, tolerance=0.0), warm_start=False)
+    method = farhox.ImplicitHG(Neumann(5, tolerance=0.0), warm_start=False)
     first = method.compute(*case[:3])
     second = method.compute(*case[:3], carry=first.carry)
     assert [int(r.diagnostics["solver_steps"]) for r in (first, second)] == [25, 6]
@@ -338,7 +339,7 @@ def test_stationarity_gap_is_the_way_that_is_left_relative_to_the_weights(system
     """One weight: (w_T - target) / max(|w_0|, |w_T|), whatever the scale of either objective."""
     for steps in (1, 7, 30):
         case = scalar_quadratic(outer=("target",), steps=steps)
-        result = farhox.ImplicitHG(farhox.GMRES(), system=system).compute(*case[:3])
+        result = farhox.ImplicitHG(GMRES(), system=system).compute(*case[:3])
         left = (START - TARGET) * Q ** steps
         np.testing.assert_allclose(result.diagnostics["stationarity_gap"], left / START, rtol=1e-6)
 

@@ -8,6 +8,7 @@ import unrolled
 from problems import assert_close, network_problem, scalar_quadratic, variable
 
 import farhox
+from farhox.dynamics import BacktrackingGradientDescent
 
 
 def search_problem(objective, start, rate=1.0, **settings):
@@ -15,7 +16,7 @@ def search_problem(objective, start, rate=1.0, **settings):
     w, shift = variable(start), variable(0.0)
     return farhox.BilevelProblem(
         lambda batch: objective(w) + shift * w, lambda batch: keras.ops.sum(w), [w], [shift],
-        farhox.BacktrackingGradientDescent(rate, **settings))
+        BacktrackingGradientDescent(rate, **settings))
 
 
 def one_step(problem):
@@ -57,7 +58,7 @@ def test_each_variable_has_its_own_first_try():
     v, w, target = variable([1.0, 2.0]), variable(3.0), variable(0.0)
     problem = farhox.BilevelProblem(
         lambda batch: keras.ops.sum(v ** 2) / 2 + (w - target) ** 2 / 2, lambda batch: w, [v, w], [target],
-        farhox.BacktrackingGradientDescent([0.5, 0.25]))
+        BacktrackingGradientDescent([0.5, 0.25]))
     state = one_step(problem)
     assert_close(state.variables, [[0.5, 1.0], 2.25], 1e-12)
 
@@ -113,12 +114,12 @@ def test_other_dynamics_are_not_given_the_objective():
 ])
 def test_arguments_out_of_range_are_errors(argument, value, rule):
     with pytest.raises(ValueError, match=rule):
-        farhox.BacktrackingGradientDescent(**{argument: value})
+        BacktrackingGradientDescent(**{argument: value})
 
 
 def test_learning_rate_must_be_a_setting():
     with pytest.raises(TypeError, match="learning_rate must be a float"):
-        farhox.BacktrackingGradientDescent("large")
+        BacktrackingGradientDescent("large")
 
 
 def searched_network(steps, rate, extra=()):
@@ -129,5 +130,5 @@ def searched_network(steps, rate, extra=()):
     first_try = farhox.Hyperparameter(rate, low=0.0, log=True, name="first_try", dtype="float64")
     return case._replace(inner_batches=batches, problem=farhox.BilevelProblem(
         problem._inner_objective, problem._outer_objective, problem.inner_variables,
-        [first_try, *problem.outer_variables[1:]], farhox.BacktrackingGradientDescent(first_try),
+        [first_try, *problem.outer_variables[1:]], BacktrackingGradientDescent(first_try),
         problem.state_variables))

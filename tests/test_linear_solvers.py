@@ -8,10 +8,11 @@ import pytest
 import tensorflow as tf
 
 import farhox
+from farhox.linear_solvers import GMRES, Direct, FixedPoint, Neumann, NormalConjugateGradient, Nystrom
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
-ITERATIVE = [farhox.ConjugateGradient, farhox.NormalConjugateGradient, farhox.Neumann, farhox.FixedPoint, farhox.GMRES]
+ITERATIVE = [farhox.ConjugateGradient, NormalConjugateGradient, Neumann, FixedPoint, GMRES]
 
 
 def positive_definite(n, condition=10.0, seed=0):
@@ -28,12 +29,12 @@ def solve(solver, a, b, initial=None, iteration=0, dtype="float64"):
 
 SOLVERS = {
     "conjugate_gradient": farhox.ConjugateGradient(60, tolerance=1e-13),
-    "normal_conjugate_gradient": farhox.NormalConjugateGradient(100, tolerance=1e-13),
-    "neumann": farhox.Neumann(600, tolerance=1e-13, power_steps=100),
-    "gmres": farhox.GMRES(12, tolerance=1e-13),
-    "nystrom": farhox.Nystrom(rank=12, rho=1e-12),
-    "dense": farhox.Direct(),
-    "fixed_point": farhox.FixedPoint(600, tolerance=1e-13),
+    "normal_conjugate_gradient": NormalConjugateGradient(100, tolerance=1e-13),
+    "neumann": Neumann(600, tolerance=1e-13, power_steps=100),
+    "gmres": GMRES(12, tolerance=1e-13),
+    "nystrom": Nystrom(rank=12, rho=1e-12),
+    "dense": Direct(),
+    "fixed_point": FixedPoint(600, tolerance=1e-13),
 }
 
 
@@ -46,7 +47,7 @@ def test_solution_is_that_of_numpy(name, dtype, compiled):
         a /= 11.0  # I - a must contract.
     solver = SOLVERS[name]
     if dtype == "float32" and name == "nystrom":
-        solver = farhox.Nystrom(rank=12, rho=1e-6)
+        solver = Nystrom(rank=12, rho=1e-6)
 
     def call():
         return solve(solver, a, b, dtype=dtype)
@@ -63,7 +64,7 @@ def test_solution_is_that_of_numpy(name, dtype, compiled):
 def test_solver_compiled_by_xla_gives_the_same_solution(name):
     a, b = positive_definite(4)
     a /= 11.0
-    solver = farhox.Nystrom(rank=4, rho=1e-6) if name == "nystrom" else SOLVERS[name]
+    solver = Nystrom(rank=4, rho=1e-6) if name == "nystrom" else SOLVERS[name]
     compiled = tf.function(lambda: solve(solver, a, b, dtype="float32"), autograph=False, jit_compile=True)()
     np.testing.assert_allclose(compiled.vector, np.linalg.solve(a, b), rtol=1e-3)
 
@@ -78,8 +79,8 @@ def test_conjugate_gradient_is_exact_after_n_steps(dtype):
     np.testing.assert_allclose(warm.vector, np.linalg.solve(a, b), rtol=0, atol=exact * 10)
 
 
-@pytest.mark.parametrize("solver", [farhox.ConjugateGradient(), farhox.NormalConjugateGradient(), farhox.GMRES(),
-                                    farhox.Neumann(step_size=0.5)])
+@pytest.mark.parametrize("solver", [farhox.ConjugateGradient(), NormalConjugateGradient(), GMRES(),
+                                    Neumann(step_size=0.5)])
 def test_convergence_in_the_first_step_returns_that_step(solver):
     solution = solve(solver, 2.0 * np.eye(3), [1.0, 2.0, 3.0])
     np.testing.assert_allclose(solution.vector, [0.5, 1.0, 1.5], rtol=1e-12)
@@ -136,16 +137,16 @@ def test_right_hand_side_that_is_not_finite_does_not_come_out_as_a_number(name):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("matrix", [np.diag([1.0, 0.0]), np.diag([1.0, np.nan]), np.diag([np.inf, 1.0])])
-@pytest.mark.parametrize("solver", [farhox.Direct(), farhox.Nystrom(rank=2, rho=0.1), farhox.GMRES()])
+@pytest.mark.parametrize("solver", [Direct(), Nystrom(rank=2, rho=0.1), GMRES()])
 def test_singular_or_infinite_matrix_does_not_stop_the_graph(solver, matrix, compiled):
     def call():
         return solve(solver, matrix, [1.0, 1.0])
 
     solution = tf.function(call, autograph=False)() if compiled else call()
     finite = np.all(np.isfinite(matrix))
-    if isinstance(solver, farhox.Direct) or not finite:
+    if isinstance(solver, Direct) or not finite:
         assert solution.failed and not np.all(np.isfinite(solution.vector))
-    elif isinstance(solver, farhox.Nystrom):
+    elif isinstance(solver, Nystrom):
         np.testing.assert_allclose(solution.vector, [1 / 1.1, 1 / 0.1], rtol=1e-9)
 
 
@@ -183,7 +184,7 @@ def test_conjugate_gradient_reports_what_it_made_worse_where_the_matrix_is_not_s
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("solver", [
-    farhox.NormalConjugateGradient(60, tolerance=1e-13), farhox.Nystrom(rank=5, rho=1e-12)])
+    NormalConjugateGradient(60, tolerance=1e-13), Nystrom(rank=5, rho=1e-12)])
 def test_solvers_with_transposed_products_solve_an_unsymmetric_system(solver, compiled):
     a, b = np.eye(5) + np.random.default_rng(0).normal(size=(5, 5)) / 2, np.arange(5.0)
     operator = farhox.linear_solvers.LinearOperator(
@@ -201,7 +202,7 @@ def test_nystrom_of_an_unsymmetric_matrix_of_its_rank_is_exact():
     a, b = random.normal(size=(10, 3)) @ random.normal(size=(3, 10)), random.normal(size=10)
     operator = farhox.linear_solvers.LinearOperator(
         lambda v: tf.linalg.matvec(tf.constant(a), v), lambda v: tf.linalg.matvec(tf.constant(a.T), v))
-    solution = farhox.Nystrom(rank=3, rho=0.1).solve(operator, tf.constant(b))
+    solution = Nystrom(rank=3, rho=0.1).solve(operator, tf.constant(b))
     np.testing.assert_allclose(solution.vector, np.linalg.solve(a + 0.1 * np.eye(10), b), rtol=1e-8)
     assert int(solution.steps) == 7
 
@@ -224,7 +225,7 @@ def test_unsymmetric_system_is_solved(name):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_neumann_series_sums_as_many_terms_as_steps(steps):
     a, b = positive_definite(4)
-    solution = solve(farhox.Neumann(steps, step_size=0.05, tolerance=0.0), a, b)
+    solution = solve(Neumann(steps, step_size=0.05, tolerance=0.0), a, b)
     terms = [np.linalg.matrix_power(np.eye(4) - 0.05 * a, k) @ b for k in range(steps)]
     np.testing.assert_allclose(solution.vector, 0.05 * np.sum(terms, axis=0), rtol=1e-12)
     assert int(solution.steps) == steps
@@ -232,13 +233,13 @@ def test_neumann_series_sums_as_many_terms_as_steps(steps):
 
 def test_neumann_series_finds_its_step_size_by_power_iteration():
     a, b = positive_definite(6)
-    found = solve(farhox.Neumann(7, power_steps=300, tolerance=0.0), 1000 * a, b)
-    given = solve(farhox.Neumann(7, step_size=1e-4, tolerance=0.0), 1000 * a, b)
+    found = solve(Neumann(7, power_steps=300, tolerance=0.0), 1000 * a, b)
+    given = solve(Neumann(7, step_size=1e-4, tolerance=0.0), 1000 * a, b)
     np.testing.assert_allclose(found.vector, given.vector, rtol=1e-6)
     assert int(found.steps) == 307
 
 
-@pytest.mark.parametrize("solver", [farhox.Neumann(5, step_size=1.0), farhox.FixedPoint(5)])
+@pytest.mark.parametrize("solver", [Neumann(5, step_size=1.0), FixedPoint(5)])
 def test_a_series_that_diverges_is_returned_as_it_is_and_reported(solver):
     solution = solve(solver, np.diag([3.0, 1.0]), [1.0, 1.0])
     assert solution.failed
@@ -246,7 +247,7 @@ def test_a_series_that_diverges_is_returned_as_it_is_and_reported(solver):
     np.testing.assert_allclose(solution.residual, 32 / np.sqrt(2), rtol=1e-12)
 
 
-@pytest.mark.parametrize("solver", [farhox.Neumann(2000, step_size=1.0), farhox.FixedPoint(2000)])
+@pytest.mark.parametrize("solver", [Neumann(2000, step_size=1.0), FixedPoint(2000)])
 def test_a_series_that_overflows_is_not_a_number(solver):
     solution = solve(solver, np.diag([3.0, 1.0]), [1.0, 1.0])
     assert solution.failed and not np.all(np.isfinite(solution.vector))
@@ -255,7 +256,7 @@ def test_a_series_that_overflows_is_not_a_number(solver):
 def test_estimate_for_the_step_of_a_neumann_series_is_kept_in_its_memory():
     """The first system costs `power_steps` products, later ones a single product; a failure starts anew."""
     a, b = positive_definite(6)
-    solver = farhox.Neumann(7, power_steps=300, tolerance=0.0)
+    solver = Neumann(7, power_steps=300, tolerance=0.0)
 
     def solved(matrix, memory=()):
         return solver.solve(lambda v: tf.linalg.matvec(tf.constant(matrix), v), tf.constant(b), memory=memory)
@@ -268,15 +269,15 @@ def test_estimate_for_the_step_of_a_neumann_series_is_kept_in_its_memory():
     failed = solved(-a, again.memory)
     assert failed.failed and int(solved(a, failed.memory).steps) == 307
     tf.nest.assert_same_structure(first.memory, solver.initial_memory(tf.constant(b)))
-    assert farhox.Neumann(step_size=0.1).initial_memory(tf.constant(b)) == ()
+    assert Neumann(step_size=0.1).initial_memory(tf.constant(b)) == ()
 
 
 def test_step_size_of_a_neumann_series_follows_a_schedule():
     a, b = positive_definite(4)
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
     for iteration in (0, 3):
-        scheduled = solve(farhox.Neumann(4, step_size=schedule, tolerance=0.0), a, b, iteration=iteration)
-        fixed = solve(farhox.Neumann(4, step_size=0.1 * 0.5 ** iteration, tolerance=0.0), a, b)
+        scheduled = solve(Neumann(4, step_size=schedule, tolerance=0.0), a, b, iteration=iteration)
+        fixed = solve(Neumann(4, step_size=0.1 * 0.5 ** iteration, tolerance=0.0), a, b)
         np.testing.assert_allclose(scheduled.vector, fixed.vector, rtol=1e-6)
 
 
@@ -284,9 +285,9 @@ def test_step_size_of_a_neumann_series_follows_a_schedule():
 def test_steps_are_the_products_that_were_taken(name):
     """Those for the residual of a start, of the right-hand side and of the result included."""
     solver = {"conjugate_gradient": farhox.ConjugateGradient(3, tolerance=0.0),
-              "normal_conjugate_gradient": farhox.NormalConjugateGradient(3, tolerance=0.0),
-              "neumann": farhox.Neumann(3, step_size=0.05, tolerance=0.0), "gmres": farhox.GMRES(3, tolerance=0.0),
-              "fixed_point": farhox.FixedPoint(3, tolerance=0.0)}[name]
+              "normal_conjugate_gradient": NormalConjugateGradient(3, tolerance=0.0),
+              "neumann": Neumann(3, step_size=0.05, tolerance=0.0), "gmres": GMRES(3, tolerance=0.0),
+              "fixed_point": FixedPoint(3, tolerance=0.0)}[name]
     a, b = (tf.constant(part) for part in positive_definite(6))
     for initial in (None, tf.constant(np.linspace(-0.01, 0.01, 6))):
         taken = []
@@ -303,8 +304,8 @@ def test_steps_are_the_products_that_were_taken(name):
 def test_a_start_that_is_worse_than_zero_is_not_used(name):
     a, b = positive_definite(4)
     a /= 11.0
-    solver = {"conjugate_gradient": farhox.ConjugateGradient(2), "neumann": farhox.Neumann(2, step_size=0.5),
-              "gmres": farhox.GMRES(2), "fixed_point": farhox.FixedPoint(2)}[name]
+    solver = {"conjugate_gradient": farhox.ConjugateGradient(2), "neumann": Neumann(2, step_size=0.5),
+              "gmres": GMRES(2), "fixed_point": FixedPoint(2)}[name]
     far, cold = solve(solver, a, b, initial=np.full(4, 1e6)), solve(solver, a, b)
     np.testing.assert_array_equal(far.vector, cold.vector)
     unknown = solve(solver, a, b, initial=np.full(4, np.nan))
@@ -314,7 +315,7 @@ def test_a_start_that_is_worse_than_zero_is_not_used(name):
 def test_gmres_is_the_best_of_its_krylov_space():
     a = np.random.default_rng(3).normal(size=(8, 8)) + 3 * np.eye(8)
     b = np.random.default_rng(4).normal(size=8)
-    solution = solve(farhox.GMRES(4, tolerance=0.0), a, b)
+    solution = solve(GMRES(4, tolerance=0.0), a, b)
     krylov = np.stack([np.linalg.matrix_power(a, k) @ b for k in range(4)], axis=1)
     best = krylov @ np.linalg.lstsq(a @ krylov, b, rcond=None)[0]
     np.testing.assert_allclose(solution.vector, best, rtol=1e-8)
@@ -324,7 +325,7 @@ def test_gmres_is_the_best_of_its_krylov_space():
 @pytest.mark.parametrize("rho", [1e-2, 1e-4])
 def test_nystrom_of_full_rank_equals_the_exact_damped_solve(dtype, rho):
     a, b = positive_definite(9)
-    solution = solve(farhox.Nystrom(rank=9, rho=rho), a, b, dtype=dtype)
+    solution = solve(Nystrom(rank=9, rho=rho), a, b, dtype=dtype)
     expected = np.linalg.solve(a + rho * np.eye(9), b)
     np.testing.assert_allclose(solution.vector, expected, rtol=0, atol=TOLERANCE[dtype] * np.max(np.abs(expected)))
 
@@ -332,7 +333,7 @@ def test_nystrom_of_full_rank_equals_the_exact_damped_solve(dtype, rho):
 def test_nystrom_is_exact_for_a_matrix_of_its_rank():
     factor = np.random.default_rng(0).normal(size=(10, 3))
     b = np.random.default_rng(1).normal(size=10)
-    solution = solve(farhox.Nystrom(rank=3, rho=0.1), factor @ factor.T, b)
+    solution = solve(Nystrom(rank=3, rho=0.1), factor @ factor.T, b)
     np.testing.assert_allclose(solution.vector, np.linalg.solve(factor @ factor.T + 0.1 * np.eye(10), b), rtol=1e-8)
     assert int(solution.steps) == 4
 
@@ -345,7 +346,7 @@ def test_tolerance_that_tightens_takes_more_steps_later(solver):
     early = solve(solver(max_steps=100, tolerance=schedule), a, b, iteration=0)
     late = solve(solver(max_steps=100, tolerance=schedule), a, b, iteration=2)
     assert early.steps < late.steps
-    if solver is not farhox.NormalConjugateGradient:  # Its tolerance is measured on the normal equations.
+    if solver is not NormalConjugateGradient:  # Its tolerance is measured on the normal equations.
         assert early.residual <= 0.5
         assert late.residual <= 0.5e-4
 
@@ -356,15 +357,9 @@ def test_tolerance_of_a_constant_is_met():
     assert 1e-6 < solution.residual <= 1e-3
 
 
-def test_the_old_name_of_direct_works_and_says_so():
-    with pytest.warns(DeprecationWarning, match="farhox.Dense is now farhox.Direct"):
-        solver = farhox.Dense(max_dimension=7)
-    assert isinstance(solver, farhox.Direct) and solver.max_dimension == 7
-
-
 @pytest.mark.parametrize("make", [
-    lambda: farhox.ConjugateGradient(0), lambda: farhox.GMRES(tolerance=-1.0), lambda: farhox.Neumann(step_size=-1.0),
-    lambda: farhox.Nystrom(rank=0), lambda: farhox.Direct(0)])
+    lambda: farhox.ConjugateGradient(0), lambda: GMRES(tolerance=-1.0), lambda: Neumann(step_size=-1.0),
+    lambda: Nystrom(rank=0), lambda: Direct(0)])
 def test_errors_name_the_solver(make):
     with pytest.raises(ValueError, match="^(ConjugateGradient|GMRES|Neumann|Nystrom|Direct): "):
         make()
@@ -385,7 +380,7 @@ def test_tolerance_must_be_a_non_negative_number_or_callable(solver, tolerance):
 
 
 @pytest.mark.parametrize("solver, argument", [
-    (farhox.Neumann, "power_steps"), (farhox.Nystrom, "rank"), (farhox.Direct, "max_dimension")])
+    (Neumann, "power_steps"), (Nystrom, "rank"), (Direct, "max_dimension")])
 @pytest.mark.parametrize("value", [0, 1.5])
 def test_counts_must_be_positive_integers(solver, argument, value):
     with pytest.raises(ValueError, match=f"{argument} must be a positive integer. Received: {value}"):
@@ -395,21 +390,21 @@ def test_counts_must_be_positive_integers(solver, argument, value):
 @pytest.mark.parametrize("step_size", [0.0, -1.0, float("nan")])
 def test_step_size_must_be_positive(step_size):
     with pytest.raises(ValueError, match="step_size must be positive or None"):
-        farhox.Neumann(step_size=step_size)
+        Neumann(step_size=step_size)
 
 
 @pytest.mark.parametrize("rho", [0.0, -1.0])
 def test_damping_of_nystrom_must_be_positive(rho):
     with pytest.raises(ValueError, match="rho must be a positive"):
-        farhox.Nystrom(rho=rho)
+        Nystrom(rho=rho)
 
 
 def test_dense_refuses_a_system_that_is_too_large():
     with pytest.raises(ValueError, match="takes at most n=3.*Received: n=4. Use ConjugateGradient or Nystrom"):
-        solve(farhox.Direct(max_dimension=3), np.eye(4), np.ones(4))
+        solve(Direct(max_dimension=3), np.eye(4), np.ones(4))
 
 
-@pytest.mark.parametrize("solver", [*ITERATIVE, farhox.Nystrom, farhox.Direct])
+@pytest.mark.parametrize("solver", [*ITERATIVE, Nystrom, Direct])
 def test_settings_are_frozen(solver):
     with pytest.raises(dataclasses.FrozenInstanceError):
         solver().max_steps = 3

@@ -10,6 +10,8 @@ from unrolled import unrolled_hypergradient
 
 import farhox
 from farhox import meta
+from farhox.hypergradients import ReptileHG
+from farhox.linear_solvers import Direct
 
 
 def scalar_model(value=1.0):
@@ -131,7 +133,7 @@ def test_weights_of_steps_follow_a_schedule_of_the_meta_step():
 def test_imaml_solves_with_identity_plus_hessian_over_the_proximal_strength(float64):
     model = keras.Sequential([keras.Input([6, 6, 1]), keras.layers.Flatten(), keras.layers.Dense(2, "tanh"),
                               keras.layers.Dense(3, "softmax")])
-    learner = meta.IMAML(model, 0.1, 300, proximal=2.0, linear_solver=farhox.Direct())
+    learner = meta.IMAML(model, 0.1, 300, proximal=2.0, linear_solver=Direct())
     _, episodes = images(episodes=1)
     support, query = tf.nest.map_structure(lambda leaf: leaf[0], episodes)
     adapted = learner.adapt(support)
@@ -371,9 +373,9 @@ def test_reptile_refuses_what_it_cannot_learn():
     _, episodes = images()
     data = (farhox.data.batches.RepeatedBatch(episodes.support, tf.range(2)), episodes.query)
     with pytest.raises(ValueError, match="depends on .*rate.*initial values alone"):
-        farhox.ReptileHG().compute(problem, *data)
+        ReptileHG().compute(problem, *data)
     problem = farhox.supervised_problem(network(), learn_initialization=True)
     with pytest.raises(ValueError, match="one entry per inner step. Received: 3 entries for T=2"):
-        farhox.ReptileHG((1, 1, 1)).compute(problem, *data)
+        ReptileHG((1, 1, 1)).compute(problem, *data)
     with pytest.raises(TypeError, match="tuple of numbers"):
-        farhox.ReptileHG([1.0])
+        ReptileHG([1.0])

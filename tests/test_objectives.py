@@ -6,6 +6,8 @@ import pytest
 import tensorflow as tf
 
 import farhox
+from farhox.hypergradients import ObjectivesHG
+from farhox.training import OptimizerGroups
 
 BATCHES, OUTER = farhox.repeat(tf.zeros([1]), 7), tf.zeros([1])
 
@@ -29,7 +31,7 @@ class Quadratic:
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ForwardHG()], ids=["reverse", "forward"])
 def test_each_variable_follows_its_own_objective(method):
     case = Quadratic()
-    result = farhox.ObjectivesHG(method, [(case.other, [case.rate])]).compute(case.problem, BATCHES, OUTER)
+    result = ObjectivesHG(method, [(case.other, [case.rate])]).compute(case.problem, BATCHES, OUTER)
     expected = [method.compute(case.make(objective, [variable]), BATCHES, OUTER).gradients[0]
                 for objective, variable in ((case.own, case.lam), (case.other, case.rate))]
     np.testing.assert_allclose(result.gradients, expected, rtol=1e-13)
@@ -39,14 +41,14 @@ def test_each_variable_follows_its_own_objective(method):
 
 def test_the_problems_own_loss_is_reported_when_no_variable_follows_it():
     case = Quadratic()
-    method = farhox.ObjectivesHG(farhox.ReverseHG(), [(case.other, [case.rate, case.lam])])
+    method = ObjectivesHG(farhox.ReverseHG(), [(case.other, [case.rate, case.lam])])
     result = method.compute(case.problem, BATCHES, OUTER)
     np.testing.assert_allclose(result.outer_loss, 0.5 * (result.state.variables[0] - 1) ** 2, rtol=1e-13)
 
 
 def test_online_training_carries_the_memory_of_each_objective():
     case = Quadratic()
-    method = farhox.ObjectivesHG(farhox.ForwardHG(), [(case.other, [case.rate])])
+    method = ObjectivesHG(farhox.ForwardHG(), [(case.other, [case.rate])])
     whole = method.compute(case.problem, farhox.repeat(tf.zeros([1]), 14), OUTER)
     optimizer = farhox.HyperOptimizer(case.problem, method, online=True)
     optimizer.compile(keras.optimizers.SGD(0.0))
@@ -58,7 +60,7 @@ def test_groups_apply_their_own_optimizer_and_save_its_slots(tmp_path):
     case, other = Quadratic(), Quadratic()
 
     def trained(case, steps, load=None):
-        groups = farhox.OptimizerGroups(keras.optimizers.SGD(0.1), [(keras.optimizers.Adam(0.05), [case.rate])])
+        groups = OptimizerGroups(keras.optimizers.SGD(0.1), [(keras.optimizers.Adam(0.05), [case.rate])])
         optimizer = farhox.HyperOptimizer(case.problem)
         optimizer.compile(groups)
         if load:
@@ -88,27 +90,27 @@ def test_groups_apply_their_own_optimizer_and_save_its_slots(tmp_path):
 def test_objectives_refuse_bad_input():
     case = Quadratic()
     with pytest.raises(TypeError, match="hypergradient must be a method"):
-        farhox.ObjectivesHG("reverse", [(case.other, [case.rate])])
+        ObjectivesHG("reverse", [(case.other, [case.rate])])
     for objectives in (case.other, [], [case.other], [(case.other, case.rate)]):
         with pytest.raises(TypeError, match="list of pairs"):
-            farhox.ObjectivesHG(farhox.ReverseHG(), objectives)
+            ObjectivesHG(farhox.ReverseHG(), objectives)
     stranger = keras.Variable(1.0, name="stranger")
     with pytest.raises(ValueError, match="outer variables of the problem only.*stranger"):
-        farhox.ObjectivesHG(farhox.ReverseHG(), [(case.other, [stranger])]).compute(case.problem, BATCHES, OUTER)
+        ObjectivesHG(farhox.ReverseHG(), [(case.other, [stranger])]).compute(case.problem, BATCHES, OUTER)
     with pytest.raises(ValueError, match="one objective. Received twice: 'lam'"):
-        farhox.ObjectivesHG(farhox.ReverseHG(), [(case.other, [case.lam]), (case.own, [case.lam])]).compute(
+        ObjectivesHG(farhox.ReverseHG(), [(case.other, [case.lam]), (case.own, [case.lam])]).compute(
             case.problem, BATCHES, OUTER)
 
 
 def test_groups_refuse_bad_input():
     case, adam = Quadratic(), keras.optimizers.Adam()
     with pytest.raises(TypeError, match="list of pairs"):
-        farhox.OptimizerGroups(adam, [adam])
+        OptimizerGroups(adam, [adam])
     with pytest.raises(TypeError, match="must be a keras.optimizers.Optimizer"):
-        farhox.OptimizerGroups("adam", [])
+        OptimizerGroups("adam", [])
     with pytest.raises(ValueError, match="optimizer of its own"):
-        farhox.OptimizerGroups(adam, [(adam, [case.lam])])
+        OptimizerGroups(adam, [(adam, [case.lam])])
     with pytest.raises(ValueError, match="in one group"):
-        farhox.OptimizerGroups(adam, [(keras.optimizers.SGD(), [case.lam]), (keras.optimizers.SGD(), [case.lam])])
+        OptimizerGroups(adam, [(keras.optimizers.SGD(), [case.lam]), (keras.optimizers.SGD(), [case.lam])])
     with pytest.raises(ValueError, match="optimised variables only.*'w'"):
-        farhox.OptimizerGroups(adam, [(keras.optimizers.SGD(), [case.w])]).build([case.lam])
+        OptimizerGroups(adam, [(keras.optimizers.SGD(), [case.w])]).build([case.lam])

@@ -11,6 +11,7 @@ import unrolled
 from problems import assert_close, proximal_quadratic, scalar_quadratic, variable
 
 import farhox
+from farhox.linear_solvers import GMRES, Direct, FixedPoint, Neumann, NormalConjugateGradient, Nystrom
 
 CHECKPOINTS = pytest.mark.parametrize("checkpoint_every", [None, 1, 2, "sqrt"])
 
@@ -62,8 +63,8 @@ def test_truncated_adjoint_is_not_multiplied_by_the_initial_dynamics():
 
 
 @pytest.mark.parametrize("solver", [
-    farhox.ConjugateGradient(), farhox.NormalConjugateGradient(), farhox.Neumann(), farhox.FixedPoint(),
-    farhox.GMRES(), farhox.Nystrom(), farhox.Direct()])
+    farhox.ConjugateGradient(), NormalConjugateGradient(), Neumann(), FixedPoint(),
+    GMRES(), Nystrom(), Direct()])
 def test_implicit_gradient_of_a_diverged_training_is_not_silently_zero(solver):
     w, target = variable(3.0), variable(0.5)
     problem = farhox.BilevelProblem(

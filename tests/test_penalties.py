@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import farhox
+from farhox.constraints import Box, CappedSimplex, Simplex
 from farhox.dynamics import L1, GroupLasso, NuclearNorm, Projection
 
 RANDOM = np.random.default_rng(0)
@@ -24,10 +25,10 @@ CASES = {
     "singular values equal up to rounding": (NuclearNorm(0.9), 2 * ORTHOGONAL),
     "the zero matrix": (NuclearNorm(0.9), np.zeros((3, 2))),
     "no nuclear norm": (NuclearNorm(0.0), np.diag([2.0, 2.0, 0.0])),
-    "simplex": (Projection(farhox.Simplex()), RANDOM.normal(size=6)),
-    "at most the simplex": (Projection(farhox.Simplex(3.0, at_most=True)), RANDOM.normal(size=6)),
-    "budget": (Projection(farhox.CappedSimplex(2.0)), RANDOM.normal(size=6)),
-    "box": (Projection(farhox.Box(-0.5, 0.5)), RANDOM.normal(size=6)),
+    "simplex": (Projection(Simplex()), RANDOM.normal(size=6)),
+    "at most the simplex": (Projection(Simplex(3.0, at_most=True)), RANDOM.normal(size=6)),
+    "budget": (Projection(CappedSimplex(2.0)), RANDOM.normal(size=6)),
+    "box": (Projection(Box(-0.5, 0.5)), RANDOM.normal(size=6)),
 }
 
 
@@ -84,7 +85,7 @@ def test_no_point_near_the_proximal_one_has_a_lower_value(case):
     (L1(0.5), [3.0, -1.0, 0.5, 0.2], [2.5, -0.5, 0.0, 0.0]),
     (GroupLasso(1.0), [[3.0, 4.0], [0.3, 0.4]], [[2.4, 3.2], [0.0, 0.0]]),
     (NuclearNorm(1.0), [[3.0, 0.0], [0.0, 0.5]], [[2.0, 0.0], [0.0, 0.0]]),
-    (Projection(farhox.Simplex()), [1.0, 0.5, -1.0], [0.75, 0.25, 0.0])])
+    (Projection(Simplex()), [1.0, 0.5, -1.0], [0.75, 0.25, 0.0])])
 def test_closed_forms_and_values(penalty, v, expected):
     result = penalty.proximal(tf.constant(v, tf.float64), tf.constant(1.0, tf.float64))
     np.testing.assert_allclose(result, expected, atol=1e-15)

@@ -12,6 +12,7 @@ from problems import variable
 
 import farhox
 from farhox import plots
+from farhox.hypergradients import EpisodesHG
 from farhox.insight.diagnostics import HypergradientComparison, MethodReport
 
 matplotlib.use("Agg")
@@ -83,7 +84,7 @@ def test_grid_of_episodes_is_the_mean_over_them():
     problem, rate, target = quadratic()
     losses = plots.outer_loss_grid(
         problem, np.zeros([2, STEPS]), np.array([1.0, 2.0]), x=(rate, RATES), y=(target, TARGETS),
-        hypergradient=farhox.EpisodesHG(farhox.ReverseHG()))
+        hypergradient=EpisodesHG(farhox.ReverseHG()))
     grid = RATES[None], TARGETS[:, None]
     np.testing.assert_allclose(losses, (quadratic_loss(*grid) + quadratic_loss(*grid, goal=2.0)) / 2, rtol=1e-10)
 

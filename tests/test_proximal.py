@@ -9,7 +9,10 @@ from sklearn.linear_model import Lasso
 from unrolled import finite_differences, unrolled_hypergradient
 
 import farhox
-from farhox.dynamics import L1, GroupLasso, NuclearNorm
+from farhox.constraints import Simplex
+from farhox.dynamics import L1, GroupLasso, NuclearNorm, ProximalGradient
+from farhox.hypergradients import DartsHG
+from farhox.linear_solvers import GMRES, Direct, FixedPoint
 
 RANDOM = np.random.default_rng(0)
 X, X_OUTER = RANDOM.normal(size=(60, 12)), RANDOM.normal(size=(40, 12))
@@ -47,7 +50,7 @@ def lasso(alpha=ALPHA, rate=0.3, **arguments):
     strength = farhox.Hyperparameter(alpha, low=0.0, log=True, name="alpha", dtype="float64")
     w = variable(np.zeros(12), name="w")
     loss = mean_square_error(w)
-    return farhox.BilevelProblem(lambda batch: 0.5 * loss(batch), loss, [w], [strength], farhox.ProximalGradient(
+    return farhox.BilevelProblem(lambda batch: 0.5 * loss(batch), loss, [w], [strength], ProximalGradient(
         rate, penalty=L1(strength), **arguments))
 
 
@@ -66,9 +69,9 @@ def test_the_path_of_the_lasso_is_that_of_scikit_learn(alpha, float64):
 
 @pytest.mark.parametrize("method", [
     farhox.ReverseHG(), farhox.ReverseHG(truncation=100), farhox.ForwardHG(),
-    farhox.ImplicitHG(farhox.FixedPoint(500, tolerance=1e-14)),
-    farhox.ImplicitHG(farhox.GMRES(12, tolerance=1e-14), system="dynamics"),
-    farhox.ImplicitHG(farhox.Direct(), system="dynamics")],
+    farhox.ImplicitHG(FixedPoint(500, tolerance=1e-14)),
+    farhox.ImplicitHG(GMRES(12, tolerance=1e-14), system="dynamics"),
+    farhox.ImplicitHG(Direct(), system="dynamics")],
     ids=["reverse", "truncated", "forward", "fixed point", "GMRES", "direct"])
 def test_the_hypergradient_of_the_lasso_is_that_of_scikit_learns_solution(method, float64):
     result = tf.function(method.compute, autograph=False)(lasso(), *data(250))
@@ -94,7 +97,7 @@ def regularized(penalty_of_dynamics, l1, l2, **arguments):
         keras.Input([12]),
         keras.layers.Dense(3, "tanh", kernel_regularizer=farhox.L1L2(0.0 if penalty_of_dynamics else l1, l2)),
         keras.layers.Dense(1, kernel_regularizer=farhox.L1L2(l2=0.01))])
-    dynamics = farhox.ProximalGradient(0.1, penalty=[L1(l1), None, None, None] if penalty_of_dynamics else None)
+    dynamics = ProximalGradient(0.1, penalty=[L1(l1), None, None, None] if penalty_of_dynamics else None)
     return model, farhox.supervised_problem(model, "mse", dynamics, outer_variables=[l1, l2], **arguments)
 
 
@@ -114,7 +117,7 @@ def test_the_l1_part_of_a_regularizer_is_the_penalty_of_the_proximal_step(float6
     assert_close(by_regularizer.gradients, by_penalty.gradients, 1e-12)
     assert np.sum(by_regularizer.state.variables[0] == 0) >= 4
     darts, truncated = (method.compute(problem, inner_batches, outer_batch).gradients for problem, method in (
-        (regularized(False, l1, l2)[1], farhox.DartsHG(1e-4)), (problem, farhox.ReverseHG(truncation=1))))
+        (regularized(False, l1, l2)[1], DartsHG(1e-4)), (problem, farhox.ReverseHG(truncation=1))))
     assert_close(darts, truncated, 1e-6)
     model, problem = regularized(False, l1, l2)
     assert_close(by_regularizer.gradients, finite_differences(problem, inner_batches, outer_batch), 1e-7)
@@ -146,14 +149,14 @@ def test_groups_and_ranks_settle_at_the_closed_form_with_its_hypergradient(kind,
     problem = farhox.BilevelProblem(
         lambda batch: 0.5 * keras.ops.sum((batch[0] @ w - batch[1]) ** 2) / 20,
         lambda batch: keras.ops.sum((w - batch) ** 2), [w], [strength],
-        farhox.ProximalGradient(0.5, penalty=kind(strength)))
+        ProximalGradient(0.5, penalty=kind(strength)))
     batches = farhox.repeat((x, x @ solution), 60)
 
     def closed(value):
         return kind(float(value)).proximal(tf.constant(solution), tf.constant(1.0, tf.float64)).numpy()
 
     expected = 0.4 * 2 * np.sum((closed(0.4) - target) * (closed(0.4 + 1e-6) - closed(0.4 - 1e-6)) / 2e-6)
-    for method in (farhox.ReverseHG(), farhox.ImplicitHG(farhox.FixedPoint(200, tolerance=1e-13))):
+    for method in (farhox.ReverseHG(), farhox.ImplicitHG(FixedPoint(200, tolerance=1e-13))):
         result = tf.function(method.compute, autograph=False)(problem, batches, target)
         np.testing.assert_allclose(result.state.variables[0], closed(0.4), atol=1e-12)
         np.testing.assert_allclose(result.gradients[0], expected, rtol=1e-6)
@@ -163,8 +166,8 @@ def test_a_constraint_as_penalty_is_the_constraint_of_the_variable(float64):
     paths = []
     for as_penalty in (True, False):
         w, rate = variable(np.full(4, 0.25)), farhox.Hyperparameter(0.5, dtype="float64")
-        w.constraint = None if as_penalty else farhox.Simplex()
-        dynamics = farhox.ProximalGradient(rate, farhox.Simplex()) if as_penalty else farhox.GradientDescent(rate)
+        w.constraint = None if as_penalty else Simplex()
+        dynamics = ProximalGradient(rate, Simplex()) if as_penalty else farhox.GradientDescent(rate)
         problem = farhox.BilevelProblem(
             lambda batch: keras.ops.sum((w - batch) ** 2), lambda batch: keras.ops.sum(w * batch), [w], [rate],
             dynamics)
@@ -200,24 +203,24 @@ def with_regularizer(regularizer, constraint=None):
 
 
 @pytest.mark.parametrize("make, error, words", [
-    (lambda: farhox.ProximalGradient(-0.1), ValueError, "learning_rate must be finite and at least 0.0"),
-    (lambda: farhox.ProximalGradient(0.1, "l1"), TypeError, "penalty must be one of farhox.dynamics' penalties"),
-    (lambda: farhox.ProximalGradient(0.1, [L1(0.1), 0.1]), TypeError, "penalty must be one of"),
-    (lambda: farhox.ProximalGradient(0.1, farhox.L1L2(l1=0.1)), TypeError, "penalty must be one of"),
-    (lambda: farhox.ProximalGradient(0.1).bound_to(with_regularizer(None)), ValueError, "needs a penalty"),
-    (lambda: farhox.ProximalGradient(0.1).bound_to(with_regularizer(farhox.L1L2(l2=0.1))), ValueError,
+    (lambda: ProximalGradient(-0.1), ValueError, "learning_rate must be finite and at least 0.0"),
+    (lambda: ProximalGradient(0.1, "l1"), TypeError, "penalty must be one of farhox.dynamics' penalties"),
+    (lambda: ProximalGradient(0.1, [L1(0.1), 0.1]), TypeError, "penalty must be one of"),
+    (lambda: ProximalGradient(0.1, farhox.L1L2(l1=0.1)), TypeError, "penalty must be one of"),
+    (lambda: ProximalGradient(0.1).bound_to(with_regularizer(None)), ValueError, "needs a penalty"),
+    (lambda: ProximalGradient(0.1).bound_to(with_regularizer(farhox.L1L2(l2=0.1))), ValueError,
      "needs a penalty"),
-    (lambda: farhox.ProximalGradient(0.1, [L1(0.1)] * 3).bound_to(with_regularizer(None)), ValueError,
+    (lambda: ProximalGradient(0.1, [L1(0.1)] * 3).bound_to(with_regularizer(None)), ValueError,
      "one entry per inner variable. Received 3 entries for 1"),
-    (lambda: farhox.ProximalGradient(0.1, L1(0.1)).bound_to(with_regularizer(farhox.L1L2(l1=0.1))), ValueError,
+    (lambda: ProximalGradient(0.1, L1(0.1)).bound_to(with_regularizer(farhox.L1L2(l1=0.1))), ValueError,
      "one penalty. Received two for 'w'"),
-    (lambda: farhox.ProximalGradient(0.1).bound_to(with_regularizer(keras.regularizers.L1(0.1))), ValueError,
+    (lambda: ProximalGradient(0.1).bound_to(with_regularizer(keras.regularizers.L1(0.1))), ValueError,
      "use farhox.L1L2"),
-    (lambda: farhox.ProximalGradient(0.1, GroupLasso(0.1)).bound_to(
+    (lambda: ProximalGradient(0.1, GroupLasso(0.1)).bound_to(
         with_regularizer(None, keras.constraints.NonNeg())), ValueError, "not applied together with a constraint"),
-    (lambda: farhox.ProximalGradient(0.1, L1(0.1)).bound_to(
+    (lambda: ProximalGradient(0.1, L1(0.1)).bound_to(
         with_regularizer(None, keras.constraints.MaxNorm())), ValueError, "not applied together with a constraint"),
-    (lambda: farhox.ProximalGradient(farhox.Hyperparameter(np.ones(2)), GroupLasso(0.1)).update(
+    (lambda: ProximalGradient(farhox.Hyperparameter(np.ones(2)), GroupLasso(0.1)).update(
         [tf.ones(2)], [tf.ones(2)], [], tf.constant(0)), ValueError, "GroupLasso needs one learning rate"),
 ])
 def test_proximal_dynamics_refuse_what_they_cannot_do(make, error, words):
@@ -228,6 +231,6 @@ def test_proximal_dynamics_refuse_what_they_cannot_do(make, error, words):
 def test_an_inner_objective_without_the_regularizer_that_is_taken_over_is_refused(float64):
     w, strength = with_regularizer(farhox.L1L2(l1=(l1 := learned(0.1, "l1"))))[0], l1
     problem = farhox.BilevelProblem(lambda batch: keras.ops.sum(w ** 2), lambda batch: keras.ops.sum(w ** 2), [w],
-                                    [strength], farhox.ProximalGradient(0.1))
+                                    [strength], ProximalGradient(0.1))
     with pytest.raises(ValueError, match=r"must add the regularizer: sum.model.losses.. It does not for 'w'"):
         problem.step(problem.initial_state(), problem.outer_values(), tf.zeros(1))

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import farhox
+from farhox.hypergradients import DartsHG
 
 GENERATOR = np.random.default_rng(0)
 X, Y = GENERATOR.normal(size=[12, 3]).astype("float32"), np.arange(12) % 3
@@ -145,7 +146,7 @@ def stopped(model):
 
 @pytest.mark.parametrize("make_objective, name", [(counted, "accuracy"), (f1, "f1_score"), (stopped, "stopped_loss")])
 @pytest.mark.parametrize("method", [
-    farhox.ReverseHG(), farhox.ForwardHG(), farhox.ImplicitHG(), farhox.DartsHG()], ids=lambda m: type(m).__name__)
+    farhox.ReverseHG(), farhox.ForwardHG(), farhox.ImplicitHG(), DartsHG()], ids=lambda m: type(m).__name__)
 def test_an_outer_objective_without_a_derivative_is_an_error_that_names_it_and_offers_a_smooth_one(
         method, make_objective, name):
     rate, strength = hyperparameters()[:2]

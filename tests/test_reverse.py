@@ -25,6 +25,7 @@ from problems import (
 
 import farhox
 from farhox._core.cut import kept_bytes
+from farhox.dynamics import InnerDynamics
 from farhox.problem.back_step import BackStep
 from farhox.problem.inner_training import InnerTraining
 
@@ -246,7 +247,7 @@ def test_integer_slots_of_the_optimizer_pass_through():
     assert int(farhox.ReverseHG().compute(*case[:3]).state.slots[0]) == STEPS
 
 
-class _CountingDescent(farhox.InnerDynamics):
+class _CountingDescent(InnerDynamics):
     def __init__(self, rate):
         self.rate = rate
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 from problems import STEPS, assert_close, heavy_ball, network_problem, scalar_quadratic, variable
 
 import farhox
+from farhox.hypergradients import ReversibleHG
 from farhox.hypergradients.reversible import _Fixed
 
 
@@ -60,7 +61,7 @@ def test_heavy_ball_has_its_hypergradient(momentum):
         lambda a: a / 2 * keras.ops.square(w - target), lambda goal: keras.ops.square(w - goal) / 2,
         inner_variables=[w], outer_variables=[target, rate, w], dynamics=farhox.Momentum(rate, momentum))
     data = tf.fill([5], tf.constant(2.0, tf.float64)), tf.constant(1.0, tf.float64)
-    result = farhox.ReversibleHG().compute(problem, *data)
+    result = ReversibleHG().compute(problem, *data)
     expected = farhox.ReverseHG().compute(problem, *data)
     assert_close(result.gradients, expected.gradients, 1e-9)
     if momentum == 0.5:
@@ -71,7 +72,7 @@ def test_heavy_ball_has_its_hypergradient(momentum):
 @pytest.mark.parametrize("momentum", [0.123, 0.9, 0.99])
 def test_hypergradient_is_that_of_reverse_mode_up_to_rounding(momentum, float64):
     case = network(momentum, steps=60)
-    expected, result = compiled(farhox.ReverseHG(), case), compiled(farhox.ReversibleHG(), case)
+    expected, result = compiled(farhox.ReverseHG(), case), compiled(ReversibleHG(), case)
     assert result.diagnostics["reversed_exactly"]
     assert_close(result.gradients, expected.gradients, 1e-8)
     assert_close([result.outer_loss, result.inner_losses], [expected.outer_loss, expected.inner_losses], 1e-8)
@@ -86,7 +87,7 @@ def test_error_is_that_of_the_fractional_bits(float64):
     expected = compiled(farhox.ReverseHG(), case).gradients
     errors = []
     for bits in (12, 26, 40):
-        result = compiled(farhox.ReversibleHG(fractional_bits=bits), case)
+        result = compiled(ReversibleHG(fractional_bits=bits), case)
         assert result.diagnostics["reversed_exactly"]
         errors.append(max(np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in zip(result.gradients, expected)))
     assert all(fine < coarse / 100 for coarse, fine in itertools.pairwise(errors))
@@ -94,7 +95,7 @@ def test_error_is_that_of_the_fractional_bits(float64):
 
 def test_replay_has_the_masks_and_statistics_of_each_step(float64):
     case = network(name="BatchNormalization", extra=[keras.layers.Dropout(0.5)])
-    expected, result = compiled(farhox.ReverseHG(), case), compiled(farhox.ReversibleHG(), case)
+    expected, result = compiled(farhox.ReverseHG(), case), compiled(ReversibleHG(), case)
     assert result.diagnostics["reversed_exactly"]
     assert_close(result.gradients, expected.gradients, 1e-9)
     assert_close([v for v in result.state.state_variables if v.dtype.is_floating],
@@ -104,15 +105,15 @@ def test_replay_has_the_masks_and_statistics_of_each_step(float64):
 @pytest.mark.parametrize("options", [None, {}, {"jit_compile": True}])
 def test_float32_training_is_undone_exactly_eager_in_graphs_and_under_xla(options):
     case = network(steps=12)
-    result = farhox.ReversibleHG().compute(*case[:3]) if options is None else compiled(
-        farhox.ReversibleHG(), case, **options)
+    result = ReversibleHG().compute(*case[:3]) if options is None else compiled(
+        ReversibleHG(), case, **options)
     assert result.diagnostics["reversed_exactly"]
     assert_close(result.gradients, compiled(farhox.ReverseHG(), case).gradients, 1e-4)
 
 
 def test_convolutions_are_undone_exactly():
     case = network(steps=30, name="ConvBatchNormalization")
-    assert compiled(farhox.ReversibleHG(), case).diagnostics["reversed_exactly"]
+    assert compiled(ReversibleHG(), case).diagnostics["reversed_exactly"]
 
 
 def test_ten_thousand_steps_end_at_the_initial_bits_with_a_small_buffer():
@@ -122,7 +123,7 @@ def test_ten_thousand_steps_end_at_the_initial_bits_with_a_small_buffer():
     batches = farhox.gather(
         tf.nest.map_structure(lambda leaf: leaf[0], case.inner_batches),
         np.random.default_rng(0).integers(0, 4, (steps, 4)))
-    result = compiled(farhox.ReversibleHG(), case._replace(inner_batches=batches))
+    result = compiled(ReversibleHG(), case._replace(inner_batches=batches))
     assert result.diagnostics["reversed_exactly"]
     assert np.all(np.isfinite(result.gradients[0]))
     entries = sum(math.prod(v.shape) for v in case.problem.inner_variables)
@@ -136,7 +137,7 @@ def test_ten_thousand_steps_end_at_the_initial_bits_with_a_small_buffer():
 def test_buffer_grows_by_the_logarithm_of_the_momentum(momentum, bits):
     case = scalar_quadratic(outer=("target",), steps=5_000,
                             dynamics=lambda rate: farhox.Momentum(1e-4, momentum))
-    result = compiled(farhox.ReversibleHG(), case)
+    result = compiled(ReversibleHG(), case)
     assert result.diagnostics["reversed_exactly"]
     used = 8 * int(result.diagnostics["stored_bytes"]) / 5_000
     np.testing.assert_allclose(bits, -math.log2(momentum), rtol=5e-3)
@@ -153,15 +154,15 @@ def test_learned_schedules_and_rates_per_variable(float64):
         [schedule, problem.outer_variables[0]],
         farhox.Momentum([schedule] + [problem.dynamics.learning_rate] * (count - 1), 0.9))
     expected = farhox.ReverseHG().compute(problem, *case[1:3]).gradients
-    assert_close(farhox.ReversibleHG().compute(problem, *case[1:3]).gradients, expected, 1e-9)
+    assert_close(ReversibleHG().compute(problem, *case[1:3]).gradients, expected, 1e-9)
 
 
 def test_state_that_is_passed_back_goes_on(float64):
     case = network(steps=20)
-    whole = compiled(farhox.ReversibleHG(), case)
+    whole = compiled(ReversibleHG(), case)
     first, second = (tf.nest.map_structure(lambda leaf: leaf[part], case.inner_batches)
                      for part in (slice(0, 12), slice(12, 20)))
-    method = farhox.ReversibleHG()
+    method = ReversibleHG()
     state = compiled(method, case._replace(inner_batches=first)).state
     result = tf.function(
         lambda: method.compute(case.problem, second, case.outer_batch, state=state), autograph=False)()
@@ -174,20 +175,20 @@ def test_state_that_is_passed_back_goes_on(float64):
 def test_initial_values_have_no_effect_on_a_state_that_is_passed_in():
     case = scalar_quadratic(outer=("target", "initial"), dynamics=lambda rate: farhox.Momentum(0.1, 0.9))
     with pytest.raises(ValueError, match="depends on 'w'.*a state that is passed in does not depend on initial values"):
-        farhox.ReversibleHG().compute(*case[:3], state=case.problem.initial_state())
+        ReversibleHG().compute(*case[:3], state=case.problem.initial_state())
 
 
 @pytest.mark.parametrize("start", [3e9, float("nan")])
 def test_what_leaves_the_range_is_not_a_number_afterwards(start):
     case = scalar_quadratic(outer=("target",), initial=start, dynamics=lambda rate: farhox.Momentum(0.1, 0.9))
-    result = farhox.ReversibleHG(fractional_bits=40).compute(*case[:3])
+    result = ReversibleHG(fractional_bits=40).compute(*case[:3])
     assert not result.diagnostics["finite"]
     assert np.isnan(result.outer_loss) and np.isnan(result.gradients[0])
 
 
 def test_diverged_training_is_not_a_number():
     case = scalar_quadratic(outer=("target",), steps=60, dynamics=lambda rate: farhox.Momentum(30.0, 0.9))
-    result = farhox.ReversibleHG().compute(*case[:3])
+    result = ReversibleHG().compute(*case[:3])
     assert np.isnan(result.outer_loss) and np.isnan(result.gradients[0])
 
 
@@ -198,7 +199,7 @@ def test_hypergradient_of_a_training_that_cannot_be_undone_is_not_a_number():
     problem = farhox.BilevelProblem(
         lambda a: keras.ops.square(w - target) * (1.0 + tf.math.floormod(tf.timestamp(), 0.1)),
         case.problem._outer_objective, [w], [target], farhox.Momentum(0.1, 0.9))
-    result = compiled(farhox.ReversibleHG(), case._replace(problem=problem))
+    result = compiled(ReversibleHG(), case._replace(problem=problem))
     assert not result.diagnostics["reversed_exactly"]
     assert not result.diagnostics["finite"]
     assert np.isnan(result.gradients[0]) and np.isfinite(result.outer_loss)
@@ -206,7 +207,7 @@ def test_hypergradient_of_a_training_that_cannot_be_undone_is_not_a_number():
 
 def test_fit_trains_with_it():
     case = scalar_quadratic("float32", outer=("target", "rate"), dynamics=lambda rate: farhox.Momentum(rate, 0.9))
-    optimizer = farhox.HyperOptimizer(case.problem, farhox.ReversibleHG(), online=True)
+    optimizer = farhox.HyperOptimizer(case.problem, ReversibleHG(), online=True)
     optimizer.compile(keras.optimizers.SGD(0.01))
     history = optimizer.fit((case.inner_batches, case.outer_batch), epochs=3, verbose=0)
     assert history.history["skipped_updates"] == [0, 0, 0]
@@ -218,35 +219,35 @@ def test_fit_trains_with_it():
 def test_other_dynamics_are_errors_that_name_the_way_out(dynamics):
     case = scalar_quadratic(outer=("target",), dynamics=lambda rate: dynamics)
     with pytest.raises(ValueError, match="undoes farhox.Momentum without nesterov.*use ReverseHG.checkpoint_every='sq"):
-        farhox.ReversibleHG().compute(*case[:3])
+        ReversibleHG().compute(*case[:3])
 
 
 @pytest.mark.parametrize("momentum", [0.0, 1.0, lambda step: tf.constant(0.9)])
 def test_momentum_must_be_a_float_between_zero_and_one(momentum):
     case = scalar_quadratic(outer=("target",), dynamics=lambda rate: farhox.Momentum(rate, momentum))
     with pytest.raises(ValueError, match="needs a float strictly between 0 and 1.*use ReverseHG.checkpoint_every="):
-        farhox.ReversibleHG().compute(*case[:3])
+        ReversibleHG().compute(*case[:3])
 
 
 def test_learned_momentum_is_an_error_that_names_the_way_out():
     with pytest.raises(ValueError, match="To learn the momentum, or without any, use ReverseHG"):
-        farhox.ReversibleHG().compute(*heavy_ball()[:3])
+        ReversibleHG().compute(*heavy_ball()[:3])
 
 
 def test_constraints_of_inner_variables_are_an_error_that_names_them():
     case = scalar_quadratic(outer=("target",), dynamics=lambda rate: farhox.Momentum(rate, 0.9))
     case.problem.inner_variables[0].constraint = keras.constraints.NonNeg()
     with pytest.raises(ValueError, match="cannot undo constraints of the inner variables. Received: constraints on '"):
-        farhox.ReversibleHG().compute(*case[:3])
+        ReversibleHG().compute(*case[:3])
 
 
 def test_momentum_must_be_a_ratio_of_small_integers():
     case = scalar_quadratic(outer=("target",), dynamics=lambda rate: farhox.Momentum(rate, math.sqrt(0.5)))
     with pytest.raises(ValueError, match="ratio of integers with a denominator of at most 10,000.*Near it is 0.707"):
-        farhox.ReversibleHG().compute(*case[:3])
+        ReversibleHG().compute(*case[:3])
 
 
 @pytest.mark.parametrize("bits", [9, 53, 40.0, True])
 def test_fractional_bits_must_be_an_integer_in_range(bits):
     with pytest.raises(ValueError, match="fractional_bits must be an integer from 10 to 52"):
-        farhox.ReversibleHG(fractional_bits=bits)
+        ReversibleHG(fractional_bits=bits)

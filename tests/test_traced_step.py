@@ -9,6 +9,7 @@ from problems import assert_close, variable
 
 import farhox
 from farhox._core import functional
+from farhox.hypergradients import DartsHG, EvoGradHG
 
 METHODS = {"reverse": farhox.ReverseHG(), "forward": farhox.ForwardHG(), "checkpoints": farhox.ReverseHG(
     checkpoint_every=2)}
@@ -79,7 +80,7 @@ def normal():
 
 @pytest.mark.parametrize("method, draw, operation", [
     *((method, normal, "RandomStandardNormal") for method in (
-        *METHODS.values(), farhox.DartsHG(), farhox.ImplicitHG(), farhox.EvoGradHG())),
+        *METHODS.values(), DartsHG(), farhox.ImplicitHG(), EvoGradHG())),
     (farhox.ReverseHG(), lambda: tf.random.uniform([]), "RandomUniform"),
     (farhox.ReverseHG(), lambda: tf.ensure_shape(tf.py_function(lambda: 1.0, [], tf.float32), []), "EagerPyFunc"),
     (farhox.ReverseHG(), lambda: tf.cond(tf.constant(1.0) > tf.zeros([]), normal, lambda: 0.0),

@@ -214,6 +214,25 @@ class Adam(InnerDynamics):
         return new_variables, [first_moments, second_moments]
 
 
+# What to write where an optimizer of Keras is asked for.
+_COUNTERPARTS = {"Adam": "keras.optimizers.Adam", "Momentum": "keras.optimizers.SGD",
+                 "GradientDescent": "keras.optimizers.SGD"}
+
+
+def check_keras_optimizer(name, optimizer):
+    """Raises a TypeError that says what to write if inner dynamics come where a Keras optimizer is asked for.
+
+    Args:
+        name: Name in the error.
+        optimizer: What came; anything else than inner dynamics is left to Keras.
+    """
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    if issubclass(kind, InnerDynamics):
+        counterpart = _COUNTERPARTS.get(kind.__name__, "keras.optimizers.Adam")
+        raise TypeError(f"{name} must be an optimizer of Keras: write {counterpart}(...). farhox.{kind.__name__} is "
+                        f"inner dynamics, a differentiable step of inner training. Received: {optimizer!r}")
+
+
 def _root(v):
     """Square root with derivative zero at zero."""
     positive = v > 0

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import exact, functional
-from farhox.dynamics.base import InnerDynamics
+from farhox.dynamics.base import InnerDynamics, check_keras_optimizer
 from farhox.dynamics.functional_optimizer import (
     Setting,
     Slot,
@@ -101,6 +101,7 @@ class KerasDynamics(InnerDynamics):
     applies_constraints = True
 
     def __init__(self, optimizer, first_order=False, **settings):
+        check_keras_optimizer("optimizer", optimizer)
         base = keras.optimizers.Optimizer
         if not isinstance(optimizer, base) or type(optimizer) is base:
             raise TypeError("optimizer must be an instance of a subclass of keras.optimizers.Optimizer. "

@@ -150,8 +150,8 @@ class Projection(Penalty):
     """P is 0 on a convex set and infinite elsewhere; the proximal map is the Euclidean projection on the set.
 
     Args:
-        constraint: A Keras constraint that projects: `farhox.Simplex`, `farhox.CappedSimplex`, `farhox.Box`,
-            `keras.constraints.NonNeg`.
+        constraint: A Keras constraint that projects: `Simplex`, `CappedSimplex` or `Box` of
+            `farhox.constraints`, `keras.constraints.NonNeg`.
 
     Raises:
         TypeError: If it is no Keras constraint.
@@ -164,7 +164,7 @@ class Projection(Penalty):
     def __post_init__(self):
         if not isinstance(self.constraint, keras.constraints.Constraint):
             raise TypeError("constraint must be a keras.constraints.Constraint that projects, for example "
-                            f"farhox.Simplex(). Received: {self.constraint!r}")
+                            f"farhox.constraints.Simplex(). Received: {self.constraint!r}")
 
     def value(self, w, step=0):
         return tf.zeros([], w.dtype)

@@ -28,7 +28,7 @@ class ProximalGradient(InnerDynamics):
     ```python
     strength = farhox.Hyperparameter(0.1, low=0.0, log=True, name="l1")
     layer = keras.layers.Dense(1, kernel_regularizer=farhox.L1L2(l1=strength))
-    dynamics = farhox.ProximalGradient(0.1)
+    dynamics = farhox.dynamics.ProximalGradient(0.1)
     ```
 
     An inner variable of which the Keras regularizer is `farhox.L1L2` has the penalty of its `l1` part without being
@@ -40,8 +40,8 @@ class ProximalGradient(InnerDynamics):
         learning_rate: A setting, not negative, or a list with one per inner variable. At most 1 over the greatest
             curvature of L, as for gradient descent.
         penalty: A `Penalty` for every inner variable, or a list with a `Penalty` or None per inner variable. A Keras
-            constraint that is a projection, as `farhox.Simplex`, counts as the penalty `Projection(constraint)`.
-            Default: those of the regularizers.
+            constraint that is a projection, as `farhox.constraints.Simplex`, counts as the penalty
+            `Projection(constraint)`. Default: those of the regularizers.
         first_order: Bool. Treat the inner gradient as a constant when differentiating the step.
 
     Raises:

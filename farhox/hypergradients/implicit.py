@@ -102,7 +102,7 @@ class ImplicitHG(SingleHyperGradient):
                 'ImplicitHG(system="objective") needs dynamics that rest where the inner gradient is zero. '
                 f"{type(problem.dynamics).__name__} does not here, because of a penalty or a weight decay that is no "
                 'part of the inner objective. Use ImplicitHG(system="dynamics"), for example '
-                "ImplicitHG(farhox.FixedPoint(max_steps=1000)).")
+                "ImplicitHG(farhox.linear_solvers.FixedPoint(max_steps=1000)).")
         run = training.run()
         at_end = training.outer_gradients(run.state, outer_batch)
         build = _dynamics_system if on_dynamics else _objective_system

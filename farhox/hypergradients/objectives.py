@@ -17,7 +17,7 @@ class ObjectivesHG(HyperGradient):
     is reported. The inner training runs once per objective.
 
     ```python
-    method = farhox.ObjectivesHG(farhox.ReverseHG(), [(robust_loss, [example_weights])])
+    method = farhox.hypergradients.ObjectivesHG(farhox.ReverseHG(), [(robust_loss, [example_weights])])
     ```
 
     In the result `carry` is a list with one memory per objective, the problem's own last; "finite" and

@@ -93,7 +93,7 @@ def health(problem, inner_batches, outer_batch, hypergradient, result=None, powe
     below 1.
 
     ```python
-    print(farhox.health(problem, inner_batches, outer_batch, farhox.ReverseHG(truncation=10)))
+    print(farhox.insight.health(problem, inner_batches, outer_batch, farhox.ReverseHG(truncation=10)))
     ```
 
     Args:

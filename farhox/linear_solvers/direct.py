@@ -1,7 +1,6 @@
 """Solvers without iteration: from the whole matrix, and from some of its columns."""
 
 import dataclasses
-import warnings
 
 import tensorflow as tf
 
@@ -45,15 +44,6 @@ class Direct(LinearSolver):
         residual = relative(rhs - matvec(vector), rhs)
         return LinearSolution(
             vector, residual, tf.constant(dimension + 1), tf.logical_not(tf.math.is_finite(residual)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Dense(Direct):
-    """The old name of `Direct`, whose meaning clashed with the layer's."""
-
-    def __post_init__(self):
-        warnings.warn("farhox.Dense is now farhox.Direct; the old name will go.", DeprecationWarning, stacklevel=3)
-        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)

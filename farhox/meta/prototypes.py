@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.copies import copy_of
+from farhox.dynamics.base import check_keras_optimizer
 from farhox.meta import episode_checks
 from farhox.meta.accuracy import correct
 from farhox.meta.episodes import EpisodeSource, count_episodes, new_episodes_seen
@@ -62,6 +63,7 @@ class PrototypicalNetwork(keras.Model):
     def compile(self, optimizer="adam", loss=_LOSS, metrics=None, weighted_metrics=None, **kwargs):
         """As `keras.Model.compile`; all metrics count a query by its sample weight, if there are weights."""
         kwargs.setdefault("jit_compile", False)  # XLA slows convolutions down on CPUs.
+        check_keras_optimizer("optimizer", optimizer)
         super().compile(optimizer, loss, weighted_metrics=joined(metrics, weighted_metrics), **kwargs)
 
     def fit(self, x=None, **kwargs):

@@ -1,7 +1,8 @@
 """Constraints that outer optimizers enforce by projection after each update, as Keras constraints.
 
 Each one is the Euclidean projection on a convex set: the nearest point that obeys the rule. To use one, set it on the
-variable (`variable.constraint = farhox.Simplex()`), since the constructor of `keras.Variable` ignores the argument.
+variable (`variable.constraint = farhox.constraints.Simplex()`), since the constructor of `keras.Variable` ignores the
+argument.
 """
 
 import keras

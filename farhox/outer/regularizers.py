@@ -77,7 +77,7 @@ def warn_of_subgradients(variables, dynamics):
         warnings.warn(
             f"The l1 strength of {', '.join(map(repr, paths))} is an outer variable under {type(dynamics).__name__}, "
             "whose subgradient steps never settle at zero: its hypergradient says little. Use "
-            "farhox.ProximalGradient, which sets weights to zero exactly.", stacklevel=4)
+            "farhox.dynamics.ProximalGradient, which sets weights to zero exactly.", stacklevel=4)
 
 
 def _strength(name, strength):

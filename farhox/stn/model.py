@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.logs import log_values, unique_names
+from farhox.dynamics.base import check_keras_optimizer
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn import conversion
 from farhox.stn.alternation import alternate, as_dataset, training_data, unpack
@@ -152,7 +153,7 @@ class SelfTuningModel(keras.Model):
             metrics, weighted_metrics, **kwargs: As in Keras.
 
         Raises:
-            TypeError: If a loss is not one.
+            TypeError: If a loss is not one, or an optimizer is none of Keras'.
             ValueError: If there is no loss, `response_optimizer` comes with `method="stn"`, or an optimizer has a
                 setting that is a hyperparameter: gates do not see what an optimizer does, so it would never be tuned.
         """
@@ -161,6 +162,9 @@ class SelfTuningModel(keras.Model):
         if response_optimizer is not None and self.method != "delta":
             raise ValueError('Only method="delta" has a response_optimizer of its own. '
                              f"Received: method={self.method!r} and response_optimizer={response_optimizer!r}")
+        for name, given in (("optimizer", optimizer), ("hyper_optimizer", hyper_optimizer),
+                            ("scale_optimizer", scale_optimizer), ("response_optimizer", response_optimizer)):
+            check_keras_optimizer(name, given)
         dtype = self.model.variable_dtype
         self._losses_given, self._metrics_given = (loss, validation_loss), {
             "metrics": metrics, "weighted_metrics": weighted_metrics, **kwargs}

@@ -12,7 +12,7 @@ from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
 from farhox.data.batches import as_inner_batches, as_tensors, examples_of
 from farhox.data.datasets import as_hyper_iterations, pair, raise_if_endless
-from farhox.dynamics.base import InnerDynamics
+from farhox.dynamics.base import check_keras_optimizer
 from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
@@ -115,6 +115,7 @@ class HyperOptimizer(keras.Model):
             **kwargs: `weighted_metrics`, `run_eagerly`, `steps_per_execution` of `keras.Model.compile`.
 
         Raises:
+            TypeError: If the optimizer is none of Keras'.
             ValueError: If a loss is given (the objectives are part of the problem), or metrics cannot be computed.
         """
         if any(kwargs.pop(name, None) is not None for name in ("loss", "loss_weights")):
@@ -122,9 +123,7 @@ class HyperOptimizer(keras.Model):
         if (metrics or kwargs.get("weighted_metrics")) and self.problem.outer_predictions is None:
             raise ValueError("Metrics need predictions: give BilevelProblem(outer_predictions=batch -> (targets, "
                              "predictions, sample_weight)), or make the problem with farhox.supervised_problem.")
-        if isinstance(optimizer, InnerDynamics):
-            raise TypeError("The outer optimizer must be one of Keras, such as keras.optimizers.Adam(0.01): farhox' "
-                            f"own are inner dynamics. Received: {optimizer!r}")
+        check_keras_optimizer("optimizer", optimizer)
         # Losses are not scaled: a hypergradient is computed before the optimizer sees it.
         super().compile(optimizer=optimizer, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False, **kwargs)
         if not self.optimizer.built:

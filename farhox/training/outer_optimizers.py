@@ -2,6 +2,7 @@
 
 import keras
 
+from farhox.dynamics.base import check_keras_optimizer
 from farhox.outer.outer_variable import OuterVariable
 
 
@@ -11,7 +12,7 @@ class OptimizerGroups(keras.optimizers.Optimizer):
     Learning rates, example weights and representations live on different scales:
 
     ```python
-    optimizer.compile(farhox.OptimizerGroups(
+    optimizer.compile(farhox.training.OptimizerGroups(
         keras.optimizers.Adam(1e-3), [(keras.optimizers.Adam(0.1), [example_weights])]))
     ```
 
@@ -36,6 +37,7 @@ class OptimizerGroups(keras.optimizers.Optimizer):
                             f"Received: {groups!r}")
         optimizers = [default] + [optimizer for optimizer, _ in groups]
         for optimizer in optimizers:
+            check_keras_optimizer("Every optimizer", optimizer)
             if not isinstance(optimizer, keras.optimizers.Optimizer):
                 raise TypeError(f"Every optimizer must be a keras.optimizers.Optimizer. Received: {optimizer!r}")
         if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):

@@ -6,8 +6,8 @@ import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
-from farhox.tuner.losses import Losses
 from farhox import stn
+from farhox.tuner.losses import Losses
 from farhox.tuner.penalties import Penalties
 from farhox.tuner.responses import Responses
 
