@@ -47,6 +47,7 @@ import tensorflow as tf
 from absl import flags
 
 import farhox
+from farhox.hypergradients import EpisodesHG
 from farhox import meta
 from farhox.data.batches import RepeatedBatch, batch_at, num_steps
 
@@ -58,10 +59,10 @@ HYPERGRADIENTS = {
     "forward": farhox.ForwardHG(),
     # A tolerance that is never reached: always ten products.
     "implicit": farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=10, tolerance=0.0)),
-    "maml": farhox.EpisodesHG(farhox.ReverseHG()),
-    "fomaml": farhox.EpisodesHG(farhox.ReverseHG()),
-    "hyper_representation": farhox.EpisodesHG(farhox.ReverseHG()),
-    "imaml": farhox.EpisodesHG(farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=5, tolerance=0.0))),
+    "maml": EpisodesHG(farhox.ReverseHG()),
+    "fomaml": EpisodesHG(farhox.ReverseHG()),
+    "hyper_representation": EpisodesHG(farhox.ReverseHG()),
+    "imaml": EpisodesHG(farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=5, tolerance=0.0))),
 }
 # Tracing steps that are written out takes minutes beyond this.
 NAIVE_MAX_STEPS = 100

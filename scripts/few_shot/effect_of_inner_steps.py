@@ -26,6 +26,7 @@ import tensorflow as tf
 from absl import flags
 
 import farhox
+from farhox.hypergradients import HyperGradient, HyperGradientResult
 from farhox import meta
 from farhox.data.batches import batch_at
 from farhox.hypergradients.base import Evaluation
@@ -60,7 +61,7 @@ def define_flags():
 
 
 @dataclasses.dataclass(frozen=True)
-class RidgeHG(farhox.HyperGradient):
+class RidgeHG(HyperGradient):
     """The exact hypergradient where the inner problem is `ridge_problem`'s: through its minimiser in closed form.
 
     Args:
@@ -81,7 +82,7 @@ class RidgeHG(farhox.HyperGradient):
             tape.watch(mapping)
             evaluation = self._evaluate(problem, mapping, inner_batches, outer_batch)
         gradients = [tape.gradient(evaluation.outer_loss, mapping)]
-        return farhox.HyperGradientResult(
+        return HyperGradientResult(
             gradients, evaluation.outer_loss, evaluation.inner_losses, evaluation.state, [], {})
 
     def evaluate(self, problem, inner_batches, outer_batch):

@@ -24,6 +24,7 @@ import tensorflow as tf
 from absl import flags
 
 import farhox
+from farhox.hypergradients import ReptileHG
 from farhox import meta
 from farhox.meta.statistics import query_call
 
@@ -125,7 +126,7 @@ def run(settings, parts, variant, seed, folder):
     rate = settings["inner_learning_rate"]
     problem = farhox.supervised_problem(model, dynamics=farhox.GradientDescent(rate), learn_initialization=True,
                                         outer_call=query_call(model, transductive=True))
-    optimizer = farhox.HyperOptimizer(problem, farhox.ReptileHG(weights))
+    optimizer = farhox.HyperOptimizer(problem, ReptileHG(weights))
     optimizer.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(
         settings["outer_learning_rate"], settings["meta_steps"])))
     dataset = train.dataset(settings["meta_batch_size"]).enumerate().map(
