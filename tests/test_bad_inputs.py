@@ -176,7 +176,7 @@ ROWS = [
     (lambda: uncompiled().compile("adam", loss="mse"), ValueError, "takes no loss"),
     (lambda: uncompiled().compile("no_such_optimizer"), ValueError, "no_such_optimizer"),
     (lambda: uncompiled().compile(farhox.Adam()), TypeError,
-     r"optimizer must be an optimizer of Keras: write keras.optimizers.Adam\(...\). farhox.Adam is inner dynamics"),
+     r"optimizer must be an optimizer of Keras: write keras.optimizers.Adam\(...\). Adam is inner dynamics of farhox"),
     (lambda: uncompiled().compile(farhox.Momentum), TypeError, r"write keras.optimizers.SGD\(...\)"),
     (lambda: farhox.KerasDynamics(farhox.GradientDescent()), TypeError, r"write keras.optimizers.SGD\(...\)"),
     (lambda: OptimizerGroups(farhox.Adam(), []), TypeError, r"write keras.optimizers.Adam\(...\)"),

@@ -95,7 +95,7 @@ ROWS = [
     ("Projection", "no constraint", lambda: Projection(0.1), TypeError, "must be a keras.constraints.Constraint"),
     ("KerasDynamics", "a name", lambda: of("sgd"), TypeError, "must be an instance of a subclass of"),
     ("KerasDynamics", "a class", lambda: of(OPTIMIZERS.Adam), TypeError, "must be an instance of a subclass of"),
-    ("KerasDynamics", "dynamics", lambda: of(farhox.GradientDescent()), TypeError, "must be an instance of"),
+    ("KerasDynamics", "dynamics", lambda: of(farhox.GradientDescent()), TypeError, "must be an optimizer of Keras"),
     ("KerasDynamics", "an unknown setting", lambda: of(sgd(), beta_1=0.9), ValueError, "Received: beta_1"),
     ("KerasDynamics", "a negative rate", lambda: of(sgd(), learning_rate=-0.1), ValueError, RATE),
     ("KerasDynamics", "a negative rate of the optimizer", lambda: of(sgd(learning_rate=-0.1)), ValueError,

@@ -229,8 +229,8 @@ def check_keras_optimizer(name, optimizer):
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
     if issubclass(kind, InnerDynamics):
         counterpart = _COUNTERPARTS.get(kind.__name__, "keras.optimizers.Adam")
-        raise TypeError(f"{name} must be an optimizer of Keras: write {counterpart}(...). farhox.{kind.__name__} is "
-                        f"inner dynamics, a differentiable step of inner training. Received: {optimizer!r}")
+        raise TypeError(f"{name} must be an optimizer of Keras: write {counterpart}(...). {kind.__name__} is inner "
+                        f"dynamics of farhox, a differentiable step of inner training. Received: {optimizer!r}")
 
 
 def _root(v):
