@@ -7,9 +7,11 @@ import tensorflow as tf
 
 from farhox._core import checks, tree
 from farhox._core.inner_state import float_leaves
+from farhox.data.batches import RepeatedBatch
 from farhox.hypergradients.base import SingleHyperGradient, result
 from farhox.linear_solvers import ConjugateGradient, FixedPoint, LinearOperator, LinearSolver
 from farhox.problem.bilevel import variable_names
+from farhox.problem.inner_training import InnerTraining
 
 _SYSTEMS = ("objective", "dynamics")
 _SEES = {
@@ -56,12 +58,14 @@ class ImplicitHG(SingleHyperGradient):
         warm_start: Bool. Start the solver from the carried v.
         system: "objective" or "dynamics". Default: the objective; the dynamics with `FixedPoint`, which iterates on
             them.
+        system_batch: Callable, outer batch -> inner batch: the examples that the system of the objective is made on,
+            where those of the last inner step say too little. Default: these.
 
     Raises:
-        TypeError: If `linear_solver` is not one.
-        ValueError: If the damping is negative or `system` neither; when computing: if an outer variable is not seen, or
-            the system is that of the objective and an inner variable has a Keras constraint, or the dynamics have a
-            proximal step or a weight decay.
+        TypeError: If `linear_solver` is not one or `system_batch` not callable.
+        ValueError: If the damping is negative, `system` neither, or `system_batch` comes with the system of the
+            dynamics; when computing: if an outer variable is not seen, or the system is that of the objective and an
+            inner variable has a Keras constraint, or the dynamics have a proximal step or a weight decay.
 
     Reference:
         [Pedregosa, 2016](https://arxiv.org/abs/1602.02355), Algorithm 1;
@@ -73,6 +77,7 @@ class ImplicitHG(SingleHyperGradient):
     damping: float = 0.0
     warm_start: bool = True
     system: Any = None
+    system_batch: Any = None
 
     carry_outlives_state = True
 
@@ -83,6 +88,17 @@ class ImplicitHG(SingleHyperGradient):
         checks.non_negative_number("damping", self.damping)
         if self.system is not None and self.system not in _SYSTEMS:
             raise ValueError(f'system must be "objective", "dynamics" or None. Received: {self.system!r}')
+        if self.system_batch is not None and not callable(self.system_batch):
+            raise TypeError("system_batch must be a callable outer batch -> inner batch. "
+                            f"Received: {self.system_batch!r}")
+        if self.system_batch is not None and self.solved_system == "dynamics":
+            raise ValueError('system_batch needs ImplicitHG(system="objective"): the fixed point of the dynamics is one '
+                             "of their last step, on the last inner batch.")
+
+    @property
+    def shares_features(self):
+        """Whether features of the batch may be computed once: not where the system is made on another batch."""
+        return self.system_batch is None
 
     @property
     def solved_system(self):
@@ -105,8 +121,14 @@ class ImplicitHG(SingleHyperGradient):
                 "ImplicitHG(farhox.linear_solvers.FixedPoint(max_steps=1000)).")
         run = training.run()
         at_end = training.outer_gradients(run.state, outer_batch)
-        build = _dynamics_system if on_dynamics else _objective_system
-        system = build(training, run, self.damping, solver.uses_transposed)
+        if on_dynamics:
+            system = _dynamics_system(training, run, self.damping)
+        else:
+            at_end_of, t = training, run.steps - 1
+            if self.system_batch is not None:  # Traced for its own shapes.
+                batch = RepeatedBatch(self.system_batch(outer_batch), tf.range(1))
+                at_end_of, t = InnerTraining(problem, batch, run.state, training.outer, share_features=False), 0
+            system = _objective_system(at_end_of, run, t, self.damping, solver.uses_transposed)
 
         unknowns = system.unknowns
         rhs = tree.ravel([tf.zeros_like(leaf) if part is None else part
@@ -157,13 +179,12 @@ class _System(NamedTuple):
     sees: list
 
 
-def _objective_system(training, run, damping, with_transposed):
+def _objective_system(training, run, t, damping, with_transposed):
     """J v = dE/dw with the transposed Jacobian J = ∇²_ww L of the inner gradient, a function of (w, λ).
 
     It is symmetric unless a part of the objective is under `tf.stop_gradient`: then the inner gradient is that of no
     function.
     """
-    t = run.steps - 1
     gradient = training.gradient_system(run.state, t)
     unknowns = gradient.unknowns
 
@@ -182,12 +203,11 @@ def _objective_system(training, run, damping, with_transposed):
     return _System(unknowns, operator, parameter_product, distance, gradient.depends_on())
 
 
-def _dynamics_system(training, run, damping, with_transposed):
+def _dynamics_system(training, run, damping):
     """(I - A') v = dE/ds, from one inner step as a function of (s, λ): the last step, taken at its end.
 
     Schedules and bias corrections are those of the last step too; there may be none for the step after it.
     """
-    del with_transposed
     t = run.steps - 1
     state = run.state._replace(step=run.state.step - 1)
     leaves = float_leaves(state)

@@ -14,11 +14,12 @@ from farhox.meta.learner import Learner
 from farhox.meta.learners import ANIL, IMAML, MAML, HyperRepresentation, JointTraining, Reptile
 from farhox.meta.networks import convolutional_body, few_shot_classifier, residual_body
 from farhox.meta.omniglot import load_omniglot
+from farhox.meta.problem import episode_problem
 from farhox.meta.prototypes import PrototypicalNetwork
 
 __all__ = [
     "ANIL", "ClassificationEpisodes", "Episode", "EpisodeSource", "HyperRepresentation", "IMAML", "JointTraining",
-    "Learner", "MAML", "PrototypicalNetwork", "Reptile", "SinusoidEpisodes", "convolutional_body", "evaluate_episodes",
-    "few_shot_classifier", "fit_distributed", "is_chief", "load_omniglot", "mean_and_interval", "residual_body",
+    "Learner", "MAML", "PrototypicalNetwork", "Reptile", "SinusoidEpisodes", "convolutional_body", "episode_problem",
+    "evaluate_episodes", "few_shot_classifier", "fit_distributed", "is_chief", "load_omniglot", "mean_and_interval", "residual_body",
     "split_classes", "with_rotations",
 ]

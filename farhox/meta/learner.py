@@ -11,6 +11,7 @@ from farhox.meta import episode_checks
 from farhox.meta.accuracy import classifies, correct
 from farhox.meta.episodes import EpisodeSource, count_episodes, new_episodes_seen
 from farhox.meta.evaluation import evaluate_episodes
+from farhox.meta.problem import LOSS
 from farhox.meta.statistics import support_statistics
 from farhox.meta.weights import joined, order_of_present, scaled, weighted_mean, with_both_weights, with_weights
 from farhox.problem.inner_training import InnerTraining
@@ -35,11 +36,12 @@ class Learner(HyperOptimizer):
             without replacement. Default: all of them in each step.
         transductive: Bool, see `query_call`. Kept for the results of `evaluate`.
         seed: Non-negative int, of the random order.
-        loss: The loss of an episode, as for `supervised_problem`; for what labels are.
+        loss: The loss of the queries, as for `episode_problem`: for what labels are, and how weights count.
         name: Name of the Keras model.
+        support_loss: That of the support set. Default: `loss`.
 
     Attributes:
-        model, problem, inner_steps, evaluation_steps, transductive: As given.
+        model, problem, inner_steps, evaluation_steps, transductive, support_loss: As given.
         labels_are_class_numbers: Bool; labels are targets like the model's outputs otherwise.
         episodes_seen: Integer `keras.Variable`, the episodes that the learner was trained on, in all replicas: the
             position in a data set that begins at it (`EpisodeSource.dataset(start=)`). Saved with the weights.
@@ -49,7 +51,7 @@ class Learner(HyperOptimizer):
     """
 
     def __init__(self, model, problem, hypergradient, inner_steps, evaluation_steps=None, batch_size=None,
-                 transductive=True, seed=0, loss="sparse_categorical_crossentropy", name=None):
+                 transductive=True, seed=0, loss=LOSS, name=None, support_loss=None):
         super().__init__(problem, hypergradient, name=name)
         evaluation_steps = inner_steps if evaluation_steps is None else evaluation_steps
         for label, value in (("inner_steps", inner_steps), ("evaluation_steps", evaluation_steps),
@@ -62,6 +64,7 @@ class Learner(HyperOptimizer):
         self.seed = checks.non_negative_integer("seed", seed)
         self.labels_are_class_numbers = takes_class_numbers(loss)
         self._loss = loss
+        self.support_loss = loss if support_loss is None else support_loss
         self._sees_queries = False
         self.episodes_seen = new_episodes_seen()
         self._adapt_function = self._predict_function = self._judge_function = None
@@ -154,7 +157,8 @@ class Learner(HyperOptimizer):
         problem = self.problem
         state = tf.nest.map_structure(lambda leaf: leaf[0], self._adapt_function(support)[0])
         values = {id(variable): variable.value for variable in self.model.variables}
-        values.update((id(variable), value) for variable, value in zip(problem.inner_variables, state.variables))
+        values.update((id(variable), value) for variable, value in zip(
+            problem.inner_variables + problem.state_variables, [*state.variables, *state.state_variables]))
         weights = support[2][0] if len(support) == 3 else None
         values.update(support_statistics(
             self.model, tf.nest.map_structure(lambda leaf: leaf[0], support[0]), values, weights))
@@ -234,7 +238,7 @@ class Learner(HyperOptimizer):
         weights = support[2] if len(support) == 3 else None
         if self.batch_size is None:
             if weights is not None:
-                support = *support[:2], scaled(weights, self._loss)
+                support = *support[:2], scaled(weights, self.support_loss)
             return RepeatedBatch(tuple(support), tf.range(steps))
         seed = [self.seed, self.optimizer.iterations + 1 if training else 0]
         seed = tf.stack([tf.cast(part, tf.int64) for part in seed])

@@ -11,12 +11,12 @@ from farhox.hypergradients import EpisodesHG, HyperGradient, ImplicitHG, Initial
 from farhox.linear_solvers import ConjugateGradient
 from farhox.meta.episode_checks import check_model
 from farhox.meta.learner import Learner
-from farhox.meta.statistics import query_call, statistics_of_weighted
+from farhox.meta.problem import LOSS, episode_problem
+from farhox.meta.statistics import query_call
+from farhox.meta.weights import scaled
 from farhox.outer.hyperparameters import Hyperparameter
-from farhox.problem.representation import can_share_representation
-from farhox.problem.supervised import supervised_problem
-
-_LOSS = "sparse_categorical_crossentropy"
+from farhox.outer.outer_variable import OuterVariable
+from farhox.problem.representation import can_share_representation, representation_variables
 
 
 class MAML(Learner):
@@ -32,11 +32,13 @@ class MAML(Learner):
 
     Args:
         model: A built `keras.Model` with one output per class of an episode (or per regression target).
-        inner_learning_rate: Positive float; or a `Hyperparameter`, which is learned too.
+        inner_learning_rate: Positive float; or a `Hyperparameter`, which is learned too. Of gradient descent: not used
+            if `dynamics` are given.
         inner_steps: Positive int.
         first_order: Bool. FOMAML: second derivatives are left out.
         learn_learning_rates: Bool. Meta-SGD: one learning rate per weight, learned with the initial weights.
-        loss: As for `supervised_problem`.
+            "positive": rates that stay so.
+        loss: The loss of the queries, as for `supervised_problem`.
         transductive: Bool. Batch-norm layers normalise the queries of an episode together, as in most published
             results; or, if false, by the statistics of the support set.
         evaluation_steps: Positive int, inner steps outside training. Default: `inner_steps`.
@@ -45,10 +47,16 @@ class MAML(Learner):
             with its weight, instead of that after the last one alone.
         allow_unused: Bool. Weights that the model's outputs do not depend on stay as they are; else they are an error.
         name: Name of the Keras model.
+        dynamics: An `InnerDynamics`, the inner optimizer: Adam, momentum, a learned preconditioner, gradient descent
+            with rates of layers or steps. Default: gradient descent.
+        support_loss: The loss of the support set, which may be learned. Default: `loss`.
+        outer_variables: List of further outer variables, which the dynamics, losses or the condition read.
+        condition: Callable that sets weights of the model for a task, see `episode_problem`.
 
     Raises:
         TypeError: If `inner_learning_rate` is neither a float nor a `Hyperparameter`.
-        ValueError: If a number is out of range, or `learn_learning_rates` comes with a `Hyperparameter`.
+        ValueError: If a number is out of range, `learn_learning_rates` comes with a `Hyperparameter`, or settings of
+            gradient descent come with `dynamics`.
 
     Reference:
         [Finn et al., 2017](https://arxiv.org/abs/1703.03400), Algorithm 1;
@@ -57,14 +65,15 @@ class MAML(Learner):
     """
 
     def __init__(self, model, inner_learning_rate=0.1, inner_steps=5, first_order=False, learn_learning_rates=False,
-                 loss=_LOSS, transductive=True, evaluation_steps=None, step_weights=None, allow_unused=False,
-                 name="maml"):
+                 loss=LOSS, transductive=True, evaluation_steps=None, step_weights=None, allow_unused=False,
+                 name="maml", dynamics=None, support_loss=None, outer_variables=(), condition=None):
         problem = _initialization_problem(
-            model, [], inner_learning_rate, learn_learning_rates, first_order, loss, transductive, allow_unused)
+            model, [], inner_learning_rate, learn_learning_rates, first_order, dynamics, outer_variables, loss=loss,
+            support_loss=support_loss, condition=condition, transductive=transductive, allow_unused=allow_unused)
         weights = step_weights if not callable(step_weights) else (
             lambda: step_weights(tf.convert_to_tensor(self.optimizer.iterations)))
         super().__init__(model, problem, EpisodesHG(ReverseHG(step_weights=weights)), inner_steps, evaluation_steps,
-                         transductive=transductive, loss=loss, name=name)
+                         transductive=transductive, loss=loss, name=name, support_loss=support_loss)
 
 
 class ANIL(Learner):
@@ -72,25 +81,26 @@ class ANIL(Learner):
 
     Args:
         model: As for `MAML`.
-        head: List of layers of the model that adapt. Default: its last layer with weights.
+        head: List of layers and single variables of the model that adapt. Default: its last layer with weights.
         inner_learning_rate, inner_steps, first_order, learn_learning_rates, loss, transductive, evaluation_steps,
-            allow_unused, name: As for `MAML`.
+            allow_unused, name, dynamics, support_loss, outer_variables, condition: As for `MAML`.
 
     Raises:
-        TypeError, ValueError: As `MAML`; or if `head` holds a layer that is not the model's, or all of its weights.
+        TypeError, ValueError: As `MAML`; or if `head` holds what is not the model's, or all of its weights.
 
     Reference:
         [Raghu et al., 2020](https://arxiv.org/abs/1909.09157).
     """
 
     def __init__(self, model, head=None, inner_learning_rate=0.1, inner_steps=5, first_order=False,
-                 learn_learning_rates=False, loss=_LOSS, transductive=True, evaluation_steps=None, allow_unused=False,
-                 name="anil"):
+                 learn_learning_rates=False, loss=LOSS, transductive=True, evaluation_steps=None, allow_unused=False,
+                 name="anil", dynamics=None, support_loss=None, outer_variables=(), condition=None):
         problem = _initialization_problem(
-            model, _body(model, head), inner_learning_rate, learn_learning_rates, first_order, loss, transductive,
-            allow_unused)
+            model, _body(model, head), inner_learning_rate, learn_learning_rates, first_order, dynamics,
+            outer_variables, loss=loss, support_loss=support_loss, condition=condition, transductive=transductive,
+            allow_unused=allow_unused)
         super().__init__(model, problem, EpisodesHG(ReverseHG()), inner_steps, evaluation_steps,
-                         transductive=transductive, loss=loss, name=name)
+                         transductive=transductive, loss=loss, name=name, support_loss=support_loss)
 
 
 class HyperRepresentation(Learner):
@@ -106,7 +116,8 @@ class HyperRepresentation(Learner):
         inner_steps: Positive int.
         hypergradient: Method for one episode; `ImplicitHG` needs an inner objective with a unique minimum, say by a
             regulariser of the head, and a fixed rate. Default: `ReverseHG()`.
-        loss, transductive, evaluation_steps, allow_unused, name: As for `MAML`.
+        loss, transductive, evaluation_steps, allow_unused, name, dynamics, support_loss, outer_variables, condition: As
+            for `MAML`.
 
     Attributes:
         body, head: As given.
@@ -119,8 +130,9 @@ class HyperRepresentation(Learner):
         [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), section 5.
     """
 
-    def __init__(self, body, head, inner_learning_rate=None, inner_steps=5, hypergradient=None, loss=_LOSS,
-                 transductive=True, evaluation_steps=None, allow_unused=False, name="hyper_representation"):
+    def __init__(self, body, head, inner_learning_rate=None, inner_steps=5, hypergradient=None, loss=LOSS,
+                 transductive=True, evaluation_steps=None, allow_unused=False, name="hyper_representation",
+                 dynamics=None, support_loss=None, outer_variables=(), condition=None):
         if not isinstance(body, keras.Model) or not isinstance(head, keras.Layer):
             raise TypeError("body must be a keras.Model and head a keras.Layer. "
                             f"Received: {type(body).__name__} and {type(head).__name__}")
@@ -131,19 +143,20 @@ class HyperRepresentation(Learner):
         if not isinstance(hypergradient, HyperGradient):
             raise TypeError("hypergradient must be a method for one episode, for example farhox.ReverseHG(). "
                             f"Received: {hypergradient!r}")
-        if inner_learning_rate is None:
+        if inner_learning_rate is None and dynamics is None:
             inner_learning_rate = Hyperparameter(0.1, low=0.0, log=True, name="inner_learning_rate")
         model = keras.Sequential([keras.Input(body.input_shape[1:], dtype=body.inputs[0].dtype), body, head])
         for variable in head.trainable_variables:
             variable.assign(keras.ops.zeros_like(variable))
-        problem = supervised_problem(
-            model, loss, dynamics=GradientDescent(_checked_rate(inner_learning_rate)),
-            outer_variables=[r for r in [inner_learning_rate] if isinstance(r, Hyperparameter)],
-            representation=[body], outer_call=query_call(model, transductive),
-            inner_context=statistics_of_weighted(model), allow_unused=allow_unused,
-            share_representation=can_share_representation([body]))
+        if dynamics is None:
+            dynamics = GradientDescent(_checked_rate(inner_learning_rate))
+            outer_variables = [*_learned([inner_learning_rate]), *outer_variables]
+        problem = episode_problem(
+            model, loss, dynamics, outer_variables, representation=[body], support_loss=support_loss,
+            condition=condition, transductive=transductive, allow_unused=allow_unused,
+            share_representation=condition is None and can_share_representation([body]))
         super().__init__(model, problem, EpisodesHG(hypergradient), inner_steps, evaluation_steps,
-                         transductive=transductive, loss=loss, name=name)
+                         transductive=transductive, loss=loss, name=name, support_loss=support_loss)
         self.body, self.head = body, head
 
     def embed(self, inputs):
@@ -172,7 +185,11 @@ class IMAML(Learner):
             definite where the inner steps end far from a minimum. The released code's settings amount to d = 22 at
             λ = 2.
         dynamics: An `InnerDynamics`. Default: gradient descent.
-        loss, transductive, evaluation_steps, allow_unused, name: As for `MAML`.
+        loss, transductive, evaluation_steps, allow_unused, name, support_loss, outer_variables: As for `MAML`.
+        batch_size: Positive int, support examples in an inner batch. Default: all.
+        curvature: Callable `(support, query) -> (x, y)` or `(x, y, sample weights)`, the examples of H: a part of an
+            episode or some of both, all with an axis of episodes in front. Default: the support set.
+        seed: Int, of the order of inner batches.
 
     Raises:
         TypeError: If `dynamics` or `linear_solver` has the wrong type.
@@ -184,18 +201,37 @@ class IMAML(Learner):
     """
 
     def __init__(self, model, inner_learning_rate=0.1, inner_steps=16, proximal=2.0, linear_solver=None, damping=0.0,
-                 dynamics=None, loss=_LOSS, transductive=True, evaluation_steps=None, allow_unused=False, name="imaml"):
+                 dynamics=None, loss=LOSS, transductive=True, evaluation_steps=None, allow_unused=False, name="imaml",
+                 support_loss=None, outer_variables=(), batch_size=None, curvature=None, seed=0):
         if checks.is_number(proximal) and proximal <= 0:
             raise ValueError(f"proximal must be positive. Received: {proximal}")
+        if curvature is not None and not callable(curvature):
+            raise TypeError(f"curvature must be a callable (support, query) -> examples. Received: {curvature!r}")
         dynamics = GradientDescent(inner_learning_rate) if dynamics is None else dynamics
         solver = ConjugateGradient(max_steps=5) if linear_solver is None else linear_solver
-        problem = supervised_problem(
-            model, loss, dynamics=dynamics, learn_initialization=True, proximal=proximal,
-            outer_variables=[proximal] if isinstance(proximal, Hyperparameter) else [],
-            outer_call=query_call(model, transductive), inner_context=statistics_of_weighted(model),
-            allow_unused=allow_unused)
-        super().__init__(model, problem, EpisodesHG(ImplicitHG(solver, damping)), inner_steps, evaluation_steps,
-                         transductive=transductive, loss=loss, name=name)
+        problem = episode_problem(
+            model, loss, dynamics, [*_learned([proximal]), *outer_variables], learn_initialization=True,
+            support_loss=support_loss, transductive=transductive, proximal=proximal, allow_unused=allow_unused)
+        # The whole support set is the last inner batch, if there are no smaller ones.
+        apart = curvature is not None or batch_size is not None
+        hypergradient = ImplicitHG(solver, damping, system_batch=_curvature_part if apart else None)
+        super().__init__(model, problem, EpisodesHG(hypergradient), inner_steps, evaluation_steps, batch_size,
+                         transductive=transductive, seed=seed, loss=loss, name=name, support_loss=support_loss)
+        self._curvature = (curvature or _support) if apart else None
+
+    def _outer_batch(self, support, query):
+        (*inputs,), *others = super()._outer_batch(support, query)
+        if self._curvature is None:
+            return (tuple(inputs), *others)
+        return ((*inputs, self._checked_curvature(support, query)), *others)
+
+    def _checked_curvature(self, support, query):
+        """The examples of H as an inner batch, with an axis of episodes."""
+        part = self._curvature(support, query)
+        if not isinstance(part, (tuple, list)) or len(part) != len(support):
+            raise ValueError(f"curvature must return a tuple of {len(support)}, as support and query are here. "
+                             f"Received: {part!r}")
+        return part[:2] if len(part) == 2 else (*part[:2], scaled(part[2], self.support_loss))
 
 
 class Reptile(Learner):
@@ -218,7 +254,7 @@ class Reptile(Learner):
         inner_steps: Positive int, inner steps in training.
         batch_size: Positive int, support examples in an inner batch. Default: all.
         step_weights: As for `ReptileHG`.
-        loss, transductive, evaluation_steps, allow_unused, name: As for `MAML`.
+        loss, transductive, evaluation_steps, allow_unused, name, support_loss: As for `MAML`.
         seed: Int, of the order of inner batches.
 
     Raises:
@@ -228,15 +264,15 @@ class Reptile(Learner):
         [Nichol et al., 2018](https://arxiv.org/abs/1803.02999), Algorithms 1 and 2.
     """
 
-    def __init__(self, model, dynamics=None, inner_steps=5, batch_size=None, step_weights=None, loss=_LOSS,
-                 transductive=True, evaluation_steps=None, seed=0, allow_unused=False, name="reptile"):
+    def __init__(self, model, dynamics=None, inner_steps=5, batch_size=None, step_weights=None, loss=LOSS,
+                 transductive=True, evaluation_steps=None, seed=0, allow_unused=False, name="reptile", support_loss=None):
         if dynamics is None:
             dynamics = KerasDynamics(keras.optimizers.Adam(1e-3, beta_1=0.0))
-        problem = supervised_problem(model, loss, dynamics=dynamics, learn_initialization=True,
-                                     outer_call=query_call(model, transductive),
-                                     inner_context=statistics_of_weighted(model), allow_unused=allow_unused)
+        problem = episode_problem(
+            model, loss, dynamics, learn_initialization=True, support_loss=support_loss, transductive=transductive,
+            allow_unused=allow_unused)
         super().__init__(model, problem, ReptileHG(step_weights), inner_steps, evaluation_steps, batch_size,
-                         transductive=transductive, seed=seed, loss=loss, name=name)
+                         transductive=transductive, seed=seed, loss=loss, name=name, support_loss=support_loss)
 
     def _initial_state(self):
         slots, step = self._kept.carry_now()
@@ -250,39 +286,54 @@ class JointTraining(Learner):
         model: As for `MAML`.
         inner_learning_rate: Positive float, in evaluation.
         evaluation_steps: Positive int, gradient steps in evaluation.
-        loss, transductive, allow_unused, name: As for `MAML`.
+        loss, transductive, allow_unused, name, dynamics, support_loss: As for `MAML`.
+        outer_variables: List of further outer variables that the query loss reads.
 
     Raises:
         ValueError: If a number is out of range.
     """
 
-    def __init__(self, model, inner_learning_rate=0.1, evaluation_steps=5, loss=_LOSS, transductive=True,
-                 allow_unused=False, name="joint_training"):
-        predict = query_call(model, transductive)
-        problem = supervised_problem(
-            model, loss, dynamics=GradientDescent(inner_learning_rate), learn_initialization=True, outer_call=predict,
-            inner_context=statistics_of_weighted(model), allow_unused=allow_unused)
+    def __init__(self, model, inner_learning_rate=0.1, evaluation_steps=5, loss=LOSS, transductive=True,
+                 allow_unused=False, name="joint_training", dynamics=None, support_loss=None, outer_variables=()):
+        problem = episode_problem(
+            model, loss, GradientDescent(inner_learning_rate) if dynamics is None else dynamics, outer_variables,
+            learn_initialization=True, support_loss=support_loss, transductive=transductive, allow_unused=allow_unused)
         super().__init__(model, problem, EpisodesHG(InitialHG()), 1, evaluation_steps,
-                         transductive=transductive, loss=loss, name=name)
+                         transductive=transductive, loss=loss, name=name, support_loss=support_loss)
 
 
-def _initialization_problem(model, body, rate, learn_rates, first_order, loss, transductive, allow_unused):
+def _initialization_problem(model, body, rate, learn_rates, first_order, dynamics, outer_variables, **settings):
     """The problem of `MAML` and `ANIL`: inner variables are learned as initial values, the body's are outer alone."""
+    learned = []
+    if dynamics is None:
+        dynamics, learned = _gradient_descent(model, body, rate, learn_rates, first_order)
+    elif learn_rates or first_order:
+        raise ValueError("learn_learning_rates and first_order are settings of gradient descent: with dynamics, give "
+                         "them learned rates and first_order=True themselves. Received both")
+    return episode_problem(model, dynamics=dynamics, outer_variables=[*learned, *outer_variables], representation=body,
+                           learn_initialization=True, **settings)
+
+
+def _gradient_descent(model, body, rate, learn_rates, first_order):
+    """Gradient descent, and the list of its rates that are learned."""
     rate = _checked_rate(rate)
-    outer = [rate] if isinstance(rate, Hyperparameter) else []
+    if learn_rates not in (False, True, "positive"):
+        raise ValueError(f'learn_learning_rates must be False, True or "positive". Received: {learn_rates!r}')
     if learn_rates:
-        if outer:
+        if isinstance(rate, Hyperparameter):
             raise ValueError("learn_learning_rates=True makes a learned rate for each weight and needs their common "
                              f"initial value, a float. Received: inner_learning_rate={rate!r}")
-        frozen = {id(variable) for layer in body for variable in layer.trainable_variables}
-        inner = [variable for variable in model.trainable_variables if id(variable) not in frozen]
-        rate = [Hyperparameter(np.full(variable.shape, rate, variable.dtype),
-                               name="learning_rate_" + variable.path.replace("/", "_")) for variable in inner]
-        outer = rate
-    return supervised_problem(
-        model, loss, dynamics=GradientDescent(rate, first_order=first_order), outer_variables=outer,
-        representation=body, learn_initialization=True, outer_call=query_call(model, transductive),
-        inner_context=statistics_of_weighted(model), allow_unused=allow_unused)
+        check_model("model", model)
+        frozen = {id(variable) for variable in representation_variables(model, body)}
+        rate = [Hyperparameter(np.full(variable.shape, rate, variable.dtype), low=0.0 if learn_rates == "positive" else None,
+                               name="learning_rate_" + variable.path.replace("/", "_"))
+                for variable in model.trainable_variables if id(variable) not in frozen]
+    rates = rate if isinstance(rate, list) else [rate]
+    return GradientDescent(rate, first_order=first_order), _learned(rates)
+
+
+def _learned(settings):
+    return [setting for setting in settings if isinstance(setting, OuterVariable)]
 
 
 def _checked_rate(rate):
@@ -292,12 +343,19 @@ def _checked_rate(rate):
 
 
 def _body(model, head):
-    """The layers with weights that are not in the head."""
+    """The trainable variables that are not in the head."""
     check_model("model", model)
-    layers = [layer for layer in model.layers if layer.trainable_variables]
-    head = layers[-1:] if head is None else list(head)
-    strangers = [layer for layer in head if not any(layer is own for own in layers)]
-    if strangers:
-        raise ValueError(f"head must hold layers of the model {model.name!r} that have weights. "
-                         f"Received: {strangers}")
-    return [layer for layer in layers if not any(layer is part for part in head)]
+    if head is None:
+        head = [layer for layer in model.layers if layer.trainable_variables][-1:]
+    adapting = representation_variables(model, head, "head")
+    return [variable for variable in model.trainable_variables if not any(variable is own for own in adapting)]
+
+
+def _support(support, query):
+    del query
+    return support
+
+
+def _curvature_part(outer_batch):
+    """Where an outer batch of `IMAML` has the examples of the curvature."""
+    return outer_batch[0][-1]

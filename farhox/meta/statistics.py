@@ -27,7 +27,8 @@ def query_call(model, transductive):
 
     Returns:
         A callable `(support x, query x) -> predictions`; or `(support x, query x, support weights, query weights) ->
-        predictions` for episodes with sample weights. Examples of weight zero have no part in the statistics.
+        predictions` for episodes with sample weights. Examples of weight zero have no part in the statistics. A further
+        part of the inputs is left to methods.
     """
     check_model("model", model)
     layers = _batch_norms(model)
@@ -36,7 +37,8 @@ def query_call(model, transductive):
     batch_norm_alone = layers and all(id(v) in own for v in model.non_trainable_variables)
 
     def predict(inputs):
-        support, query, *weights = inputs
+        support, query, *others = inputs
+        weights = others[:2] if len(others) > 1 else []  # One other part, or a third one, is a method's.
         if not layers:
             return model(query, training=False)
         used = query if transductive else support
@@ -52,7 +54,7 @@ def query_call(model, transductive):
 
 
 def statistics_of_weighted(model):
-    """The `inner_context` of `supervised_problem` in which examples of weight zero have no part in statistics."""
+    """Callable sample weights or None -> context manager, in which examples of weight zero are not in statistics."""
     def context(weights):
         return _statistics_of(_batch_norms(model), is_present(weights))
 

@@ -1,30 +1,34 @@
-"""Layers of a model that are outer: their variables, and models of the layers before and after."""
+"""Parts of a model that are outer: their variables, and models of the layers before and after."""
 
 import keras
 
 from farhox.problem.keras_models import state_variables
 
 
-def representation_variables(model, layers):
-    """The trainable variables of layers of the model, each once.
+def representation_variables(model, parts, name="representation"):
+    """The trainable variables of parts of the model, its layers and single variables, each once.
 
     Raises:
-        ValueError: If a layer is not the model's.
+        ValueError: If a part is not the model's, or a variable is not trainable.
     """
-    own = {id(layer) for layer in model._flatten_layers()}
-    variables, seen = [], set()
-    for layer in layers:
-        if not isinstance(layer, keras.Layer) or id(layer) not in own:
-            raise ValueError(f"representation must hold layers of the model {model.name!r}. Received: {layer!r}")
-        for variable in layer.trainable_variables:
-            if id(variable) not in seen:
-                seen.add(id(variable))
-                variables.append(variable)
-    return variables
+    layers = {id(layer) for layer in model._flatten_layers()}
+    trainable = {id(variable) for variable in model.trainable_variables}
+    variables = {}
+    for part in parts:
+        if id(part) in layers:
+            variables.update((id(variable), variable) for variable in part.trainable_variables)
+        elif id(part) in trainable:
+            variables[id(part)] = part
+        else:
+            raise ValueError(f"{name} must hold layers of the model {model.name!r}, or trainable variables of it. "
+                             f"Received: {part!r}")
+    return list(variables.values())
 
 
 def can_share_representation(layers):
-    """Whether layers give the same representation of a batch at each inner step: no random numbers, no masks."""
+    """Whether parts give the same representation of a batch at each inner step: layers, no random numbers, no masks."""
+    if not all(isinstance(layer, keras.Layer) for layer in layers):
+        return False
     own = [own for layer in layers for own in layer._flatten_layers()]
     statistics = {id(v) for layer in own if isinstance(layer, keras.layers.BatchNormalization)
                   for v in layer.non_trainable_variables}
@@ -42,7 +46,7 @@ def split(model, representation):
         raise ValueError(
             "share_representation needs a keras.Sequential that begins with the layers of the representation, without "
             f"random numbers and masks. Received: {type(model).__name__} {model.name!r} with the layers "
-            f"{[layer.name for layer in layers]} and the representation {[layer.name for layer in representation]}")
+            f"{[layer.name for layer in layers]} and the representation {[part.name for part in representation]}")
     first = keras.Sequential([keras.Input(model.input_shape[1:], dtype=model.inputs[0].dtype), *layers[:count]])
     rest = keras.Input(first.output_shape[1:], dtype=first.outputs[0].dtype)
     return first, keras.Sequential([rest, *layers[count:]])

@@ -29,7 +29,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
                        representation=None, example_weights=None, learn_initialization=False, proximal=None,
                        training_at_outer=False, class_weights=None, stop_tolerance=None, outer_call=None,
                        share_representation=False, loss_weights=None, outer_loss=None,
-                       inner_context=contextlib.nullcontext, fixed=None, example_batches=None, allow_unused=False):
+                       inner_context=None, fixed=None, example_batches=None, allow_unused=False):
     """A `BilevelProblem` for a Keras model: training loss inside, validation loss outside.
 
     The inner objective is the loss of `model(x, training=True)` on an inner batch plus the regularisation and activity
@@ -56,7 +56,8 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         outer_variables: List of outer variables as for `BilevelProblem`. Weights of the model that are named here are
             not trained inside, unless `learn_initialization` says so. Or "all": every hyperparameter that the layers,
             regularizers, losses and dynamics read but those in `fixed`.
-        representation: List of layers of the model whose weights are outer variables; the rest of the model is inner.
+        representation: List of layers and single variables of the model: they are outer variables; the rest of the model
+            is inner.
         example_weights: An `ExampleWeights`. Inner batches are then (x, y, index), and the inner loss is
             mean(weights(index) * losses). It is added to the outer variables if not named there.
         learn_initialization: Bool. The inner variables' initial values are outer variables too.
@@ -76,8 +77,8 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         loss_weights: Number for each of the losses, in the form of `loss`, as in `compile`. Default: 1.
         outer_loss: Loss of the outer objective, in the forms of `loss`, or one of `farhox.losses`: surrogates of AUC
             and F1, losses over groups. Default: `loss`.
-        inner_context: Callable, the third part of an inner batch or None -> context manager, in which the model is
-            called on that batch. Default: none.
+        inner_context: Callable of an inner batch as (x, y, its third part or None) -> context manager, in which the
+            model is called on that batch. Default: none.
         fixed: List of outer variables that are read and stay as they are, see `BilevelProblem`.
         example_batches: (inner batch, outer batch), arrays or `tf.TensorSpec`, for `outer_variables="all"`. Default:
             those of the model's inputs and outputs, for a functional model with one loss for all outputs.
@@ -91,7 +92,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         TypeError: If the model is not a Keras model, `example_weights` not an `ExampleWeights`, `class_weights` not a
             `Hyperparameter`, or the loss or `outer_call` not one.
         ValueError: If the model is not built, has its own `train_step`, quantized layers or nothing left to train,
-            `representation` names a layer that is not the model's, `class_weights` does not have one axis, or the
+            `representation` names a part that is not the model's, `class_weights` does not have one axis, or the
             representation cannot be shared. When called: if a batch is not a tuple as above, a label is not a whole
             number or out of range, there is not one class weight per class, or other variables of the model are
             trainable than when the problem was made.
@@ -120,15 +121,15 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
     loss_value = None if loss is None else SupervisedLoss(loss, loss_weights, names, dtype)
     outer_value = loss_value if outer_loss is None else as_outer_loss(outer_loss, names, dtype)
     first, last = split(model, representation or []) if share_representation else (None, model)
+    inner_context = (lambda *batch: contextlib.nullcontext()) if inner_context is None else inner_context
 
     def unpacked(batch):
         x, y, extra = _unpacked(batch, "(x, y, index)" if example_weights is not None else None)
         return x, y, _sample_weights(extra) if example_weights is None else extra
 
     def features(batch):
-        weights = unpacked(batch)[2]
         x, *others = batch
-        with inner_context(weights):
+        with inner_context(*unpacked(batch)):
             return (first(x, training=True), *others), first.losses
 
     def inner_objective(batch):
@@ -138,7 +139,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
             check_examples(model, x)
         weights = extra if example_weights is None else example_weights(extra)
         by_class = None if class_weights is None else tf.convert_to_tensor(class_weights.value())
-        with inner_context(extra):
+        with inner_context(x, y, extra):
             predictions = last(x, training=True)
         if own:
             if by_class is not None:
