@@ -20,7 +20,7 @@ def episode_problem(model, loss=LOSS, dynamics=None, outer_variables=(), represe
     ```python
     problem = farhox.meta.episode_problem(
         model, dynamics=farhox.GradientDescent(0.1), representation=model.layers[:-1], learn_initialization=True)
-    learner = farhox.meta.Learner(model, problem, farhox.EpisodesHG(farhox.ReverseHG()), inner_steps=5)
+    learner = farhox.meta.Learner(model, problem, farhox.hypergradients.EpisodesHG(farhox.ReverseHG()), inner_steps=5)
     ```
 
     Args:
