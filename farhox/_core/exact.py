@@ -7,6 +7,7 @@ are those of the training that happens.
 - `tf.stop_gradient` stops the first derivative. Its value flows on in the training, so that the second derivative must
   pass: batch, layer and group normalisation (`tf.nn.moments`), targets that a model makes for itself.
 - `SoftmaxCrossEntropyWithLogits` has no mixed derivative with respect to logits and labels.
+- The gradient of `ImageProjectiveTransformV3` is not its adjoint; see `image_rules`.
 - The gradients of resizing with interpolation have no derivative, or one that is silently missing; softsign's has none.
 - In update rules, `sqrt`, `rsqrt`, powers less than one and quotients have an infinite derivative at zero, which
   optimizers multiply by an exact zero: not a number. Here their derivative there is zero, the value the product has.
@@ -19,6 +20,8 @@ import contextlib
 
 import tensorflow as tf
 from tensorflow.core.framework import attr_value_pb2
+
+from farhox._core import image_rules  # noqa: F401  Registers its rule.
 
 
 @contextlib.contextmanager
@@ -165,5 +168,6 @@ _SECOND = {
     "ResizeBilinearGrad": "FarhoxResizeBilinearGrad",
     "ResizeBicubicGrad": "FarhoxResizeBicubicGrad",
     "ResizeNearestNeighborGrad": "FarhoxResizeNearestNeighborGrad",
+    "ImageProjectiveTransformV3": "FarhoxImageProjectiveTransform",
 }
 _ROOTS = {"Sqrt": "FarhoxSqrt", "Rsqrt": "FarhoxRsqrt", "Pow": "FarhoxPow", "RealDiv": "FarhoxRealDiv"}

@@ -5,6 +5,7 @@ nothing outside changes and the result can be differentiated with respect to eve
 """
 
 import contextlib
+import inspect
 import threading
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.losses import loss as keras_loss
+from tensorflow.python.ops import custom_gradient
 
 
 class FunctionalResult(NamedTuple):
@@ -103,6 +105,10 @@ class _UserCode:
       the function reads.
     - Keras' losses are not divided by the number of replicas, as they are under a distribution strategy for gradients
       that will be added up. Here every replica trains an inner problem of its own on whole batches.
+    - What `tf.recompute_grad` and `keras.RematScope` wrap runs as it is: what is kept is chosen for the whole step, and
+      their gradients have no derivatives.
+    - A `tf.custom_gradient` has derivatives with respect to its arguments; that a function with one reads an inner or
+      an outer variable is an error, which otherwise would count as a constant.
 
     Contexts are counted: replica threads of a strategy enter and leave them in any order.
     """
@@ -111,6 +117,8 @@ class _UserCode:
         self._lock = threading.Lock()
         self._users = 0
         self._scale = keras_loss.scale_loss_for_distribution
+        self._in_graph, self._in_eager = (
+            custom_gradient._graph_mode_decorator, custom_gradient._eager_mode_decorator)
         self._eagerly = False
 
     @contextlib.contextmanager
@@ -121,6 +129,8 @@ class _UserCode:
                 self._eagerly = tf.config.functions_run_eagerly()
                 tf.config.run_functions_eagerly(True)
                 keras_loss.scale_loss_for_distribution = lambda loss: loss
+                custom_gradient._graph_mode_decorator = _with_checked_reads(self._in_graph)
+                custom_gradient._eager_mode_decorator = _with_checked_reads(self._in_eager)
         try:
             yield
         finally:
@@ -129,6 +139,33 @@ class _UserCode:
                 if self._users == 0:
                     tf.config.run_functions_eagerly(self._eagerly)
                     keras_loss.scale_loss_for_distribution = self._scale
+                    custom_gradient._graph_mode_decorator = self._in_graph
+                    custom_gradient._eager_mode_decorator = self._in_eager
+
+
+def _with_checked_reads(decorator):
+    """How TensorFlow calls a function with a gradient of its own, with what `_UserCode` says of it."""
+
+    def call(function, args, kwargs):
+        if function.__qualname__.startswith("recompute_grad."):
+            return inspect.getclosurevars(function).nonlocals["f"](*args, **kwargs)
+        scope = get_stateless_scope()
+        if not isinstance(scope, _Scope):
+            return decorator(function, args, kwargs)
+        before, scope.read = scope.read, {}
+        try:
+            result = decorator(function, args, kwargs)
+            hidden = [variable.path for key, variable in scope.read.items()
+                      if key in scope.state_mapping and variable.trainable]
+        finally:
+            scope.read = {**before, **scope.read}
+        if hidden:
+            raise ValueError(
+                "A function under tf.custom_gradient has derivatives with respect to its arguments alone: variables "
+                f"must be passed to it. {getattr(function, '__name__', function)!r} reads {', '.join(hidden)}.")
+        return result
+
+    return call
 
 
 user_code = _UserCode()
