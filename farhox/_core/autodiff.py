@@ -4,7 +4,12 @@ All functions take `function(list of tensors) -> nest of tensors` and watch just
 dependency is reported as None, so that callers can tell "does not depend" from "is zero".
 """
 
+import contextlib
+
 import tensorflow as tf
+
+from farhox._core import refusals
+from farhox._core.exact import exact_derivatives
 
 
 def dense(gradient):
@@ -21,21 +26,34 @@ def _distinct(tensors):
     return [tf.identity(tensor) for tensor in tensors]
 
 
-def gradients(function, inputs):
+def gradients(function, inputs, exact=False):
     """Value and gradients of a scalar function.
 
     Args:
         function: `list -> (scalar, auxiliary nest)`.
         inputs: List of floating-point tensors.
+        exact: Bool. In a graph, gradients that TensorFlow has wrong are the right ones, see `exact`. Without it they
+            are those that every training with TensorFlow has.
 
     Returns:
         scalar, auxiliary nest, list of gradients aligned with `inputs` (None where the scalar does not depend).
+
+    Raises:
+        ValueError: If an operation on the way has no derivative; it is named.
     """
     inputs = _distinct(inputs)
+    eagerly = tf.executing_eagerly()
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(inputs)
-        value, auxiliary = function(inputs)
-    return value, auxiliary, [dense(gradient) for gradient in tape.gradient(value, inputs)]
+        with exact_derivatives(stops=False) if exact else contextlib.nullcontext():
+            value, auxiliary = function(inputs)
+    if not eagerly:
+        refusals.check_derivatives([value], inputs)
+    try:
+        found = tf.gradients(value, inputs) if exact and not eagerly else tape.gradient(value, inputs)
+    except LookupError as error:
+        raise refusals.no_derivative(error, tf.compat.v1.get_default_graph()) from error
+    return value, auxiliary, [dense(gradient) for gradient in found]
 
 
 class ForwardLinearization:

@@ -9,6 +9,8 @@ are those of the training that happens.
 - `SoftmaxCrossEntropyWithLogits` has no mixed derivative with respect to logits and labels.
 - The gradient of `ImageProjectiveTransformV3` is not its adjoint; see `image_rules`.
 - The gradients of resizing with interpolation have no derivative, or one that is silently missing; softsign's has none.
+- Where a mask is an infinite constant, the first derivative meets zero times infinity and a `where` discards it; in the
+  second one it would be met again. There what a cotangent of zero is multiplied with counts as finite.
 - In update rules, `sqrt`, `rsqrt`, powers less than one and quotients have an infinite derivative at zero, which
   optimizers multiply by an exact zero: not a number. Here their derivative there is zero, the value the product has.
 
@@ -18,6 +20,7 @@ eager mode, in graphs and under XLA. A tape around the single operations does no
 
 import contextlib
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import attr_value_pb2
 
@@ -31,7 +34,7 @@ def exact_derivatives(stops=True):
     Args:
         stops: Bool. Whether second derivatives pass what stopped the first one.
     """
-    with _marked(_PASSING | _SECOND if stops else _SECOND):
+    with _marked(_PASSING | _SECOND if stops else _SECOND, _MASKED):
         yield
 
 
@@ -43,17 +46,31 @@ def finite_roots():
 
 
 @contextlib.contextmanager
-def _marked(rules):
+def _marked(rules, where_infinite=None):
+    """Sets rules by the type of operation; `where_infinite` in graphs with constants that are not finite."""
     if tf.executing_eagerly():
         yield
         return
     graph = tf.compat.v1.get_default_graph()
     before = len(graph.get_operations())
     yield
-    for operation in operations_of(graph, before):
+    operations = list(operations_of(graph, before))
+    if where_infinite and _has_infinite_constants(graph, operations):
+        rules = rules | where_infinite
+    for operation in operations:
         rule = rules.get(operation.type)
         if rule is not None and "_gradient_op_type" not in operation.node_def.attr:
             operation._set_attr("_gradient_op_type", attr_value_pb2.AttrValue(s=rule.encode()))
+
+
+def _has_infinite_constants(graph, operations):
+    """Whether a graph holds a floating-point constant that is not finite, now or when it was asked before."""
+    if not graph.get_collection(_INFINITE) and any(
+            operation.type == "Const" and operation.outputs[0].dtype.is_floating
+            and not np.all(np.isfinite(tf.make_ndarray(operation.node_def.attr["value"].tensor).astype(np.float64)))
+            for operation in operations):
+        graph.add_to_collection(_INFINITE, True)
+    return bool(graph.get_collection(_INFINITE))
 
 
 def operations_of(graph, start=0):
@@ -69,6 +86,22 @@ def operations_inside(operation):
     for inner in [*graphs, *(getattr(operation, "_branch_graphs", None) or [])]:
         if inner is not None:
             yield from operations_of(inner)
+
+
+def passes_to(tensors):
+    """The names of all operations whose derivatives may reach the tensors: not through integers, nor through stops
+    that no rule lets pass."""
+    seen, stack = set(), [tensor.op for tensor in tensors]
+    while stack:
+        operation = stack.pop()
+        if operation.name in seen:
+            continue
+        seen.add(operation.name)
+        if operation.type != "StopGradient" or "_gradient_op_type" in operation.node_def.attr:
+            stack.extend(tensor.op for tensor in operation.inputs
+                         if tensor.dtype.is_floating or tensor.dtype.is_complex
+                         or tensor.dtype in (tf.variant, tf.resource))
+    return seen
 
 
 @tf.RegisterGradient("FarhoxPass")
@@ -110,6 +143,23 @@ def _resize_rule(kind, resize):
 _resize_rule("FarhoxResizeBilinearGrad", tf.raw_ops.ResizeBilinear)
 _resize_rule("FarhoxResizeBicubicGrad", tf.raw_ops.ResizeBicubic)
 _resize_rule("FarhoxResizeNearestNeighborGrad", tf.raw_ops.ResizeNearestNeighbor)
+
+
+@tf.RegisterGradient("FarhoxMul")
+def _mul(operation, cotangent):
+    x, y = operation.inputs
+    return (_summed(tf.math.multiply_no_nan(y, cotangent), x), _summed(tf.math.multiply_no_nan(x, cotangent), y))
+
+
+@tf.RegisterGradient("FarhoxReciprocal")
+def _reciprocal(operation, cotangent):
+    (y,) = operation.outputs
+    return tf.math.multiply_no_nan(-tf.square(y), cotangent)
+
+
+@tf.RegisterGradient("FarhoxLog")
+def _log(operation, cotangent):
+    return tf.math.multiply_no_nan(tf.math.reciprocal(operation.inputs[0]), cotangent)
 
 
 @tf.RegisterGradient("FarhoxSqrt")
@@ -170,4 +220,6 @@ _SECOND = {
     "ResizeNearestNeighborGrad": "FarhoxResizeNearestNeighborGrad",
     "ImageProjectiveTransformV3": "FarhoxImageProjectiveTransform",
 }
+_MASKED = {"Mul": "FarhoxMul", "Reciprocal": "FarhoxReciprocal", "Inv": "FarhoxReciprocal", "Log": "FarhoxLog"}
+_INFINITE = "farhox_infinite_constants"
 _ROOTS = {"Sqrt": "FarhoxSqrt", "Rsqrt": "FarhoxRsqrt", "Pow": "FarhoxPow", "RealDiv": "FarhoxRealDiv"}

@@ -1,8 +1,10 @@
 """Operations that cannot be part of an inner training, found in its traced graph and named."""
 
+import re
+
 import tensorflow as tf
 
-from farhox._core.exact import operations_inside
+from farhox._core.exact import operations_inside, passes_to
 
 _DRAWS = frozenset([
     "RandomUniform", "RandomUniformInt", "RandomStandardNormal", "TruncatedNormal", "ParameterizedTruncatedNormal",
@@ -14,6 +16,22 @@ _PYTHON = frozenset(["PyFunc", "PyFuncStateless", "EagerPyFunc"])
 _ASSIGNMENTS = frozenset([
     "AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp", "ResourceScatterAdd", "ResourceScatterUpdate",
     "ResourceScatterSub", "ResourceScatterNdUpdate", "ResourceScatterNdAdd"])
+
+# Operations with a derivative that TensorFlow counts as having none, and which inputs of others it leaves out: there
+# a gradient would be a part of the truth, without a word.
+_COUNTED_AS_CONSTANT = frozenset([
+    "HSVToRGB", "LinSpace", "ExtractGlimpse", "ExtractGlimpseV2", "SparseAddGrad", "SparseConcat", "XlaVariadicReduce",
+    "FakeQuantWithMinMaxArgsGradient", "FakeQuantWithMinMaxVarsGradient", "FakeQuantWithMinMaxVarsPerChannelGradient"])
+_INPUTS_LEFT_OUT = {
+    "Betainc": (0, 1), "Zeta": (0,), "ImageProjectiveTransformV2": (1,), "ImageProjectiveTransformV3": (1, 3)}
+# What `tf.gradients` puts where it has no gradient; such an operation does not run.
+_PLACE_HOLDER = "SymbolicGradient"
+_RULE = (
+    "A hypergradient needs the derivative of every operation that the inner variables or the outer variables pass "
+    "through, also of the first derivative's. ")
+_ADVICE = (
+    " Put another layer or loss in its place, move it into the data, or give the dynamics first_order=True where it is "
+    "the second derivative that is missing.")
 
 
 def check_operations(graph, outputs, outer=False):
@@ -55,3 +73,66 @@ def _check(operation, needed, name, outer):
             "The inner training is a graph whose derivatives are taken twice. The operation "
             f"{operation.type} at {name!r} calls Python (tf.py_function, tf.numpy_function), which has none. Write it "
             "with TensorFlow or keras.ops, or move it into the data.")
+
+
+def check_derivatives(outputs, inputs):
+    """Refuses operations between inputs and outputs of which TensorFlow would leave a derivative out unsaid.
+
+    Args:
+        outputs, inputs: Lists of tensors of one graph.
+
+    Raises:
+        ValueError: If there is such an operation; it is named.
+    """
+    allowed = passes_to(outputs)
+    reached, stack = {}, [consumer for tensor in inputs for consumer in tensor.consumers()]
+    sources = {tensor.name for tensor in inputs}
+    while stack:
+        operation = stack.pop()
+        if operation.name in reached or operation.name not in allowed:
+            continue
+        reached[operation.name] = operation
+        stack.extend(consumer for tensor in operation.outputs for consumer in tensor.consumers())
+    for operation in reached.values():
+        for found in (operation, *operations_inside(operation)):
+            if found.type in _COUNTED_AS_CONSTANT:
+                raise ValueError(f"{_RULE}TensorFlow counts the operation {found.type} at {operation.name!r} as a "
+                                 f"constant, which it is not.{_ADVICE}")
+        for place in _INPUTS_LEFT_OUT.get(operation.type, ()):
+            tensor = operation.inputs[place]
+            if tensor.name in sources or tensor.op.name in reached:
+                raise ValueError(f"{_RULE}TensorFlow leaves out the derivative of the operation {operation.type} at "
+                                 f"{operation.name!r} with respect to its input {place}.{_ADVICE}")
+
+
+def check_gradients_exist(operations):
+    """Refuses what `tf.gradients` could not differentiate and added a place holder for.
+
+    Args:
+        operations: The operations that were added.
+
+    Raises:
+        ValueError: If there is one; the operation that it belongs to is named.
+    """
+    for operation in operations:
+        if any(found.type == _PLACE_HOLDER for found in (operation, *operations_inside(operation))):
+            raise ValueError(f"{_RULE}TensorFlow has none for a part of the operation {operation.type} at "
+                             f"{operation.name!r}.{_ADVICE}")
+
+
+def no_derivative(error, graph):
+    """A LookupError of TensorFlow's as a ValueError: the operation without a gradient, by type and name.
+
+    Args:
+        error: The LookupError.
+        graph: The `tf.Graph` that was differentiated.
+    """
+    found = re.search(r"operation ?'([^']*)' \(op type: ([^)]*)\)", str(error))
+    if found is not None:
+        name, kind = found.groups()
+    else:  # A tape knows the type alone.
+        kind = str(error).rsplit(" ", 1)[-1].strip("'\"")
+        name = next((operation.name for operation in graph.get_operations() if operation.type == kind), None)
+    if name is None:
+        return ValueError(f"{_RULE}{error}")
+    return ValueError(f"{_RULE}TensorFlow has none for the operation {kind} at {name!r}.{_ADVICE}")

@@ -5,10 +5,9 @@ set on single operations; `tf.graph_util.import_graph_def` brings what a piece n
 body of a loop, say. A tensor that is fed cuts the graph there, and what no fetch needs is not run.
 """
 
-import re
-
 import tensorflow as tf
 
+from farhox._core import refusals
 from farhox._core.exact import exact_derivatives
 from farhox._core.functional import user_code
 
@@ -79,6 +78,8 @@ class StepGraph:
         if not pairs:
             return [None] * len(inputs)
         outputs, cotangents = zip(*pairs)
+        refusals.check_derivatives(outputs, [tensor for tensor in inputs if not any(
+            tensor is constant for constant in held)])
         self._definition = None
         # What is added here is differentiated once more by `pushforward`.
         with self.graph.as_default(), user_code(), exact_derivatives():
@@ -189,20 +190,6 @@ class StepGraph:
             fed: Names of tensors that need not be computed.
         """
         return set(self._needed([tensor.name for tensor in tensors if tensor.name not in fed], fed)[0])
-
-    def passes_to(self, tensors):
-        """The names of all operations whose derivatives may reach the tensors: not through integers, nor through stops
-        that no rule lets pass."""
-        seen, stack = set(), [tensor.op for tensor in tensors]
-        while stack:
-            operation = stack.pop()
-            if operation.name in seen:
-                continue
-            seen.add(operation.name)
-            if operation.type != "StopGradient" or "_gradient_op_type" in operation.node_def.attr:
-                stack.extend(tensor.op for tensor in operation.inputs
-                             if tensor.dtype.is_floating or tensor.dtype in (tf.variant, tf.resource))
-        return seen
 
     def dependents(self, wanted, sources):
         """The names of the operations that `wanted` needs and that depend on `sources`, the sources with them."""
@@ -316,19 +303,11 @@ def _in_graph(graph, value):
 
 
 def _symbolic_gradients(outputs, inputs, cotangents, held):
+    graph = outputs[0].graph
+    before = len(graph.get_operations())
     try:
-        return tf.gradients(outputs, inputs, grad_ys=cotangents, stop_gradients=held)
+        products = tf.gradients(outputs, inputs, grad_ys=cotangents, stop_gradients=held)
     except LookupError as error:
-        raise ValueError(_no_derivative(error)) from error
-
-
-def _no_derivative(error):
-    """The message of an operation whose gradient TensorFlow does not have, with its name and type."""
-    found = re.search(r"operation ?'([^']*)' \(op type: ([^)]*)\)", str(error))
-    if found is None:
-        return f"Every operation of the inner training must have derivatives in TensorFlow. {error}"
-    name, kind = found.groups()
-    return (
-        "A hypergradient needs the derivative of every operation that the inner variables or the outer variables pass "
-        f"through, also of the first derivative's. TensorFlow has none for the operation {kind} at {name!r}. Put "
-        "another layer or loss in its place, move it into the data, or give the dynamics first_order=True.")
+        raise refusals.no_derivative(error, graph) from error
+    refusals.check_gradients_exist(graph.get_operations()[before:])
+    return products

@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from farhox._core.cut import choices, tensors_to_keep
+from farhox._core.exact import passes_to
 from farhox._core.linearized import zeros_for_none
 
 
@@ -39,7 +40,7 @@ class BackStep:
         active, new = set(), set(sources)
         while new:
             active |= new
-            reached = self._graph.passes_to([outputs[i] for i in new])
+            reached = passes_to([outputs[i] for i in new])
             new = {i for i, leaf in enumerate(inputs) if leaf.op.name in reached} - active
         return sorted(active)
 

@@ -414,7 +414,7 @@ class BilevelProblem:
             at_state = with_float_leaves(state, inputs[:len(leaves)])
             return self._outer_loss(at_state, inputs[len(leaves):], batch)
 
-        loss, read, gradients = autodiff.gradients(objective, leaves + list(outer))
+        loss, read, gradients = autodiff.gradients(objective, leaves + list(outer), exact=True)
         of_state, of_outer = gradients[:len(leaves)], gradients[len(leaves):]
         if all(gradient is None for gradient in of_state):
             inner = [variable for variable in self.inner_variables if id(variable) in read]
