@@ -8,6 +8,7 @@ from problems import assert_close
 from unrolled import finite_differences
 
 import farhox
+from farhox import meta, stn
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.normal(size=[6, 3])
@@ -29,10 +30,117 @@ class Decaying(farhox.OuterVariable):
         return self.natural_value() * decay
 
 
-def classifier():
+@keras.saving.register_keras_serializable("tests")
+class Own(farhox.OuterVariable):
+    """What a `Hyperparameter` is with `log=True`, or with two bounds, written anew with its operations."""
+
+    def __init__(self, initial, high=None, name="own", dtype="float64"):
+        share = initial if high is None else initial / high
+        u = np.log(initial) if high is None else np.log(share) - np.log1p(-share)
+        super().__init__(u, name, dtype, low=0.0, high=high)
+        self.log = high is None
+
+    def natural_value(self):
+        u = tf.convert_to_tensor(self.variable)
+        return tf.exp(u) if self.high is None else self.high * tf.sigmoid(u)
+
+    def get_config(self):
+        return {"initial": self.numpy().tolist(), "high": self.high, "name": self.name, "dtype": self.variable.dtype}
+
+
+def plain(initial, high=None, name="own", dtype="float64"):
+    """The `Hyperparameter` that `Own` is to be told from by nothing."""
+    return farhox.Hyperparameter(np.float64(initial), low=0.0, high=high, log=high is None, name=name, dtype=dtype)
+
+
+def classifier(regularizer=None):
     keras.utils.set_random_seed(0)
-    return keras.Sequential([keras.Input([3], dtype="float64"),
-                             keras.layers.Dense(4, "softmax", dtype="float64")])
+    return keras.Sequential([keras.Input([3], dtype="float64"), keras.layers.Dense(
+        4, "softmax", kernel_regularizer=regularizer, dtype="float64")])
+
+
+def every_setting(make):
+    """Hypergradients of a hyperparameter in every place that takes one."""
+    rate, momentum, decay, strength, proximal = make(0.3), make(0.7, 1.0), make(0.01), make(0.02), make(0.1)
+    weights = make(np.array([0.5, 2.0, 1.0, 3.0]))
+    problem = farhox.supervised_problem(
+        classifier(farhox.L1L2(l2=strength)), proximal=proximal, class_weights=weights,
+        dynamics=farhox.KerasDynamics(
+            keras.optimizers.SGD(), learning_rate=rate, momentum=momentum, weight_decay=decay),
+        outer_variables=[rate, momentum, decay, strength, proximal, weights])
+    return farhox.ReverseHG().compute(problem, *DATA).gradients
+
+
+def own_dynamics(make):
+    """Derivatives of a step of each of farhox' dynamics with respect to its settings."""
+    rates, momentum, strength = [make(0.3), make(0.2)], make(0.7, 1.0), make(0.03)
+    variables = [keras.Variable([0.5, -1.0], dtype="float64"), keras.Variable(2.0, dtype="float64")]
+    values, gradients = [tf.convert_to_tensor(v) for v in variables], [tf.constant([0.3, -0.2], tf.float64)] * 2
+    found = []
+    for dynamics in (
+            farhox.Momentum(rates, momentum, nesterov=True), farhox.Adam(rates[0], beta_1=momentum),
+            farhox.dynamics.BacktrackingGradientDescent(rates[1]),
+            farhox.dynamics.ProximalGradient(rates[0], farhox.dynamics.L1(strength))):
+        more = [lambda w: tf.reduce_sum(w[0] ** 2)] if dynamics.needs_objective else []
+        with tf.GradientTape() as tape:
+            slots = tf.nest.map_structure(lambda m: m + 0.1 if m.dtype.is_floating else m,
+                                          dynamics.initial_slots(values))
+            new, _ = dynamics.bound_to(variables).update(
+                gradients, values, slots, tf.constant(2, tf.int64), *more)
+        own = [entry.variable.value for entry in (*rates, momentum, strength)]
+        found += new + [part for part in tape.gradient(new, own) if part is not None]
+    assert len(found) == 4 * 2 + 3 + 2 + 1 + 2
+    return found
+
+
+def self_tuned(make):
+    """Where two updates of a self-tuning network take a rate of dropout and a strength of L2."""
+    keras.utils.set_random_seed(0)
+    tuned = [make(0.3, 0.9, "dropout", "float32"), make(0.01, None, "strength", "float32")]
+    network = keras.Sequential([keras.Input([3]), stn.Dense(5, tuned, kernel_regularizer=farhox.L1L2(l2=tuned[1])),
+                                stn.Dropout(tuned[0], seed=1), stn.Dense(4, tuned, activation="softmax")])
+    model = stn.SelfTuningModel(network, one_draw=[tuned[1]])
+    model.compile("sgd", keras.optimizers.SGD(0.5), loss="sparse_categorical_crossentropy", run_eagerly=True)
+    for _ in range(2):
+        model.training_step((X.astype("float32"), Y))
+        model.validation_step((X.astype("float32"), Y))
+    return [entry.variable for entry in tuned]
+
+
+@pytest.mark.parametrize("use", [every_setting, own_dynamics, self_tuned], ids=lambda use: use.__name__)
+def test_an_own_outer_variable_is_told_from_a_hyperparameter_by_no_bit(use):
+    own, same = use(Own), use(plain)
+    assert len(own) == len(same) and all(np.any(keras.ops.convert_to_numpy(value) != 0) for value in own)
+    for one, other in zip(own, same):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(one), keras.ops.convert_to_numpy(other))
+
+
+@pytest.mark.parametrize("learner, setting", [
+    (meta.MAML, "inner_learning_rate"), (meta.ANIL, "inner_learning_rate"), (meta.IMAML, "proximal")])
+def test_an_own_outer_variable_is_learned_by_learners(learner, setting):
+    own = Own(0.3, dtype="float32")
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2), keras.layers.Dense(4, "softmax")])
+    problem = learner(model, **{setting: own}).problem
+    assert problem.hyperparameters == [own]
+    assert own is (problem.proximal if setting == "proximal" else problem.dynamics.learning_rate)
+
+
+class TwiceSchedules(keras.optimizers.SGD):
+    """Asks, as Adafactor does, whether the learning rate is a schedule."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, 2 * learning_rate if callable(self._learning_rate) else learning_rate)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_an_optimizer_is_told_whether_an_own_outer_variable_is_a_schedule(changes):
+    rate, w = Own(0.25), keras.Variable([0.5, -1.0], dtype="float64")
+    rate.changes_with_step = changes
+    dynamics = farhox.KerasDynamics(TwiceSchedules(), learning_rate=rate).bound_to([w])
+    values = [tf.convert_to_tensor(w)]
+    new, _ = dynamics.update([tf.constant([1.0, 2.0], tf.float64)], values, dynamics.initial_slots(values),
+                             tf.constant(0, tf.int64))
+    np.testing.assert_allclose(w - new[0], np.array([1.0, 2.0]) * (0.5 if changes else 0.25), rtol=1e-6)
 
 
 # A Keras optimizer computes with rates in float32, which finite differences show.
@@ -94,6 +202,20 @@ def test_a_schedule_is_no_strength_that_does_not_change():
         farhox.supervised_problem(classifier(), outer_variables=[schedule], proximal=schedule)
 
 
+def test_an_own_outer_variable_is_saved_where_it_says_how_and_an_error_says_so_elsewhere(tmp_path):
+    model = classifier(farhox.L1L2(l2=Own(0.25)))
+    model.save(tmp_path / "model.keras")
+    strength = keras.models.load_model(tmp_path / "model.keras").layers[0].kernel_regularizer.l2
+    assert isinstance(strength, Own) and strength.numpy() == pytest.approx(0.25, rel=1e-15)
+    with pytest.raises(NotImplementedError, match="Decaying must have get_config and be registered"):
+        classifier(farhox.L1L2(l2=Decaying(0.25))).save(tmp_path / "other.keras")
+
+
+def test_an_outer_variable_that_does_not_say_how_it_is_set_is_refused_where_it_is_set():
+    with pytest.raises(NotImplementedError, match=r"Decaying must have a method assign\(value\)"):
+        Decaying(0.4).assign(0.1)
+
+
 # ---- as a keras.Variable
 
 def test_a_scalar_becomes_a_float_and_formats_itself():
@@ -108,25 +230,52 @@ def test_a_scalar_becomes_a_float_and_formats_itself():
 ARITHMETIC = [
     lambda h, x: h + x, lambda h, x: x + h, lambda h, x: h - x, lambda h, x: x - h, lambda h, x: h * x,
     lambda h, x: x * h, lambda h, x: h / x, lambda h, x: x / h, lambda h, x: h ** x, lambda h, x: x ** h,
-    lambda h, x: -h, lambda h, x: abs(h), lambda h, x: keras.ops.multiply(h, x), lambda h, x: tf.multiply(h, x)]
+    lambda h, x: h // x, lambda h, x: x // h, lambda h, x: h % x, lambda h, x: x % h,
+    lambda h, x: -h, lambda h, x: +h, lambda h, x: abs(h), lambda h, x: round(h, 1), lambda h, x: int(h),
+    lambda h, x: keras.ops.multiply(h, x), lambda h, x: tf.multiply(h, x)]
+COMPARISONS = [
+    lambda h, x: h < x, lambda h, x: x < h, lambda h, x: h <= x, lambda h, x: x <= h, lambda h, x: h > x,
+    lambda h, x: x > h, lambda h, x: h >= x, lambda h, x: x >= h, lambda h, x: h == x, lambda h, x: x == h,
+    lambda h, x: h != x, lambda h, x: x != h]
 
 
 @pytest.mark.parametrize("other", [2.0, np.float64(2.0), np.array([1.0, 2.0]), tf.constant(2.0, tf.float64),
                                    keras.Variable(2.0, dtype="float64")],
                          ids=["float", "numpy scalar", "array", "tensor", "variable"])
 def test_arithmetic_is_that_of_a_keras_variable_with_the_value_in_natural_units(other):
-    parameter = farhox.Hyperparameter(0.3, low=0.0, dtype="float64")
-    variable = keras.Variable(0.3, dtype="float64")
+    parameter = farhox.Hyperparameter(2.3, low=0.0, dtype="float64")
+    variable = keras.Variable(2.3, dtype="float64")
     for operation in ARITHMETIC:
         np.testing.assert_allclose(operation(parameter, other), operation(variable, other), rtol=1e-12)
+    for value in (2.0, 2.3):
+        parameter, variable = (made(value, dtype="float64") for made in (farhox.Hyperparameter, keras.Variable))
+        for operation in COMPARISONS:
+            np.testing.assert_array_equal(operation(parameter, other), operation(variable, other))
+    parameter = farhox.Hyperparameter(0.3, dtype="float64")
     np.testing.assert_allclose(parameter * farhox.Hyperparameter(2.0, dtype="float64"), 0.6, rtol=1e-12)
+
+
+def test_a_matrix_is_multiplied_from_both_sides():
+    matrix = farhox.Hyperparameter([[1.0, 2.0], [3.0, 4.0]], dtype="float64")
+    other = np.array([[0.0, 1.0], [1.0, 1.0]])
+    np.testing.assert_array_equal(matrix @ tf.constant(other), matrix.numpy() @ other)
+    np.testing.assert_array_equal(other @ matrix, other @ matrix.numpy())
+
+
+def test_two_outer_variables_are_equal_where_they_are_the_same_and_no_truth_is_silent():
+    one, other = farhox.Hyperparameter(0.3), farhox.Hyperparameter(0.3)
+    assert one == one and one != other and not one == other and one is not None and one != "0.3"
+    assert {one: 1, other: 2}[other] == 2 and other not in [one]
+    with pytest.raises(TypeError, match="An outer variable is not a boolean"):
+        bool(one)
 
 
 def test_arithmetic_and_tensorflow_operations_are_differentiable_in_the_unconstrained_variable():
     strength = farhox.Hyperparameter(0.3, low=0.0, log=True, dtype="float64")
     w = keras.Variable(2.0, dtype="float64")
     problem = farhox.BilevelProblem(
-        lambda batch: strength * w ** 2 + tf.multiply(strength, w), lambda batch: w.value ** 2, [w], [strength],
+        lambda batch: (strength * w ** 2 + tf.multiply(strength, w)) ** (strength / strength) - -strength + abs(
+            strength), lambda batch: w.value ** 2, [w], [strength],
         farhox.GradientDescent(0.1))
     result = farhox.ReverseHG().compute(problem, farhox.repeat(np.zeros(1), 1), np.zeros(1))
     w_1 = 2.0 - 0.1 * (2 * 0.3 * 2.0 + 0.3)

@@ -26,7 +26,6 @@ from farhox.dynamics.functional_optimizer import (
     view_of,
 )
 from farhox.dynamics.settings import check_decays, check_length, check_setting, setting_per_variable
-from farhox.outer.hyperparameters import Hyperparameter
 from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.regularizers import warn_of_subgradients
 
@@ -311,7 +310,8 @@ def _attribute(name, setting, value):
     if name != "learning_rate":
         return name, Setting(name, value)
     # Some optimizers ask whether the learning rate is a schedule.
-    is_schedule = callable(setting) and not isinstance(setting, (keras.Variable, Hyperparameter))
+    is_schedule = setting.changes_with_step if isinstance(setting, OuterVariable) else (
+        callable(setting) and not isinstance(setting, keras.Variable))
     return "_learning_rate", (lambda: value) if is_schedule else value
 
 

@@ -13,7 +13,6 @@ import tensorflow as tf
 from farhox.data.batches import as_inner_batches
 from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.insight.diagnostics import HypergradientComparison
-from farhox.outer.hyperparameters import Hyperparameter
 from farhox.outer.outer_variable import OuterVariable
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
@@ -331,7 +330,7 @@ def _staircase(axes, values, **style):
 
 
 def _checked_axis(name, pair, problem):
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], Hyperparameter) or (
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], OuterVariable) or (
             pair[0].variable.shape != ()):
         raise TypeError(f"{name} must be a pair (scalar farhox.Hyperparameter, values). Received: {pair!r}")
     hyperparameter, values = pair[0], np.asarray(pair[1], "float64")

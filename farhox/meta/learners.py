@@ -320,7 +320,7 @@ def _gradient_descent(model, body, rate, learn_rates, first_order):
     if learn_rates not in (False, True, "positive"):
         raise ValueError(f'learn_learning_rates must be False, True or "positive". Received: {learn_rates!r}')
     if learn_rates:
-        if isinstance(rate, Hyperparameter):
+        if isinstance(rate, OuterVariable):
             raise ValueError("learn_learning_rates=True makes a learned rate for each weight and needs their common "
                              f"initial value, a float. Received: inner_learning_rate={rate!r}")
         check_model("model", model)
@@ -337,7 +337,7 @@ def _learned(settings):
 
 
 def _checked_rate(rate):
-    if not isinstance(rate, (float, int, Hyperparameter)) or isinstance(rate, bool):
+    if not isinstance(rate, (float, int, OuterVariable)) or isinstance(rate, bool):
         raise TypeError(f"inner_learning_rate must be a float or a farhox.Hyperparameter. Received: {rate!r}")
     return rate
 

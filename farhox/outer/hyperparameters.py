@@ -222,6 +222,9 @@ class LearnedSchedule(OuterVariable):
         TypeError: If the initial value is not a number or an array of numbers.
     """
 
+    log = True
+    changes_with_step = True
+
     def __init__(self, steps, initial=0.1, name="schedule", dtype=None):
         self.steps = checks.positive_integer("steps", steps)
         values = _number_array(initial, name)

@@ -27,8 +27,12 @@ class OuterVariable(abc.ABC):
             return self.natural_value() if step is None else self.natural_value() * 0.9 ** tf.cast(step, "float32")
     ```
 
-    `float(h)`, `format(h, ".3f")` and `numpy()` give the current value in natural units, and arithmetic and TensorFlow
-    operations take it as a differentiable tensor, as with a `keras.Variable`.
+    `float(h)`, `format(h, ".3f")` and `numpy()` give the current value in natural units, and arithmetic, comparisons
+    and TensorFlow operations take it as a differentiable tensor, as with a `keras.Variable`. Two outer variables are
+    equal where they are the same object: they can be in sets and keys of dictionaries.
+
+    What else a subclass can say: `assign`, so that plots and `Tuner` can set it; `get_config` (and `from_config`), with
+    `keras.saving.register_keras_serializable`, so that layers that hold it can be saved to a file.
 
     Args:
         unconstrained: Number or array, the initial value of the variable.
@@ -40,12 +44,19 @@ class OuterVariable(abc.ABC):
     Attributes:
         variable: The `keras.Variable` that outer optimizers update.
         name, low, high: As given.
+        log: Bool, whether the value is an exponential of the variable: a step multiplies it, and 0 has lost it.
+        discrete: Bool, whether `value` is floored and has no derivative.
+        changes_with_step: Bool, whether `value` is a schedule, another one at each inner step. Keras optimizers that ask
+            whether their learning rate is one (Adafactor) are told so.
 
     Raises:
         ValueError: If the dtype is not floating-point, or cannot hold the value or a bound.
         TypeError: If the name is not a string.
     """
 
+    log = False
+    discrete = False
+    changes_with_step = False
     # NumPy's numbers leave arithmetic to the methods below.
     __array_ufunc__ = None
 
@@ -82,6 +93,29 @@ class OuterVariable(abc.ABC):
         del step
         return self.natural_value()
 
+    def assign(self, value):
+        """Sets the value in natural units.
+
+        Raises:
+            NotImplementedError: If the subclass does not say how.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must have a method assign(value) to be set in natural units. "
+                                  f"Received for {self.name!r}: {value!r}")
+
+    def get_config(self):
+        """What `from_config` makes the outer variable of, for saved files.
+
+        Raises:
+            NotImplementedError: If the subclass does not say.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must have get_config and be registered with "
+            f"keras.saving.register_keras_serializable to be saved. Received: {self!r}")
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
     def numpy(self):
         """The current value in natural units as a NumPy array."""
         return keras.ops.convert_to_numpy(self.natural_value())
@@ -102,6 +136,43 @@ class OuterVariable(abc.ABC):
 
     def __format__(self, specification):
         return format(float(self), specification) if specification else str(self)
+
+    def __int__(self):
+        return int(float(self))
+
+    def __bool__(self):
+        raise TypeError(f"An outer variable is not a boolean: compare its value with a number. Received: {self!r}")
+
+    def __round__(self, digits=None):
+        return keras.ops.round(tf.convert_to_tensor(self), digits or 0)
+
+    def __eq__(self, other):
+        # As keys of dictionaries and of traces, two outer variables are what they are and not what they are worth.
+        if isinstance(other, OuterVariable) or not _is_operand(other):
+            return NotImplemented
+        return keras.ops.equal(*_operands(self, other))
+
+    def __ne__(self, other):
+        if isinstance(other, OuterVariable) or not _is_operand(other):
+            return NotImplemented
+        return keras.ops.not_equal(*_operands(self, other))
+
+    __hash__ = object.__hash__
+
+    def __lt__(self, other):
+        return keras.ops.less(*_operands(self, other))
+
+    def __le__(self, other):
+        return keras.ops.less_equal(*_operands(self, other))
+
+    def __gt__(self, other):
+        return keras.ops.greater(*_operands(self, other))
+
+    def __ge__(self, other):
+        return keras.ops.greater_equal(*_operands(self, other))
+
+    def __pos__(self):
+        return tf.convert_to_tensor(self)
 
     def __neg__(self):
         return keras.ops.negative(tf.convert_to_tensor(self))
@@ -132,6 +203,24 @@ class OuterVariable(abc.ABC):
 
     def __rtruediv__(self, other):
         return keras.ops.true_divide(*_operands(other, self))
+
+    def __floordiv__(self, other):
+        return keras.ops.floor_divide(*_operands(self, other))
+
+    def __rfloordiv__(self, other):
+        return keras.ops.floor_divide(*_operands(other, self))
+
+    def __mod__(self, other):
+        return keras.ops.mod(*_operands(self, other))
+
+    def __rmod__(self, other):
+        return keras.ops.mod(*_operands(other, self))
+
+    def __matmul__(self, other):
+        return keras.ops.matmul(*_operands(self, other))
+
+    def __rmatmul__(self, other):
+        return keras.ops.matmul(*_operands(other, self))
 
     def __pow__(self, other):
         return keras.ops.power(*_operands(self, other))
@@ -190,6 +279,10 @@ def value_of(setting, step=None, dtype=None):
         return tf.constant(float(setting), dtype or keras.config.floatx())
     tensor = tf.convert_to_tensor(setting)
     return tensor if dtype is None else tf.cast(tensor, dtype)
+
+
+def _is_operand(other):
+    return isinstance(other, (numbers.Real, np.ndarray, tf.Tensor, keras.Variable, tf.Variable))
 
 
 def _operands(*operands):

@@ -2,17 +2,18 @@
 
 import keras
 
-from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.outer_variable import OuterVariable
 
 
 def serialized(value):
     """A setting for `get_config`: hyperparameters, also in a list, as configurations; anything else stays.
 
     Configurations are marked so that all that is saved in one file shares its hyperparameters again when it is loaded.
+    An outer variable that has none stays too: copies in memory share it, and Keras asks it for one to save it.
     """
     if isinstance(value, (list, tuple)):
         return [serialized(entry) for entry in value]
-    if not isinstance(value, Hyperparameter):
+    if not isinstance(value, OuterVariable) or type(value).get_config is OuterVariable.get_config:
         return value
     config = keras.saving.serialize_keras_object(value)
     # Keras marks an object from its second appearance on, and loses marks that are set inside nested models.

@@ -175,7 +175,7 @@ class Cutout(PerturbationLayer):
         super().__init__(seed=seed, length=length, holes=holes, **kwargs)
         for name in self.STRENGTHS:
             value = getattr(self, name)
-            if isinstance(value, OuterVariable) and not getattr(value, "discrete", False):
+            if isinstance(value, OuterVariable) and not value.discrete:
                 raise ValueError(f"{name} of {self.name!r} counts, and needs a hyperparameter with discrete=True. "
                                  f"Received: {value!r}")
         most = holes.high if isinstance(holes, OuterVariable) else holes

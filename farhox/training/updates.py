@@ -5,7 +5,6 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import functional
-from farhox.outer.hyperparameters import Hyperparameter, LearnedSchedule
 
 # Halvings in the search for the point at which a value is held: beyond them float64 tells no points apart.
 _HALVINGS = 52
@@ -121,7 +120,7 @@ class GuardedUpdate:
 
 def _is_multiplied(entry):
     """Whether a step of the optimizer multiplies the value: at a bound it is lost."""
-    return isinstance(entry, LearnedSchedule) or isinstance(entry, Hyperparameter) and entry.log
+    return entry is not None and entry.log
 
 
 def _restored(pairs):

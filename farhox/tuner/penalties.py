@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox.outer import L1L2, Hyperparameter
-from farhox.outer.outer_variable import value_of
+from farhox.outer import L1L2, OuterVariable, value_of
 from farhox.stn.held import layers_of
 from farhox.tuner import tunables
 from farhox.tuner.tunables import Place
@@ -17,7 +16,7 @@ _KINDS = {(False, "l1"): tunables.L1, (False, "l2"): tunables.L2,
 class Penalties:
     """The penalties of a model's layers, in the order of its layers: the same in every copy of the model.
 
-    Strengths that are `Hyperparameter`s already, in `farhox.L1L2`, stay what they are.
+    Strengths that are outer variables already, in `farhox.L1L2`, stay what they are.
 
     Args:
         model: A built `keras.Model`.
@@ -32,7 +31,7 @@ class Penalties:
         for key, layer, regularizer in _regularizers(model):
             for name in ("l1", "l2"):
                 strength = _strength(regularizer, name)
-                if isinstance(strength, Hyperparameter):
+                if isinstance(strength, OuterVariable):
                     own.setdefault(id(strength), (strength, name, []))[2].append((key, layer.name))
                 elif np.ndim(strength) == 0 and strength != 0.0:
                     of_activity = key[1] == "activity_regularizer"
@@ -125,8 +124,8 @@ def _holders(layer, place):
 
 
 def _strength(regularizer, name):
-    """A float, an array or a `Hyperparameter`."""
+    """A float, an array or an `OuterVariable`."""
     if isinstance(regularizer, L1L2):
         strength = getattr(regularizer, name)
-        return strength if isinstance(strength, Hyperparameter) or np.ndim(strength) else float(strength)
+        return strength if isinstance(strength, OuterVariable) or np.ndim(strength) else float(strength)
     return float(regularizer.get_config().get(name, 0.0))

@@ -3,7 +3,7 @@
 import re
 
 from farhox import stn
-from farhox.outer import Hyperparameter
+from farhox.outer import OuterVariable
 from farhox.stn.held import layers_of
 from farhox.stn.perturbations import PerturbationLayer
 from farhox.tuner import tunables
@@ -42,7 +42,7 @@ class Responses:
         for layer in layers_of(model):
             if isinstance(layer, PerturbationLayer):
                 for value in vars(layer).values():
-                    if isinstance(value, Hyperparameter):
+                    if isinstance(value, OuterVariable):
                         own.setdefault(id(value), (value, []))[1].append(Place(layer.name, None))
         self.found += [choice.own(value, tunables.RESPONSE, places) for value, places in own.values()]
 
