@@ -1,9 +1,13 @@
-"""The scripts by their names, wherever they are: files that tests run, and modules that tests import."""
+"""The scripts by their names: files that tests run, modules that tests import, and their flags."""
 
+import contextlib
 import importlib
 import pathlib
 
+from absl import flags
+
 SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
+PROGRAMS = sorted(path.stem for path in SCRIPTS.glob("*/*.py") if path.parent.name != "_shared")
 
 
 def script_path(name):
@@ -20,3 +24,17 @@ def import_script(name, monkeypatch):
         return importlib.import_module(f"_shared.{name}")
     monkeypatch.syspath_prepend(str(folder))
     return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def given_flags(define_flags, *arguments):
+    """For the time of a `with` block the flags of a script are defined, and have the values of the arguments."""
+    before = set(flags.FLAGS)
+    try:
+        define_flags()
+        flags.FLAGS(["script", *arguments])
+        yield flags.FLAGS
+    finally:
+        flags.FLAGS.unparse_flags()
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)

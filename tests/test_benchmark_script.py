@@ -80,9 +80,3 @@ def test_naive_tape_is_left_out_beyond_the_steps_that_it_can_trace(benchmark):
     cases = benchmark.chosen_cases(["W1"], ["naive", "reverse"], ["100", "1000"], quick=False)
     assert [(case["method"], case["steps"]) for case in cases] == [
         ("reverse", 100), ("naive", 100), ("reverse", 1000)]
-
-
-@pytest.mark.parametrize("workloads, methods", [(["W1", "W5"], None), (["W1"], ["reverse", "W5"])])
-def test_unknown_workload_or_method_ends_the_run_with_those_that_there_are(workloads, methods, benchmark):
-    with pytest.raises(SystemExit, match=r"'W4': \['implicit', 'naive'\].*Received: \['W5'\]"):
-        benchmark.chosen_cases(workloads, methods, None, quick=True)

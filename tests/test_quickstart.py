@@ -74,7 +74,7 @@ def test_images_of_tfds_keep_their_test_set(quickstart, monkeypatch):
 def test_a_missing_package_is_named_with_the_command_that_installs_it(quickstart, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r"needs the package matplotlib.*pip install '\.\[examples\]'"):
-        quickstart.check_packages()
+        quickstart.main(None)
 
 
 def test_importing_the_script_defines_no_flag(quickstart):

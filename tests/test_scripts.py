@@ -12,7 +12,7 @@ import time
 import keras
 import numpy as np
 import pytest
-from script_files import SCRIPTS, import_script, script_path
+from script_files import SCRIPTS, given_flags, import_script, script_path
 
 import farhox
 
@@ -175,7 +175,7 @@ def test_a_folder_with_runs_of_other_settings_is_an_error_that_names_them(load, 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(load, monkeypatch, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=rf"needs the package {package}.*pip install '\.\[{extra}\]'"):
-        load("experiment").require(**{package: extra})
+        load("program").require(**{package: extra})
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -186,19 +186,11 @@ def test_importing_an_experiment_defines_no_flag(load, name):
 
 @pytest.mark.parametrize("file", sorted(SCRIPTS.glob("*/flags/*.cfg")), ids=lambda file: file.stem)
 def test_a_flag_file_is_understood_by_its_script(load, file):
-    from absl import flags
     script = max((path.stem for path in file.parents[1].glob("*.py") if file.stem.startswith(path.stem)), key=len)
-    before = set(flags.FLAGS)
-    load(script).define_flags()
-    try:
-        flags.FLAGS([script, f"--flagfile={file}"])
+    with given_flags(load(script).define_flags, f"--flagfile={file}") as values:
         given = re.findall(r"^--(\w+)=", file.read_text(), flags=re.M)
-        assert given and all(flags.FLAGS[name].present for name in given)
-        assert flags.FLAGS.output == f"results/{file.stem}"
-    finally:
-        flags.FLAGS.unparse_flags()
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
+        assert given and all(values[name].present for name in given)
+        assert values.output == f"results/{file.stem}"
 
 
 def test_precision_and_recall_count_weights_next_to_zero(load):

@@ -1,56 +1,21 @@
-"""What the experiments share: flags, images of TFDS, runs that go on after an interruption, results, and plots."""
+"""What the experiments share: images of TFDS, runs that go on after an interruption, results."""
 
-import contextlib
 import json
 import os
 import pathlib
 import re
 import shutil
-import signal
 import sys
 import time
 
 import keras
 import numpy as np
-from absl import flags, logging
 
+from _shared import program
 from farhox.callbacks import Resumable, Resume
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563a8", "#d9772b", "#2f8f5b", "#8256a8", "#6b7280"
 # These change where and how often something runs, not what one run is.
 _NOT_SETTINGS = ("data_dir", "output", "seed", "num_seeds", "quick")
-
-
-def define_flags(output):
-    """The flags of every experiment. Called when a script runs, not when it is imported: absl flags are global."""
-    flags.DEFINE_string("data_dir", os.environ.get("FARHOX_DATA_DIR"), "Folder of TFDS' data sets.")
-    flags.DEFINE_string("output", output, "Folder for results.json, plots, and runs that can be gone on with.")
-    flags.DEFINE_integer("seed", 0, "Seed of data, initial values and batches.", lower_bound=0)
-    flags.DEFINE_integer("num_seeds", 1, "Repeats the experiment with this many seeds from --seed on.", lower_bound=1)
-    flags.DEFINE_bool("quick", False, "Small sizes for all flags that are not given: shows that everything runs.")
-
-
-def settings(names, quick):
-    """Values of the flags of a script as a dictionary; with --quick those of `quick` where a flag is not given."""
-    values = {name: flags.FLAGS[name].value for name in names}
-    if flags.FLAGS.quick:
-        values.update({name: value for name, value in quick.items() if not flags.FLAGS[name].present})
-    return values
-
-
-def seeds():
-    """The seeds to run."""
-    return list(range(flags.FLAGS.seed, flags.FLAGS.seed + flags.FLAGS.num_seeds))
-
-
-def require(**packages):
-    """Fails before the work rather than after it. Keyword arguments: the name of a package, and its extra."""
-    for package, extra in packages.items():
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise SystemExit(f"This experiment needs the package {package}, which is not installed: run pip install "
-                             f"'.[{extra}]' in the checkout of farhox.") from error
 
 
 def images(dataset, data_dir, sizes, seed):
@@ -66,7 +31,6 @@ def images(dataset, data_dir, sizes, seed):
         List of (images [n, 28, 28, 1] in [0, 1], labels [n]), the test set last.
     """
     import tensorflow_datasets as tfds
-    logging.set_verbosity(logging.WARNING)  # TFDS tells of each file that it opens.
     builder = tfds.builder(dataset, data_dir=data_dir)
     if not builder.is_prepared():
         builder.download_and_prepare()
@@ -116,7 +80,7 @@ class Folder:
         start = clocks()
         folder = self.runs / name
         folder.mkdir(exist_ok=True)
-        with ending_in_one_line(f"The same command goes on with {name}."):
+        with program.ending_in_one_line(f"The same command goes on with {name}."):
             result = function(folder)
         before = result.pop("time_before", {})
         for clock, now in clocks().items():
@@ -124,24 +88,6 @@ class Folder:
         write_json(file, result)
         shutil.rmtree(folder)  # The state of a run is of no use when it is finished.
         return json.loads(file.read_text())
-
-
-@contextlib.contextmanager
-def ending_in_one_line(line):
-    """Where no training is under way, SIGTERM and Ctrl-C end the program at once, with a line that says how to go on.
-
-    In `fit` they are for `Resume`, which saves the state first.
-    """
-    def end(number, frame):
-        sys.stderr.write(f"\nStopped by {signal.Signals(number).name}. {line}\n")
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, prepare=None, save_every=10.0,
@@ -248,18 +194,3 @@ def markdown_table(header, rows):
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
-
-
-@contextlib.contextmanager
-def figure(path, rows=1, columns=1, size=(5.2, 3.4)):
-    """Axes of a figure that is saved as a PNG file at the end: a flat array of them if there are several."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-             "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 1.0, "legend.edgecolor": "none"}
-    with plt.rc_context(style):
-        made, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
-        yield np.ravel(axes) if rows * columns > 1 else axes
-        made.savefig(path, dpi=110)
-        plt.close(made)

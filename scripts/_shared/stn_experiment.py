@@ -17,43 +17,14 @@ import math
 import pathlib
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from _shared import experiment
+from _shared import experiment, experiment_flags, pictures, program
+from _shared.stn_flags import SEARCHES
 from _shared.stn_training import PlainTrainer, self_tune
 
-SEARCHES = {"grid": "Grid search", "random": "Random search", "tpe": "Parzen estimator"}
 FIXED = {"schedule": "schedule of STN, replayed", "final": "final values of STN, fixed",
          "start": "values of the start, fixed", "search": "best values of the searches, fixed"}
-SETTINGS = ("train_examples", "validation_examples", "steps", "evaluate_every", "batch_size", "learning_rate",
-            "hyper_learning_rate", "scale_learning_rate", "entropy_weight", "initial_scale", "warmup_steps",
-            "training_steps", "validation_steps", "method", "trials")
-
-
-def define_flags(output, **defaults):
-    """The flags of all these experiments, with the defaults that differ between them."""
-    experiment.define_flags(output)
-    flags.DEFINE_list("baseline", defaults["baseline"], "What to compare with: some of grid, random, tpe, fixed.")
-    for name, default, what in (
-            ("train_examples", None, "Training examples."),
-            ("validation_examples", None, "Validation examples, on which hyperparameters are tuned and chosen."),
-            ("steps", None, "Gradient steps of a training."),
-            ("evaluate_every", None, "Gradient steps between two evaluations."),
-            ("batch_size", None, "Examples in a batch."),
-            ("trials", 20, "Trainings of a search."),
-            ("training_steps", 2, "Self-tuning: training steps in a row."),
-            ("validation_steps", 1, "Self-tuning: validation steps after them.")):
-        flags.DEFINE_integer(name, defaults.get(name, default), what, lower_bound=1)
-    flags.DEFINE_integer("warmup_steps", defaults["warmup_steps"],
-                         "Self-tuning: training steps before hyperparameters move.", lower_bound=0)
-    for name, default, what in (
-            ("learning_rate", None, "Learning rate of the weights, of all trainings."),
-            ("hyper_learning_rate", 0.003, "Learning rate of Adam on the unconstrained hyperparameters."),
-            ("scale_learning_rate", 0.003, "Learning rate of Adam on the scales of the perturbations; 0: they stay."),
-            ("entropy_weight", 1e-3, "Weight of the entropy that keeps perturbations wide."),
-            ("initial_scale", 0.5, "Standard deviation of the perturbations to begin with.")):
-        flags.DEFINE_float(name, defaults.get(name, default), what, lower_bound=0.0)
-    flags.DEFINE_enum("method", "stn", ["stn", "delta"], "Self-tuning networks, or the centred Delta-STN.")
 
 
 def search(task, trainer, settings, seed, sampler, folder):
@@ -169,12 +140,12 @@ def table(rows):
 
 def plot(by_seed, task, settings, path):
     """Best validation loss against time and steps, hyperparameters, and validation loss of fixed values."""
-    colors = {"stn": experiment.ORANGE, "random": experiment.BLUE, "tpe": experiment.GREEN, "grid": experiment.PURPLE,
-              "schedule": experiment.ORANGE, "final": experiment.BLUE, "start": experiment.GREY,
-              "search": experiment.GREEN}
+    colors = {"stn": pictures.ORANGE, "random": pictures.BLUE, "tpe": pictures.GREEN, "grid": pictures.PURPLE,
+              "schedule": pictures.ORANGE, "final": pictures.BLUE, "start": pictures.GREY,
+              "search": pictures.GREEN}
     first_seed, first = next(iter(by_seed.items()))
     every, steps = settings["evaluate_every"], settings["steps"]
-    with experiment.figure(path, rows=2, columns=2, size=(11.5, 7.6)) as (time_axis, step_axis, values_axis, fixed):
+    with pictures.figure(path, rows=2, columns=2, size=(11.5, 7.6)) as (time_axis, step_axis, values_axis, fixed):
         for name in ["stn", *first["searches"]]:
             label = "Self-tuning network" if name == "stn" else SEARCHES[name]
             for result in by_seed.values():
@@ -214,18 +185,15 @@ def main(name, settings, make_task):
         settings: Dictionary of the flags that the trainings depend on.
         make_task: Function of the settings and a seed that returns a `Task`.
     """
-    baselines = flags.FLAGS.baseline
-    unknown = sorted(set(baselines) - {*SEARCHES, "fixed"})
-    if unknown:
-        raise app.UsageError(f"--baseline may name {', '.join(SEARCHES)}, fixed. Received: {', '.join(unknown)}")
     if settings["steps"] % settings["evaluate_every"]:
-        raise app.UsageError("--steps must be a multiple of --evaluate_every. Received: "
+        raise SystemExit("--steps must be a multiple of --evaluate_every. Received: "
                              f"{settings['steps']} and {settings['evaluate_every']}")
-    experiment.require(matplotlib="examples", **({"optuna": "search"} if set(baselines) & set(SEARCHES) else {}))
+    baselines = flags.FLAGS.baseline
+    program.require(matplotlib="examples", **({"optuna": "search"} if set(baselines) & set(SEARCHES) else {}))
     output = pathlib.Path(flags.FLAGS.output)
     folder = experiment.Folder(output, settings)
     by_seed = {}
-    for seed in experiment.seeds():
+    for seed in experiment_flags.seeds():
         task = make_task(settings, seed)
         by_seed[seed] = run_seed(task, settings, baselines, seed, folder)
     rows = summaries(by_seed, settings)

@@ -1,10 +1,10 @@
-"""Time and memory of a hypergradient beside plain training, for every method and several numbers of inner steps.
+r"""Time and memory of a hypergradient beside plain training, for every method and several numbers of inner steps.
 
-```text
-python scripts/benchmarks/benchmark_hypergradients.py --quick
-python scripts/benchmarks/benchmark_hypergradients.py --workloads=W1,W2,W4 --steps=10,100,1000 --json=benchmark.json
-python scripts/benchmarks/benchmark_hypergradients.py --workloads=W3 --steps=5,16,256 --json=meta_learning.json
-```
+    python scripts/benchmarks/benchmark_hypergradients.py --quick
+    python scripts/benchmarks/benchmark_hypergradients.py --workloads=W1,W2,W4 \
+        --steps=10,100,1000 --json=benchmark.json
+    python scripts/benchmarks/benchmark_hypergradients.py --workloads=W3 \
+        --steps=5,16,256 --json=meta_learning.json
 
 Workloads, on synthetic data in float32:
 
@@ -39,20 +39,44 @@ from typing import Any, Callable, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import program  # First: it sets TensorFlow's log level.
+from absl import flags
+
+from _shared import program
+
+METHODS = {"W1": ["reverse", "reverse_sqrt", "naive"], "W2": ["reverse", "reverse_sqrt", "forward", "naive"],
+           "W3": ["maml", "fomaml", "imaml", "hyper_representation"], "W4": ["implicit", "naive"]}
+# Tracing steps that are written out takes minutes beyond this.
+NAIVE_MAX_STEPS = 100
+COLUMNS = [("workload", "{}"), ("method", "{}"), ("steps", "{}"), ("hypergradient_s", "{:.4f}"),
+           ("plain_s", "{:.4f}"), ("over_plain", "{:.2f}"), ("tracing_s", "{:.2f}"), ("first_call_s", "{:.2f}"),
+           ("growth_mb", "{:.0f}"), ("peak_mb", "{:.0f}")]
+
+
+def define_flags():
+    program.define_names("workloads", ["W1", "W2", "W4"], list(METHODS), "Workloads to run.")
+    flags.DEFINE_list("steps", None, "Numbers of inner steps T. Default: 10,100,1000, with --quick 2,5.")
+    methods = sorted({method for of_workload in METHODS.values() for method in of_workload})
+    program.define_names("methods", None, methods, "Methods to run. Default: all that a workload has.")
+    flags.DEFINE_integer("threads", 1, "Threads TensorFlow may use; 0 leaves it to TensorFlow.", lower_bound=0)
+    flags.DEFINE_integer("repeats", None, "Timed computations per case. Default: 3 to 15, fewer for more steps.",
+                         lower_bound=1)
+    flags.DEFINE_bool("quick", False, "Tiny sizes: shows in seconds that everything runs; the numbers mean nothing.")
+    flags.DEFINE_string("json", None, "File to write the measurements to.")
+    flags.DEFINE_string("case", None, "For internal use: the one case to measure in this process, as JSON.")
+
+
+if __name__ == "__main__":
+    program.parse(define_flags, when_stopped="The same command starts anew.")
 
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import flags
 
 import farhox
 from farhox.hypergradients import EpisodesHG
 from farhox import meta
 from farhox.data.batches import RepeatedBatch, batch_at, num_steps
 
-METHODS = {"W1": ["reverse", "reverse_sqrt", "naive"], "W2": ["reverse", "reverse_sqrt", "forward", "naive"],
-           "W3": ["maml", "fomaml", "imaml", "hyper_representation"], "W4": ["implicit", "naive"]}
 HYPERGRADIENTS = {
     "reverse": farhox.ReverseHG(),
     "reverse_sqrt": farhox.ReverseHG(checkpoint_every="sqrt"),
@@ -64,23 +88,6 @@ HYPERGRADIENTS = {
     "hyper_representation": EpisodesHG(farhox.ReverseHG()),
     "imaml": EpisodesHG(farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=5, tolerance=0.0))),
 }
-# Tracing steps that are written out takes minutes beyond this.
-NAIVE_MAX_STEPS = 100
-COLUMNS = [("workload", "{}"), ("method", "{}"), ("steps", "{}"), ("hypergradient_s", "{:.4f}"),
-           ("plain_s", "{:.4f}"), ("over_plain", "{:.2f}"), ("tracing_s", "{:.2f}"), ("first_call_s", "{:.2f}"),
-           ("growth_mb", "{:.0f}"), ("peak_mb", "{:.0f}")]
-
-
-def define_flags():
-    flags.DEFINE_list("workloads", ["W1", "W2", "W4"], "Workloads to run.")
-    flags.DEFINE_list("steps", None, "Numbers of inner steps T. Default: 10,100,1000, with --quick 2,5.")
-    flags.DEFINE_list("methods", None, "Methods to run. Default: all that a workload has.")
-    flags.DEFINE_integer("threads", 1, "Threads TensorFlow may use; 0 leaves it to TensorFlow.", lower_bound=0)
-    flags.DEFINE_integer("repeats", None, "Timed computations per case. Default: 3 to 15, fewer for more steps.",
-                         lower_bound=1)
-    flags.DEFINE_bool("quick", False, "Tiny sizes: shows in seconds that everything runs; the numbers mean nothing.")
-    flags.DEFINE_string("json", None, "File to write the measurements to.")
-    flags.DEFINE_string("case", None, "For internal use: the one case to measure in this process, as JSON.")
 
 
 class Workload(NamedTuple):
@@ -128,10 +135,6 @@ def main(_):
 
 def chosen_cases(workloads, methods, steps, quick):
     """The cases of the flags' values as dictionaries."""
-    every_method = {method for of_workload in METHODS.values() for method in of_workload}
-    unknown = set(workloads) - set(METHODS) | set(methods or []) - every_method
-    if unknown:
-        raise SystemExit(f"There are these workloads and methods: {METHODS}. Received: {sorted(unknown)}")
     steps = [int(t) for t in steps or (["2", "5"] if quick else ["10", "100", "1000"])]
     return [dict(workload=workload, method=method, steps=t, quick=quick)
             for workload in workloads for t in steps for method in METHODS[workload]
@@ -141,7 +144,7 @@ def chosen_cases(workloads, methods, steps, quick):
 def run_in_own_process(case):
     """`measure(**case)` in a new process."""
     result = subprocess.run([sys.executable, os.path.abspath(__file__), f"--case={json.dumps(case)}"],
-                            stdout=subprocess.PIPE, text=True, check=True)
+                            stdout=subprocess.PIPE, text=True, check=True, start_new_session=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -233,6 +236,7 @@ def table(rows):
 
 # The competitors: plain training, and the tape that records every step.
 
+
 def plain_training(task, inner_batches, outer_batch=None, state=None):
     """The inner training alone: a loop over the hand-written step."""
     del outer_batch
@@ -270,6 +274,7 @@ def unrolled(problem, inner_batches, outer_batch, state=None):
 
 
 # The workloads.
+
 
 def softmax_regression(quick):
     """W1."""
@@ -435,5 +440,4 @@ def plain_gradients(variables, batch, weights=None, strength=None):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

@@ -14,12 +14,9 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
-
-import numpy as np
 from absl import flags
 
-from farhox import export, meta
+from _shared import program
 
 
 def define_flags():
@@ -29,6 +26,15 @@ def define_flags():
     flags.DEFINE_integer("requests", 100, "Timed requests of each kind.", lower_bound=1)
     flags.DEFINE_integer("clients", 4, "Clients that ask at the same time.", lower_bound=1)
     flags.DEFINE_string("output", None, "File for the numbers as JSON.")
+
+
+if __name__ == "__main__":
+    program.parse(define_flags, when_stopped="The same command starts anew.")
+
+import numpy as np
+
+from _shared import experiment
+from farhox import export, meta
 
 
 def request(queries):
@@ -86,5 +92,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

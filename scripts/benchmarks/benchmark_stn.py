@@ -1,9 +1,8 @@
-"""Time and memory of a step of a self-tuning network beside a step of the plain one.
+r"""Time and memory of a step of a self-tuning network beside a step of the plain one.
 
-```text
-python scripts/benchmarks/benchmark_stn.py --quick
-python scripts/benchmarks/benchmark_stn.py --networks=cnn,lstm --json=benchmark_stn.json
-```
+    python scripts/benchmarks/benchmark_stn.py --quick
+    python scripts/benchmarks/benchmark_stn.py --networks=cnn,lstm \
+        --json=benchmark_stn.json
 
 Networks, on synthetic data in float32: `mlp` 784-1200-1200-10; `cnn`, two convolutions and two dense layers on 28 x 28
 images; `alexnet`, five convolutions and three dense layers on 32 x 32 images; `lstm`, an embedding, two layers of 200
@@ -26,15 +25,9 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import program  # First: it sets TensorFlow's log level.
+from absl import flags
 
-import keras
-import numpy as np
-import tensorflow as tf
-from absl import app, flags
-
-import farhox
-from farhox import stn
+from _shared import program
 
 FLAGS = flags.FLAGS
 NETWORKS, METHODS = ("mlp", "cnn", "alexnet", "lstm"), ("plain", "stn", "delta")
@@ -44,7 +37,7 @@ COLUMNS = [("network", "{}"), ("method", "{}"), ("step_s", "{:.4f}"), ("over_pla
 
 def define_flags():
     """Called when the script runs, not when it is imported: absl flags are global."""
-    flags.DEFINE_list("networks", list(NETWORKS), "Networks to run.")
+    program.define_names("networks", list(NETWORKS), NETWORKS, "Networks to run.")
     flags.DEFINE_integer("batch_size", None, "Examples per step. Default: 128, lstm 20; with --quick 4.",
                          lower_bound=1)
     flags.DEFINE_integer("repeats", None, "Timed rounds per case. Default: 15, with --quick 2.", lower_bound=1)
@@ -54,14 +47,21 @@ def define_flags():
     flags.DEFINE_string("case", None, "For internal use: the one case to measure in this process, as JSON.")
 
 
-def main(argv):
-    del argv
+if __name__ == "__main__":
+    program.parse(define_flags, when_stopped="The same command starts anew.")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import farhox
+from farhox import stn
+
+
+def main(_):
     if FLAGS.case is not None:
         print(json.dumps(measure(**json.loads(FLAGS.case))))
         return
-    unknown = set(FLAGS.networks) - set(NETWORKS)
-    if unknown:
-        raise app.UsageError(f"--networks must be among {','.join(NETWORKS)}. Received: {','.join(unknown)}")
     rows = []
     for network in FLAGS.networks:
         plain = None
@@ -83,7 +83,7 @@ def main(argv):
 def run_in_own_process(case):
     """`measure(**case)` in a new process."""
     result = subprocess.run([sys.executable, os.path.abspath(__file__), f"--case={json.dumps(case)}"],
-                            stdout=subprocess.PIPE, text=True, check=True)
+                            stdout=subprocess.PIPE, text=True, check=True, start_new_session=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -186,5 +186,4 @@ def cross_entropy():
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

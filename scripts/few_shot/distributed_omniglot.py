@@ -1,9 +1,12 @@
 r"""Meta-training on Omniglot over several processes or machines, with the learners and flags of omniglot.py.
 
-    python scripts/few_shot/launch_workers.py --workers=2 scripts/few_shot/distributed_omniglot.py --quick
-    TF_CONFIG='{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}' \
+    python scripts/few_shot/launch_workers.py --workers=2 \
+        scripts/few_shot/distributed_omniglot.py --quick
+    TF_CONFIG='{"cluster": {"worker": ["host1:2222", "host2:2222"]},
+                "task": {"type": "worker", "index": 0}}' \
         python scripts/few_shot/distributed_omniglot.py \
-        --flagfile=scripts/few_shot/flags/omniglot_maml.cfg --output=/shared/omniglot_maml
+        --flagfile=scripts/few_shot/flags/omniglot_maml.cfg \
+        --output=/shared/omniglot_maml
 
 Each process is the worker that TF_CONFIG names, and --output is a folder that all workers see. Every worker takes its
 share of each meta-batch, hypergradients are averaged, and the first worker (or the chief) saves the state every
@@ -19,13 +22,20 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
-from _shared.omniglot_learner import QUICK, SETTINGS, compile_learner, define_flags, make_learner, network, sources
+from absl import flags
+
+from _shared import experiment_flags, program
+from _shared.omniglot_flags import QUICK, SETTINGS, define_flags
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
 
 import keras
 import tensorflow as tf
-from absl import flags
 
+from _shared import experiment
+from _shared.omniglot_learner import compile_learner, make_learner, network, sources
 from farhox import meta
 
 
@@ -68,7 +78,7 @@ def digest(learner):
 
 def main(_):
     strategy = tf.distribute.MultiWorkerMirroredStrategy()  # Before anything else of TensorFlow.
-    settings = experiment.settings(SETTINGS, QUICK)
+    settings = experiment_flags.settings(SETTINGS, QUICK)
     if settings["algorithm"] == "protonet":
         raise SystemExit("--algorithm must be a learner with an inner training. Received: protonet")
     work(strategy, settings, pathlib.Path(flags.FLAGS.output), flags.FLAGS.data_dir, flags.FLAGS.seed,
@@ -76,5 +86,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

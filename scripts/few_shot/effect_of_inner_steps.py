@@ -18,30 +18,20 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
-
-import keras
-import numpy as np
-import tensorflow as tf
 from absl import flags
 
-import farhox
-from farhox.hypergradients import HyperGradient, HyperGradientResult
-from farhox import meta
-from farhox.data.batches import batch_at
-from farhox.hypergradients.base import Evaluation
+from _shared import experiment_flags, program
 
 SETTINGS = ("classes", "inner_steps", "ridge", "inner_learning_rate", "hyper_iterations", "outer_learning_rate",
             "filters", "feature_steps", "body_filters", "residual_filters", "body_steps", "body_episodes")
 QUICK = {"classes": 20, "inner_steps": ["1", "16"], "hyper_iterations": 10, "filters": 8, "feature_steps": 20,
          "body_filters": 4, "residual_filters": ["2", "2"], "body_steps": 20, "body_episodes": 20}
 SHOTS = 3
-BODIES = {"convolutional": experiment.GREY, "residual": experiment.BLUE}
 EPOCHS = 10
 
 
 def define_flags():
-    experiment.define_flags("results/effect_of_inner_steps")
+    experiment_flags.define_flags("results/effect_of_inner_steps")
     flags.DEFINE_integer("classes", 100, "Characters of the ridge regression.", lower_bound=2)
     flags.DEFINE_list("inner_steps", ["1", "4", "16", "64", "256"], "Numbers of inner steps T that learn a map.")
     flags.DEFINE_float("ridge", 0.05, "Strength of the penalty; the largest curvature is 1 in the beginning.",
@@ -58,6 +48,23 @@ def define_flags():
     flags.DEFINE_integer("body_steps", 200, f"Meta-steps of each body, a multiple of {EPOCHS}; 0 leaves this part out.",
                          lower_bound=0)
     flags.DEFINE_integer("body_episodes", 200, "Episodes of a test of a body, a multiple of 10.", lower_bound=10)
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from _shared import experiment, pictures
+import farhox
+from farhox import meta
+from farhox.data.batches import batch_at
+from farhox.hypergradients import HyperGradient, HyperGradientResult
+from farhox.hypergradients.base import Evaluation
+
+BODIES = {"convolutional": pictures.GREY, "residual": pictures.BLUE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,19 +256,19 @@ def tables(by_seed, settings):
 def plot(by_seed, settings, path):
     """Distance of hypergradients, test accuracy while the map is learned, final losses, the two bodies."""
     columns = 4 if settings["body_steps"] else 3
-    with experiment.figure(path, columns=columns, size=(4 * columns, 3.6)) as (distance, accuracy, losses, *bodies):
+    with pictures.figure(path, columns=columns, size=(4 * columns, 3.6)) as (distance, accuracy, losses, *bodies):
         names = [*settings["inner_steps"], "exact"]
         shades = np.linspace(0.25, 1.0, len(names) - 1)
         for i, result in enumerate(by_seed.values()):
             rows = result["hypergradients"]
             distance.loglog(list(map(int, rows)), [row["distance"] for row in rows.values()], "o-",
-                            color=experiment.BLUE, markersize=4)
+                            color=pictures.BLUE, markersize=4)
             for name, shade in zip(names, [*shades, 1.0]):
                 values = 100 * np.array(result[name]["test_accuracy"])
-                color = experiment.ORANGE if name == "exact" else experiment.BLUE
+                color = pictures.ORANGE if name == "exact" else pictures.BLUE
                 accuracy.plot(np.linspace(0, settings["hyper_iterations"], len(values)), values, color=color,
                               alpha=shade, label=(name if name == "exact" else f"T = {name}") if i == 0 else None)
-            for kind, color in (("validation", experiment.GREY), ("test", experiment.GREEN)):
+            for kind, color in (("validation", pictures.GREY), ("test", pictures.GREEN)):
                 losses.plot(names, [100 * result[name][f"{kind}_accuracy"][-1] for name in names], "o-", color=color,
                             label=kind if i == 0 else None)
             for axis in bodies:
@@ -280,13 +287,13 @@ def plot(by_seed, settings, path):
 
 
 def main(_):
-    experiment.require(matplotlib="examples")
-    settings = experiment.settings(SETTINGS, QUICK)
+    program.require(matplotlib="examples")
+    settings = experiment_flags.settings(SETTINGS, QUICK)
     lengths = {name: settings[name] for name in ("hyper_iterations", "feature_steps", "body_steps")}
     if any(length % EPOCHS for length in lengths.values()):
         raise SystemExit(f"Numbers of steps must be multiples of {EPOCHS}. Received: {lengths}")
     folder = experiment.Folder(flags.FLAGS.output, settings)
-    by_seed = {seed: run_seed(settings, folder, flags.FLAGS.data_dir, seed) for seed in experiment.seeds()}
+    by_seed = {seed: run_seed(settings, folder, flags.FLAGS.data_dir, seed) for seed in experiment_flags.seeds()}
     output = pathlib.Path(flags.FLAGS.output)
     print(f"\n{len(by_seed)} seed(s): mean (least to greatest)\n{tables(by_seed, settings)}\n"
           f"Results and plot: {output.resolve()}")
@@ -295,5 +302,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

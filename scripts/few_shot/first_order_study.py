@@ -17,16 +17,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
-
-import keras
-import tensorflow as tf
 from absl import flags
 
-import farhox
-from farhox.hypergradients import ReptileHG
-from farhox import meta
-from farhox.meta.statistics import query_call
+from _shared import experiment_flags, program
 
 SETTINGS = ("ways", "shots", "pool", "tail", "meta_batch_size", "meta_steps", "inner_learning_rate", "batch_size",
             "inner_steps", "batch_sizes", "outer_learning_rate", "filters", "evaluation_steps", "test_episodes")
@@ -34,11 +27,10 @@ QUICK = {"meta_steps": 20, "filters": 4, "inner_steps": ["4"], "batch_sizes": ["
          "meta_batch_size": 2}
 STEPS = 4
 METHODS = {"reptile": "Reptile", "fomaml_separate": "FOMAML, separate tail", "fomaml_shared": "FOMAML, shared tail"}
-COLORS = {"reptile": experiment.GREEN, "fomaml_separate": experiment.BLUE, "fomaml_shared": experiment.ORANGE}
 
 
 def define_flags():
-    experiment.define_flags("results/first_order_study")
+    experiment_flags.define_flags("results/first_order_study")
     flags.DEFINE_integer("ways", 5, "Classes in an episode.", lower_bound=2)
     flags.DEFINE_integer("shots", 5, "Support examples per class in the test.", lower_bound=1)
     flags.DEFINE_integer("pool", 12, "Examples per class that mini-batches are made of.", lower_bound=1)
@@ -55,6 +47,21 @@ def define_flags():
     flags.DEFINE_integer("filters", 16, "Filters of each of the four convolutions.", lower_bound=1)
     flags.DEFINE_integer("evaluation_steps", 5, "Full-batch inner steps in the test.", lower_bound=1)
     flags.DEFINE_integer("test_episodes", 200, "Episodes of each test, a multiple of 10.", lower_bound=10)
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
+
+import keras
+import tensorflow as tf
+
+from _shared import experiment, pictures
+import farhox
+from farhox import meta
+from farhox.hypergradients import ReptileHG
+from farhox.meta.statistics import query_call
+
+COLORS = {"reptile": pictures.GREEN, "fomaml_separate": pictures.BLUE, "fomaml_shared": pictures.ORANGE}
 
 
 def sums_of_gradients():
@@ -164,9 +171,9 @@ def plot(by_seed, settings, path):
         return sum(values) / len(values)
 
     size, sizes = settings["batch_size"], sorted({settings["batch_size"], *map(int, settings["batch_sizes"])})
-    with experiment.figure(path, columns=4, size=(15, 3.6)) as (sums, draws, steps, batches):
+    with pictures.figure(path, columns=4, size=(15, 3.6)) as (sums, draws, steps, batches):
         names = list(sums_of_gradients())
-        colors = [experiment.BLUE if "+" in name else experiment.GREY for name in names]
+        colors = [pictures.BLUE if "+" in name else pictures.GREY for name in names]
         sums.barh(names[::-1], [mean(f"sum_{name}") for name in names[::-1]], color=colors[::-1])
         lowest = min(mean(name) for name in variants(settings))
         sums.set(title="Sums of gradients", xlabel="Test accuracy, %", xlim=(max(0, lowest - 5), None))
@@ -187,8 +194,8 @@ def plot(by_seed, settings, path):
 
 
 def main(_):
-    experiment.require(matplotlib="examples")
-    settings = experiment.settings(SETTINGS, QUICK)
+    program.require(matplotlib="examples")
+    settings = experiment_flags.settings(SETTINGS, QUICK)
     pool, tail = (settings["ways"] * settings[name] for name in ("pool", "tail"))
     if str(STEPS) not in settings["inner_steps"] or STEPS * settings["batch_size"] > pool or tail < max(
             settings["batch_size"], *map(int, settings["batch_sizes"])):
@@ -200,7 +207,7 @@ def main(_):
     parts = meta.load_omniglot(flags.FLAGS.data_dir)
     by_seed = {seed: {name: folder.once(
         f"{name}_seed{seed}", lambda path: run(settings, parts, variant, seed, path))
-        for name, variant in variants(settings).items()} for seed in experiment.seeds()}
+        for name, variant in variants(settings).items()} for seed in experiment_flags.seeds()}
     print(f"\n{len(by_seed)} seed(s): mean (least to greatest)\n{tables(by_seed, settings)}\n"
           f"Results and plot: {output.resolve()}")
     experiment.write_json(output / "results.json", experiment.rounded({"settings": settings, "seeds": by_seed}))
@@ -208,5 +215,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

@@ -1,6 +1,7 @@
-"""Runs a script as several workers of tf.distribute on this machine, and starts them again when one of them dies.
+r"""Runs a script as several workers of tf.distribute on this machine, and starts them again when one of them dies.
 
-    python scripts/few_shot/launch_workers.py --workers=2 scripts/few_shot/distributed_omniglot.py --quick
+    python scripts/few_shot/launch_workers.py --workers=2 \
+        scripts/few_shot/distributed_omniglot.py --quick
 
 Each worker finds its place in the environment variable TF_CONFIG. Workers on several machines are started by what
 starts processes there, with a TF_CONFIG of the same form; see distributed_omniglot.py.
@@ -20,9 +21,9 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import program  # First: it sets TensorFlow's log level.
-
 from absl import flags
+
+from _shared import program
 
 GRACE = 8.0  # Seconds that workers have to save their state.
 
@@ -116,12 +117,7 @@ def main(arguments):
     launch([sys.executable, *arguments[1:]], flags.FLAGS.workers, flags.FLAGS.restarts)
 
 
-def own_flags(arguments):
-    """absl's parser, which leaves the script and its flags alone."""
-    flags.FLAGS.set_gnu_getopt(False)
-    return flags.FLAGS(arguments)
-
-
 if __name__ == "__main__":
-    define_flags()
-    program.run(main, own_flags)
+    flags.FLAGS.set_gnu_getopt(False)  # What comes after the name of the script to run is for that script.
+    program.parse(define_flags, positional=True, tensorflow=False)
+    program.run(main)

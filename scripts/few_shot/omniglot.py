@@ -1,7 +1,8 @@
-"""Few-shot classification of Omniglot's characters by one of the learners of farhox.meta.
+r"""Few-shot classification of Omniglot's characters by one of the learners of farhox.meta.
 
     python scripts/few_shot/omniglot.py --algorithm=maml --quick
-    python scripts/few_shot/omniglot.py --flagfile=scripts/few_shot/flags/omniglot_maml.cfg
+    python scripts/few_shot/omniglot.py \
+        --flagfile=scripts/few_shot/flags/omniglot_maml.cfg
 
 Characters are split into 1,200 for meta-training, 100 for meta-validation and 323 for meta-test, with rotations as
 classes of their own. Episode k of a seed is always the same, so that a run that was interrupted at any moment goes on
@@ -14,14 +15,21 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
-from _shared.omniglot_learner import QUICK, SETTINGS, compile_learner, define_flags, make_learner, network, sources
+from absl import flags
+
+from _shared import experiment_flags, program
+from _shared.omniglot_flags import QUICK, SETTINGS, define_flags
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
 
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import flags
 
+from _shared import experiment, pictures
+from _shared.omniglot_learner import compile_learner, make_learner, network, sources
 from farhox import meta
 
 
@@ -70,14 +78,14 @@ def table(settings, by_seed):
 
 def plot_curves(settings, by_seed, path):
     """Accuracy and loss of meta-training and meta-validation."""
-    with experiment.figure(path, columns=2, size=(10, 3.6)) as (accuracy, loss):
+    with pictures.figure(path, columns=2, size=(10, 3.6)) as (accuracy, loss):
         for i, (seed, run) in enumerate(by_seed.items()):
             history = run["history"]
             learned_by = "outer_loss" if "outer_loss" in history else "loss"  # Prototypes have no inner training.
             steps = settings["steps_per_epoch"] * np.arange(1, len(history[learned_by]) + 1)
             for axis, scale, names in ((accuracy, 100, ("accuracy", "validation_accuracy")),
                                        (loss, 1, (learned_by, "validation_loss"))):
-                for name, color, label in zip(names, (experiment.GREY, experiment.BLUE),
+                for name, color, label in zip(names, (pictures.GREY, pictures.BLUE),
                                               ("meta-training", "meta-validation")):
                     axis.plot(steps, scale * np.array(history[name]), color=color, linewidth=1,
                               label=label if i == 0 else None)
@@ -89,7 +97,7 @@ def plot_curves(settings, by_seed, path):
 
 def plot_episodes(source, path, count=3, shown=5):
     """The first episodes of a source: support examples on the left, queries on the right of each."""
-    with experiment.figure(path, columns=count, size=(3.2 * count, 3)) as axes:
+    with pictures.figure(path, columns=count, size=(3.2 * count, 3)) as axes:
         for index, axis in enumerate(np.atleast_1d(axes)):
             support, query = source.draw(tf.constant(index, tf.int64))
             rows = []
@@ -104,15 +112,15 @@ def plot_episodes(source, path, count=3, shown=5):
 
 
 def main(_):
-    experiment.require(matplotlib="examples")
-    settings = experiment.settings(SETTINGS, QUICK)
+    program.require(matplotlib="examples")
+    settings = experiment_flags.settings(SETTINGS, QUICK)
     if settings["meta_steps"] % settings["steps_per_epoch"]:
         raise SystemExit(f"--meta_steps must be a multiple of --steps_per_epoch. Received: {settings['meta_steps']} "
                          f"and {settings['steps_per_epoch']}")
     output, data_dir = pathlib.Path(flags.FLAGS.output), flags.FLAGS.data_dir
     folder = experiment.Folder(output, settings)
     by_seed = {}
-    for seed in experiment.seeds():
+    for seed in experiment_flags.seeds():
         logs = str(output / "tensorboard" / f"seed{seed}") if flags.FLAGS.tensorboard else None
         by_seed[seed] = folder.once(
             f"seed{seed}", lambda path: run_seed(
@@ -125,5 +133,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

@@ -14,17 +14,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
-
-import keras
-import numpy as np
-import tensorflow as tf
 from absl import flags
 
-from farhox import meta
+from _shared import experiment_flags, program
 
 ALGORITHMS = {"maml": "MAML", "fomaml": "FOMAML", "joint": "Joint training"}
-COLORS = {"maml": experiment.BLUE, "fomaml": experiment.GREEN, "joint": experiment.ORANGE}
 SETTINGS = ("algorithms", "shots", "queries", "inner_learning_rate", "inner_steps", "meta_batch_size", "meta_steps",
             "outer_learning_rate", "units", "test_episodes")
 QUICK = {"meta_steps": 600, "units": 40, "test_episodes": 100}
@@ -32,8 +26,8 @@ STEPS_PER_EPOCH = 200
 
 
 def define_flags():
-    experiment.define_flags("results/sinusoid")
-    flags.DEFINE_list("algorithms", list(ALGORITHMS), "Learners to compare.")
+    experiment_flags.define_flags("results/sinusoid")
+    program.define_names("algorithms", list(ALGORITHMS), ALGORITHMS, "Learners to compare.")
     flags.DEFINE_integer("shots", 10, "Points that a learner adapts to.", lower_bound=1)
     flags.DEFINE_integer("queries", 10, "Points that it is judged by in meta-training.", lower_bound=1)
     flags.DEFINE_float("inner_learning_rate", 0.01, "Learning rate of the inner steps.", lower_bound=0.0)
@@ -43,6 +37,19 @@ def define_flags():
     flags.DEFINE_float("outer_learning_rate", 1e-3, "Learning rate of Adam, which falls to zero.", lower_bound=0.0)
     flags.DEFINE_integer("units", 40, "Units of each of the two hidden layers.", lower_bound=1)
     flags.DEFINE_integer("test_episodes", 600, "Episodes of the test, a multiple of 10.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from _shared import experiment, pictures
+from farhox import meta
+
+COLORS = {"maml": pictures.BLUE, "fomaml": pictures.GREEN, "joint": pictures.ORANGE}
 
 
 def make_learner(algorithm, settings, seed):
@@ -109,7 +116,7 @@ def plot(by_seed, settings, path):
     first = next(iter(by_seed.values()))
     shown = [name for name in ("maml", "joint") if name in first] or list(first)[:2]
     count = 1 + len(shown)
-    with experiment.figure(path, columns=count, size=(4.6 * count, 3.6)) as (error, *curves):
+    with pictures.figure(path, columns=count, size=(4.6 * count, 3.6)) as (error, *curves):
         for algorithm in settings["algorithms"]:
             values = np.array([runs[algorithm]["errors_by_step"] for runs in by_seed.values()])
             error.errorbar(np.arange(values.shape[1]), values.mean(0),
@@ -124,24 +131,22 @@ def plot(by_seed, settings, path):
             axis.plot(grid, curve["amplitude"] * np.sin(grid - curve["phase"]), color="black", linewidth=1,
                       label="task")
             axis.plot(curve["x"], curve["y"], "k^", markersize=5, label="support points")
-            axis.plot(grid, curve["before"], color=experiment.GREY, linestyle=":", label="before")
+            axis.plot(grid, curve["before"], color=pictures.GREY, linestyle=":", label="before")
             axis.plot(grid, curve["after"], color=COLORS[algorithm], label="after")
             axis.set(title=ALGORITHMS[algorithm], xlabel="x", ylabel="y")
         curves[-1].legend(fontsize=8)
 
 
 def main(_):
-    experiment.require(matplotlib="examples")
-    settings = experiment.settings(SETTINGS, QUICK)
-    unknown = set(settings["algorithms"]) - set(ALGORITHMS)
-    if unknown or settings["meta_steps"] % STEPS_PER_EPOCH:
-        raise SystemExit(f"--algorithms must be from {', '.join(ALGORITHMS)} and --meta_steps a multiple of "
-                         f"{STEPS_PER_EPOCH}. Received: {settings['algorithms']} and {settings['meta_steps']}")
+    program.require(matplotlib="examples")
+    settings = experiment_flags.settings(SETTINGS, QUICK)
+    if settings["meta_steps"] % STEPS_PER_EPOCH:
+        raise SystemExit(f"--meta_steps must be a multiple of {STEPS_PER_EPOCH}. Received: {settings['meta_steps']}")
     output = pathlib.Path(flags.FLAGS.output)
     folder = experiment.Folder(output, settings)
     by_seed = {seed: {algorithm: folder.once(
         f"{algorithm}_seed{seed}", lambda path: run(algorithm, settings, seed, path))
-        for algorithm in settings["algorithms"]} for seed in experiment.seeds()}
+        for algorithm in settings["algorithms"]} for seed in experiment_flags.seeds()}
     print(f"\n{len(by_seed)} seed(s): mean (least to greatest)\n{table(by_seed, settings)}\n"
           f"Results and plot: {output.resolve()}")
     experiment.write_json(output / "results.json", experiment.rounded({"settings": settings, "seeds": by_seed}))
@@ -149,5 +154,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

@@ -1,4 +1,4 @@
-"""Data hyper-cleaning: finds wrong training labels by learning one weight per example within a budget.
+r"""Data hyper-cleaning: finds wrong training labels by learning one weight per example within a budget.
 
 Half of the training labels are replaced by wrong ones; the validation labels are right. The weights of the training
 examples are outer variables in {0 <= w <= 1, sum(w) <= budget}, and hypergradients through the training say which ones
@@ -6,7 +6,8 @@ help the validation loss. An example counts as discarded if its weight falls bel
 
     python scripts/hyperparameters/clean_labels.py --quick
     python scripts/hyperparameters/clean_labels.py --num_seeds=3
-    python scripts/hyperparameters/clean_labels.py --flagfile=scripts/hyperparameters/flags/clean_labels_paper.cfg
+    python scripts/hyperparameters/clean_labels.py \
+        --flagfile=scripts/hyperparameters/flags/clean_labels_paper.cfg
 
 Afterwards a new model is trained on training and validation examples together: with the learned weights, with the right
 labels only (oracle), and with all labels alike (baseline).
@@ -19,19 +20,13 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
-
-import keras
-import numpy as np
-import tensorflow as tf
 from absl import flags
 
-import farhox
+from _shared import experiment_flags, program
 
 SIZES = (5000, 5000)  # Training and validation examples.
 NUM_CLASSES = 10
 DISCARDED_BELOW = 1e-3
-LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 SETTINGS = ("dataset", "model", "budgets", "noise", "inner_steps", "batch_size", "hyper_iterations", "learning_rate",
             "momentum", "outer_learning_rate", "truncation", "retrain_steps")
 QUICK = {"budgets": ["1500"], "inner_steps": 50, "hyper_iterations": 30, "outer_learning_rate": 0.04,
@@ -39,7 +34,7 @@ QUICK = {"budgets": ["1500"], "inner_steps": 50, "hyper_iterations": 30, "outer_
 
 
 def define_flags():
-    experiment.define_flags("results/clean_labels")
+    experiment_flags.define_flags("results/clean_labels")
     flags.DEFINE_enum("dataset", "mnist", ["mnist", "fashion_mnist"], "Data set of TFDS.")
     flags.DEFINE_enum("model", "softmax", ["softmax", "cnn"], "Softmax regression or a small convolutional net.")
     flags.DEFINE_list("budgets", ["1000", "1500", "2000", "2500"], "Largest sums of the weights.")
@@ -52,6 +47,19 @@ def define_flags():
     flags.DEFINE_float("outer_learning_rate", 0.02, "Learning rate of Adam on the weights.")
     flags.DEFINE_integer("truncation", None, "Differentiate only this many of the last inner steps.", lower_bound=1)
     flags.DEFINE_integer("retrain_steps", 200, "Steps of the training whose test accuracy is reported.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from _shared import experiment, pictures
+import farhox
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def flip_labels(y, noise, rng):
@@ -165,19 +173,19 @@ def plot(by_seed, path):
     names = [name for name in first if name.startswith("budget")]
     budgets = [int(float(name.split()[1])) for name in names]
     best = best_budget(by_seed)
-    with experiment.figure(path, rows=2, columns=2, size=(10, 6.8)) as (accuracy, f1, progress, histogram):
-        for name, color in (("oracle", experiment.GREEN), ("baseline", experiment.GREY)):
+    with pictures.figure(path, rows=2, columns=2, size=(10, 6.8)) as (accuracy, f1, progress, histogram):
+        for name, color in (("oracle", pictures.GREEN), ("baseline", pictures.GREY)):
             mean = np.mean([100 * by_seed[seed][name]["test_accuracy"] for seed in seeds])
             accuracy.axhline(mean, color=color, linestyle="--", label=name)
         for axis, key, scale, label in ((accuracy, "test_accuracy", 100, "learned weights"), (f1, "f1", 1, "F1")):
             values = scale * np.array([[by_seed[seed][name][key] for name in names] for seed in seeds])
             axis.errorbar(budgets, values.mean(0), [values.mean(0) - values.min(0), values.max(0) - values.mean(0)],
-                          color=experiment.BLUE, marker="o", capsize=3, label=label)
+                          color=pictures.BLUE, marker="o", capsize=3, label=label)
             axis.set(xlabel="Budget", xticks=budgets)
         accuracy.set(title="Test accuracy", ylabel="%")
         accuracy.legend()
         f1.set(title="F1 of the discarded examples")
-        colors = [experiment.BLUE, experiment.ORANGE, experiment.GREEN, experiment.PURPLE]
+        colors = [pictures.BLUE, pictures.ORANGE, pictures.GREEN, pictures.PURPLE]
         for i, name in enumerate(names):
             values = np.mean([by_seed[seed][name]["history"]["f1"] for seed in seeds], axis=0)
             progress.plot(np.arange(1, len(values) + 1), values, color=colors[i % len(colors)], label=name)
@@ -185,17 +193,17 @@ def plot(by_seed, path):
         progress.legend(loc="lower right")
         weights, flipped = (np.array(first[best][key]) for key in ("weights", "flipped"))
         histogram.hist([weights[~flipped], weights[flipped]], bins=np.linspace(0, 1, 26), stacked=True,
-                       color=[experiment.BLUE, experiment.ORANGE], label=["right label", "wrong label"])
+                       color=[pictures.BLUE, pictures.ORANGE], label=["right label", "wrong label"])
         histogram.set(title=f"Learned weights, {best}, seed {seeds[0]}", xlabel="Weight", ylabel="Training examples")
         histogram.legend()
 
 
 def main(_):
-    experiment.require(matplotlib="examples")
-    settings = experiment.settings(SETTINGS, QUICK)
+    program.require(matplotlib="examples")
+    settings = experiment_flags.settings(SETTINGS, QUICK)
     output = pathlib.Path(flags.FLAGS.output)
     folder = experiment.Folder(output, settings)
-    by_seed = {seed: run_seed(folder, settings, flags.FLAGS.data_dir, seed) for seed in experiment.seeds()}
+    by_seed = {seed: run_seed(folder, settings, flags.FLAGS.data_dir, seed) for seed in experiment_flags.seeds()}
     best = best_budget(by_seed)
     print(f"\n{settings['dataset']}, {settings['model']}: {settings['noise']:.0%} of {SIZES[0]} training labels wrong, "
           f"{len(by_seed)} seed(s): mean (least to greatest)\n{table(by_seed)}\n"
@@ -208,5 +216,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

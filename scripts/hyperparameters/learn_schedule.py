@@ -15,14 +15,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
-
-import keras
-import numpy as np
-import tensorflow as tf
 from absl import flags
 
-import farhox
+from _shared import experiment_flags, program
 
 SIZES = (5000, 5000)  # Training and validation examples.
 SETTINGS = ("dataset", "filters", "inner_steps", "batch_size", "hyper_iterations", "initial_rate", "momentum",
@@ -32,7 +27,7 @@ QUICK = {"filters": ["8", "8"], "inner_steps": 40, "hyper_iterations": 20, "init
 
 
 def define_flags():
-    experiment.define_flags("results/learn_schedule")
+    experiment_flags.define_flags("results/learn_schedule")
     flags.DEFINE_enum("dataset", "fashion_mnist", ["mnist", "fashion_mnist"], "Data set of TFDS.")
     flags.DEFINE_list("filters", ["8", "16"], "Filters of the convolutions, each with strides of 2.")
     flags.DEFINE_integer("inner_steps", 150, "T, the training steps and the rates of the schedule.", lower_bound=1)
@@ -46,6 +41,17 @@ def define_flags():
                       "Constant rates to compare with.")
     flags.DEFINE_integer("replays", 5, "Nets to train with each schedule, with new initial weights and batches.",
                          lower_bound=1)
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from _shared import experiment, pictures
+import farhox
 
 
 def build_model(filters):
@@ -153,8 +159,8 @@ def table(by_seed):
 
 def plot(by_seed, settings, path):
     """The schedules, the validation loss while they were learned, and the validation loss of constant rates."""
-    colors = [experiment.BLUE, experiment.GREEN, experiment.PURPLE]
-    with experiment.figure(path, columns=3, size=(14, 3.8)) as (rates, progress, constant):
+    colors = [pictures.BLUE, pictures.GREEN, pictures.PURPLE]
+    with pictures.figure(path, columns=3, size=(14, 3.8)) as (rates, progress, constant):
         for i, (seed, run) in enumerate(by_seed.items()):
             color = colors[i % len(colors)]
             rates.plot(np.arange(len(run["rates"])), run["rates"], color=color, label=f"seed {seed}", linewidth=1)
@@ -168,23 +174,23 @@ def plot(by_seed, settings, path):
         names = sorted(settings["constant_rates"], key=float)
         values = np.array([[run["replays"][name]["validation_loss"] for name in names] for run in by_seed.values()])
         constant.errorbar([float(name) for name in names], values.mean(0),
-                          [values.mean(0) - values.min(0), values.max(0) - values.mean(0)], color=experiment.ORANGE,
+                          [values.mean(0) - values.min(0), values.max(0) - values.mean(0)], color=pictures.ORANGE,
                           marker="o", capsize=3, label="constant rate")
         learned = [run["replays"]["learned"]["validation_loss"] for run in by_seed.values()]
-        constant.axhline(np.mean(learned), color=experiment.BLUE, label="learned schedule")
-        constant.axhspan(min(learned), max(learned), color=experiment.BLUE, alpha=0.15, linewidth=0)
+        constant.axhline(np.mean(learned), color=pictures.BLUE, label="learned schedule")
+        constant.axhspan(min(learned), max(learned), color=pictures.BLUE, alpha=0.15, linewidth=0)
         constant.set(title="Replays in plain Keras", xlabel="Constant learning rate", ylabel="Validation loss",
                      xscale="log")
         constant.legend(fontsize=8)
 
 
 def main(_):
-    experiment.require(matplotlib="examples")
-    settings = experiment.settings(SETTINGS, QUICK)
+    program.require(matplotlib="examples")
+    settings = experiment_flags.settings(SETTINGS, QUICK)
     output = pathlib.Path(flags.FLAGS.output)
     folder = experiment.Folder(output, settings)
     by_seed, files = {}, []
-    for seed in experiment.seeds():
+    for seed in experiment_flags.seeds():
         files.append(output / f"schedule_seed{seed}.json")
         by_seed[seed] = run_seed(folder, settings, flags.FLAGS.data_dir, seed, files[-1])
     print(f"\n{settings['dataset']}, {settings['inner_steps']} steps, {len(by_seed)} seed(s) of {settings['replays']} "
@@ -196,5 +202,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

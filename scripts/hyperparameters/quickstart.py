@@ -1,11 +1,12 @@
-"""Learns from partly wrong labels: learning rate, L2 strength and one weight per example, by gradient.
+r"""Learns from partly wrong labels: learning rate, L2 strength and one weight per example, by gradient.
 
 Some training labels are replaced by wrong ones. A small network is trained on them, again and again, and after each
 training the gradient of the validation loss says how its hyperparameters should have been: that is one
 hyper-iteration. Wrongly labelled examples end up with small weights, without anyone saying which they are.
 
     python scripts/hyperparameters/quickstart.py
-    python scripts/hyperparameters/quickstart.py --dataset=mnist --data_dir=/path/to/tensorflow_datasets
+    python scripts/hyperparameters/quickstart.py --dataset=mnist \
+        --data_dir=/path/to/tensorflow_datasets
 """
 
 import json
@@ -15,14 +16,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import program  # First: it sets TensorFlow's log level.
-
-import keras
-import numpy as np
-import tensorflow as tf
 from absl import flags
 
-import farhox
+from _shared import program
 
 # What a person might start from; the hypergradient starts from it too.
 DEFAULT_LEARNING_RATE, DEFAULT_L2, MOMENTUM = 0.1, 1e-4, 0.9
@@ -42,6 +38,16 @@ def define_flags():
     flags.DEFINE_float("noise", 0.3, "Fraction of training labels that are made wrong.", 0.0, 0.9)
     flags.DEFINE_integer("seed", 0, "Seed of the split, the noise and the initial weights.")
     flags.DEFINE_string("output", "quickstart_results", "Folder for plots and results.json.")
+
+
+if __name__ == "__main__":
+    program.parse(define_flags, when_stopped="The same command starts anew.")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import farhox
 
 
 def load(dataset, data_dir, rng):
@@ -194,18 +200,8 @@ def table(results):
         f"recall {results['recall']:.1%}"])
 
 
-def check_packages():
-    """Fails before the work rather than after it."""
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise SystemExit(f"The quickstart needs the package {error.name}, which is not installed: run "
-                         "pip install '.[examples]' in the checkout of farhox.") from error
-
-
 def main(_):
-    check_packages()
+    program.require(matplotlib="examples", sklearn="examples")
     settings = {name: flags.FLAGS[name].value for name in (
         "dataset", "data_dir", "hyper_iterations", "inner_steps", "noise", "seed", "output")}
     print(table(run(**settings)))
@@ -213,5 +209,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

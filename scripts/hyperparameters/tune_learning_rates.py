@@ -26,14 +26,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
+from absl import flags
 
-import keras
-import numpy as np
-import tensorflow as tf
-from absl import app, flags
-
-import farhox
+from _shared import experiment_flags, program
 
 SIZES = (5000, 5000)  # Training and validation examples.
 # Least and greatest value of the black-box searches, and whether these draw its logarithm.
@@ -48,9 +43,9 @@ QUICK = {"units": ["64"], "inner_steps": 50, "trials": 16}
 
 
 def define_flags():
-    experiment.define_flags("results/tune_learning_rates")
+    experiment_flags.define_flags("results/tune_learning_rates")
     flags.DEFINE_enum("dataset", "fashion_mnist", ["mnist", "fashion_mnist"], "Data set of TFDS.")
-    flags.DEFINE_list("methods", list(METHODS), "Searches to compare.")
+    program.define_names("methods", list(METHODS), METHODS, "Searches to compare.")
     flags.DEFINE_list("units", ["128", "128"], "Units of the hidden layers.")
     flags.DEFINE_bool("per_layer", False, "A learning rate and an L2 strength for each layer, instead of one for all.")
     flags.DEFINE_integer("inner_steps", 300, "T, the training steps of a trial or a batch hyper-iteration.",
@@ -63,6 +58,17 @@ def define_flags():
                       "How `batch` computes hypergradients: the values are the same, the time is not.")
     flags.DEFINE_float("outer_learning_rate", 0.3, "Learning rate of Adam on the hyperparameters, batch.")
     flags.DEFINE_float("online_learning_rate", 0.05, "Learning rate of Adam on the hyperparameters, online.")
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from _shared import experiment, pictures
+import farhox
 
 
 def ranges(settings):
@@ -279,10 +285,10 @@ def table(by_seed, reached):
 
 def plot(by_seed, budget, path):
     """Best validation loss against gradient steps, and the learning rates that the gradient methods went through."""
-    colors = dict(zip(METHODS, (experiment.BLUE, experiment.GREEN, experiment.PURPLE, experiment.GREY,
-                                experiment.ORANGE, "black")))
+    colors = dict(zip(METHODS, (pictures.BLUE, pictures.GREEN, pictures.PURPLE, pictures.GREY,
+                                pictures.ORANGE, "black")))
     first_seed, first = next(iter(by_seed.items()))
-    with experiment.figure(path, columns=2, size=(11.5, 4.2)) as (losses, rates):
+    with pictures.figure(path, columns=2, size=(11.5, 4.2)) as (losses, rates):
         for method in first:
             curves = [best_so_far(run[method]) for run in by_seed.values()]
             steps, values = curves[0][0], np.array([curve for _, curve in curves])
@@ -316,14 +322,11 @@ def plot(by_seed, budget, path):
 
 
 def main(_):
-    experiment.require(matplotlib="examples", optuna="search")
-    settings = experiment.settings(SETTINGS, QUICK)
-    unknown = sorted(set(settings["methods"]) - set(METHODS))
-    if unknown:
-        raise app.UsageError(f"--methods may name {', '.join(METHODS)}. Received: {', '.join(unknown)}")
+    program.require(matplotlib="examples", optuna="search")
+    settings = experiment_flags.settings(SETTINGS, QUICK)
     output = pathlib.Path(flags.FLAGS.output)
     folder = experiment.Folder(output, settings)
-    by_seed = {seed: run_seed(folder, settings, flags.FLAGS.data_dir, seed) for seed in experiment.seeds()}
+    by_seed = {seed: run_seed(folder, settings, flags.FLAGS.data_dir, seed) for seed in experiment_flags.seeds()}
     budget = settings["trials"] * settings["inner_steps"]
     reached = shares(by_seed, budget)
     print(f"\n{settings['dataset']}, {budget} gradient steps per search, {len(by_seed)} seed(s): mean (least to "
@@ -334,5 +337,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

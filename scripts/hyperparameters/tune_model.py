@@ -20,15 +20,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
+from absl import flags
 
-import keras
-import numpy as np
-import tensorflow as tf
-from absl import app, flags
+from _shared import experiment_flags, program
 
-import farhox
-
+TASK_NAMES = ("mlp_sgd", "mlp_adamw", "cnn", "text", "digits")
 METHODS = {"tuner": "Tuner", "untuned": "Untuned", "annealed": "Untuned, annealed",
            "averaged": "Untuned, averaged weights", "tpe": "Parzen estimator, annealed"}
 ANNEALED, AVERAGE = 0.3, 0.99
@@ -39,12 +35,23 @@ TEXT = {"window": 40, "examples": 8000}
 
 
 def define_flags():
-    experiment.define_flags("results/tune_model")
-    flags.DEFINE_list("tasks", [name for name in TASKS if name != "digits"], "Tasks.")
-    flags.DEFINE_list("methods", list(METHODS), "What is run.")
+    experiment_flags.define_flags("results/tune_model")
+    program.define_names("tasks", [name for name in TASK_NAMES if name != "digits"], TASK_NAMES, "Tasks.")
+    program.define_names("methods", list(METHODS), METHODS, "What is run.")
     flags.DEFINE_integer("starts", 20, "Random starts of each task.", lower_bound=1)
     flags.DEFINE_float("share", 1.0, "Share of the steps of each task.", lower_bound=0.01, upper_bound=1.0)
     flags.DEFINE_float("tpe_budget", 10.0, "CPU seconds of the Parzen estimator, in tuned runs.", lower_bound=0.1)
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from _shared import experiment, pictures
+import farhox
 
 
 class Task:
@@ -269,16 +276,16 @@ def table(tasks):
 
 def plot(tasks, path):
     """Test losses of all starts, method beside method."""
-    with experiment.figure(path, columns=len(tasks), size=(4.6 * len(tasks), 4.2)) as axes:
+    with pictures.figure(path, columns=len(tasks), size=(4.6 * len(tasks), 4.2)) as axes:
         for axis, (name, runs) in zip(np.ravel(axes), tasks.items()):
             shown = [method for method in METHODS if method in runs and method != "tpe"]
             for place, method in enumerate(shown):
                 losses = [run["test_loss"] for run in runs[method] if run["test_loss"] is not None]
                 offsets = np.linspace(-0.2, 0.2, max(1, len(losses)))
                 axis.scatter(place + offsets[:len(losses)], sorted(losses), s=14,
-                             color=experiment.BLUE if method == "tuner" else experiment.GREY)
+                             color=pictures.BLUE if method == "tuner" else pictures.GREY)
             for (label, loss), color in zip(searches(runs).items(), (
-                    experiment.ORANGE, experiment.GREEN, experiment.ORANGE, experiment.GREEN)):
+                    pictures.ORANGE, pictures.GREEN, pictures.ORANGE, pictures.GREEN)):
                 if loss is not None:
                     axis.axhline(loss, color=color, linewidth=1, linestyle="--" if ", 1 x" in label else "-",
                                  label=label.replace(" x", " x the CPU seconds"))
@@ -343,18 +350,14 @@ TASKS = {
 
 
 def main(_):
-    experiment.require(matplotlib="examples", optuna="search")
-    settings = experiment.settings(SETTINGS, QUICK)
-    for name, known in (("tasks", TASKS), ("methods", METHODS)):
-        unknown = sorted(set(settings[name]) - set(known))
-        if unknown:
-            raise app.UsageError(f"--{name} may name {', '.join(known)}. Received: {', '.join(unknown)}")
+    program.require(matplotlib="examples", optuna="search")
+    settings = experiment_flags.settings(SETTINGS, QUICK)
     output = pathlib.Path(flags.FLAGS.output)
     folder = experiment.Folder(output, settings)
     tasks = {}
-    for seed in experiment.seeds():
+    for seed in experiment_flags.seeds():
         for name in settings["tasks"]:
-            label = name if len(experiment.seeds()) == 1 else f"{name}, seed {seed}"
+            label = name if len(experiment_flags.seeds()) == 1 else f"{name}, seed {seed}"
             tasks[label] = run_task(name, folder, settings, flags.FLAGS.data_dir, seed)
     print(f"\n{table(tasks)}\nResults and plot: {output.resolve()}")
     experiment.write_json(output / "results.json", experiment.rounded({
@@ -363,5 +366,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

@@ -17,31 +17,38 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program, stn_experiment, stn_networks  # First: it sets TensorFlow's log level.
-from _shared.stn_training import Range, Task
+from absl import flags
+
+from _shared import experiment_flags, program, stn_flags
+
+SETTINGS = ("width", *stn_flags.SETTINGS)
+QUICK = {"width": 0.03, "train_examples": 200, "validation_examples": 100, "steps": 12, "evaluate_every": 6,
+         "batch_size": 20, "warmup_steps": 2, "trials": 2}
+
+
+def define_flags():
+    stn_flags.define_flags(
+        "results/stn_cifar10", baseline=["random", "tpe"], train_examples=40_000, validation_examples=10_000,
+        steps=62_400, evaluate_every=312, batch_size=128, learning_rate=0.01, warmup_steps=1560)
+    flags.DEFINE_float("width", 1.0, "Factor of the numbers of filters and units; 1 is the paper's.", lower_bound=0.0)
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
 
 import keras
 import numpy as np
-from absl import flags, logging
 
+from _shared import stn_experiment, stn_networks
+from _shared.stn_training import Range, Task
 from farhox import stn
 
-SETTINGS = ("width", *stn_experiment.SETTINGS)
-QUICK = {"width": 0.03, "train_examples": 200, "validation_examples": 100, "steps": 12, "evaluate_every": 6,
-         "batch_size": 20, "warmup_steps": 2, "trials": 2}
 RANGES = {
     **{f"conv_dropout_{i}": Range(0.05, 0.0, 0.9) for i in range(1, 6)},
     **{f"dense_dropout_{i}": Range(0.05, 0.0, 0.9) for i in (1, 2)},
     "input_dropout": Range(0.05, 0.0, 1.0), "input_scale": Range(0.05, 0.0, 0.3), "hue": Range(0.05, 0.0, 0.5),
     "saturation": Range(0.05, 0.0, 1.0), "brightness": Range(0.05, 0.0, 1.0), "contrast": Range(0.05, 0.0, 1.0),
     "cutout_length": Range(4.0, 0.0, 25.0, discrete=True), "cutout_holes": Range(1.0, 0.0, 5.0, discrete=True)}
-
-
-def define_flags():
-    stn_experiment.define_flags(
-        "results/stn_cifar10", baseline=["random", "tpe"], train_examples=40_000, validation_examples=10_000,
-        steps=62_400, evaluate_every=312, batch_size=128, learning_rate=0.01, warmup_steps=1560)
-    flags.DEFINE_float("width", 1.0, "Factor of the numbers of filters and units; 1 is the paper's.", lower_bound=0.0)
 
 
 def build(width, h):
@@ -58,7 +65,6 @@ def build(width, h):
 def images(data_dir, sizes, seed):
     """Training, validation and test images [n, 32, 32, 3] in [0, 1] with labels [n]; the first two drawn by `seed`."""
     import tensorflow_datasets as tfds
-    logging.set_verbosity(logging.WARNING)  # TFDS tells of each file that it opens.
     builder = tfds.builder("cifar10", data_dir=data_dir)
     if not builder.is_prepared():
         builder.download_and_prepare()
@@ -81,9 +87,8 @@ def make_task(settings, seed):
 
 
 def main(_):
-    stn_experiment.main("stn_cifar10", experiment.settings(SETTINGS, QUICK), make_task)
+    stn_experiment.main("stn_cifar10", experiment_flags.settings(SETTINGS, QUICK), make_task)
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

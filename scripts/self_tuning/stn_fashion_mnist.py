@@ -1,8 +1,9 @@
-"""Self-tuned dropout and augmentation on Fashion-MNIST, against black-box searches and fixed values.
+r"""Self-tuned dropout and augmentation on Fashion-MNIST, against black-box searches and fixed values.
 
     python scripts/self_tuning/stn_fashion_mnist.py --quick
     python scripts/self_tuning/stn_fashion_mnist.py --num_seeds=3
-    python scripts/self_tuning/stn_fashion_mnist.py --model=alexnet --baseline=tpe
+    python scripts/self_tuning/stn_fashion_mnist.py --model=alexnet \
+        --baseline=tpe
 
 Models: `cnn`, two convolutions and two dense layers; `alexnet`, five convolutions and three dense layers, after the
 paper. Hyperparameters: a dropout rate after each convolution and before the dense layers, noise on the input, random
@@ -18,32 +19,39 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program, stn_experiment, stn_networks  # First: it sets TensorFlow's log level.
-from _shared.stn_training import Range, Task
-
-import keras
 from absl import flags
 
-from farhox import stn
+from _shared import experiment_flags, program, stn_flags
 
-SETTINGS = ("model", "width", *stn_experiment.SETTINGS)
+SETTINGS = ("model", "width", *stn_flags.SETTINGS)
 QUICK = {"width": 0.5, "train_examples": 500, "validation_examples": 250, "steps": 40, "evaluate_every": 20,
          "batch_size": 32, "warmup_steps": 10, "trials": 2, "hyper_learning_rate": 0.05}
-# Wide, but so that most values leave a small network able to learn: a search would be no match otherwise.
-AUGMENTATION = {
-    "translation": Range(0.02, 0.0, 0.2), "brightness": Range(0.05, 0.0, 0.5), "input_noise": Range(0.02, 0.0, 0.3),
-    "cutout_length": Range(1.5, 0.0, 10.0, discrete=True)}
-RATE = Range(0.05, 0.0, 0.7)
 CONVOLUTIONS = {"cnn": 2, "alexnet": 5}
 
 
 def define_flags():
-    stn_experiment.define_flags(
+    stn_flags.define_flags(
         "results/stn_fashion_mnist", baseline=["random", "fixed"], train_examples=1500, validation_examples=1000,
         steps=800, evaluate_every=80, batch_size=64, learning_rate=0.03, warmup_steps=50,
         hyper_learning_rate=0.04, scale_learning_rate=0.04)
     flags.DEFINE_enum("model", "cnn", list(CONVOLUTIONS), "Network.")
     flags.DEFINE_float("width", 1.0, "Factor of the numbers of filters and units.", lower_bound=0.0)
+
+
+if __name__ == "__main__":
+    program.parse(define_flags)
+
+import keras
+
+from _shared import experiment, stn_experiment, stn_networks
+from _shared.stn_training import Range, Task
+from farhox import stn
+
+# Wide, but so that most values leave a small network able to learn: a search would be no match otherwise.
+AUGMENTATION = {
+    "translation": Range(0.02, 0.0, 0.2), "brightness": Range(0.05, 0.0, 0.5), "input_noise": Range(0.02, 0.0, 0.3),
+    "cutout_length": Range(1.5, 0.0, 10.0, discrete=True)}
+RATE = Range(0.05, 0.0, 0.7)
 
 
 def ranges(model):
@@ -77,9 +85,8 @@ def make_task(settings, seed):
 
 
 def main(_):
-    stn_experiment.main("stn_fashion_mnist", experiment.settings(SETTINGS, QUICK), make_task)
+    stn_experiment.main("stn_fashion_mnist", experiment_flags.settings(SETTINGS, QUICK), make_task)
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

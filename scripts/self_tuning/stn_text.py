@@ -1,8 +1,10 @@
-"""A self-tuned language model: seven rates and strengths of an LSTM, against black-box searches and fixed values.
+r"""A self-tuned language model: seven rates and strengths of an LSTM, against black-box searches and fixed values.
 
     python scripts/self_tuning/stn_text.py --quick
-    python scripts/self_tuning/stn_text.py --level=words --baseline=random,tpe,fixed
-    python scripts/self_tuning/stn_text.py --folder=penn --baseline=grid,random,tpe
+    python scripts/self_tuning/stn_text.py --level=words \
+        --baseline=random,tpe,fixed
+    python scripts/self_tuning/stn_text.py --folder=penn \
+        --baseline=grid,random,tpe
 
 Text is `tiny_shakespeare` of TFDS, in characters or words, or that of a folder with ptb.train.txt, ptb.valid.txt and
 ptb.test.txt, in words. Two LSTM layers, the output tied to the embedding. Hyperparameters: variational dropout of
@@ -22,27 +24,19 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program, stn_experiment  # First: it sets TensorFlow's log level.
-from _shared.stn_training import Range, Task
+from absl import flags
 
-import keras
-import numpy as np
-from absl import app, flags, logging
-
-from farhox import stn
+from _shared import experiment_flags, program, stn_flags
 
 SETTINGS = ("level", "folder", "vocabulary", "units", "window", "test_examples",
-            *stn_experiment.SETTINGS)
+            *stn_flags.SETTINGS)
 QUICK = {"units": 16, "window": 20, "vocabulary": 200, "train_examples": 200, "validation_examples": 50,
          "test_examples": 50, "steps": 16, "evaluate_every": 8, "batch_size": 20, "warmup_steps": 4, "trials": 2}
-RATE, STRENGTH = Range(0.05, 0.0, 0.95), Range(0.1, 0.0, 5.0)
-RANGES = {"input_dropout": RATE, "hidden_dropout": RATE, "output_dropout": RATE, "embedding_dropout": RATE,
-          "dropconnect": RATE, "activation_l2": STRENGTH, "temporal_l2": STRENGTH}
 UNKNOWN, END = "<unk>", "<eos>"
 
 
 def define_flags():
-    stn_experiment.define_flags(
+    stn_flags.define_flags(
         "results/stn_text", baseline=["random", "fixed"], train_examples=10_000, validation_examples=700,
         steps=5000, evaluate_every=250, batch_size=40, learning_rate=0.002, warmup_steps=250,
         hyper_learning_rate=0.01, initial_scale=1.0, scale_learning_rate=0.0)
@@ -54,21 +48,35 @@ def define_flags():
     flags.DEFINE_integer("window", 70, "Tokens of an example.", lower_bound=1)
 
 
+if __name__ == "__main__":
+    program.parse(define_flags)
+
+import keras
+import numpy as np
+
+from _shared import stn_experiment
+from _shared.stn_training import Range, Task
+from farhox import stn
+
+RATE, STRENGTH = Range(0.05, 0.0, 0.95), Range(0.1, 0.0, 5.0)
+RANGES = {"input_dropout": RATE, "hidden_dropout": RATE, "output_dropout": RATE, "embedding_dropout": RATE,
+          "dropconnect": RATE, "activation_l2": STRENGTH, "temporal_l2": STRENGTH}
+
+
 def read_texts(level, folder, data_dir):
     """Three lists of tokens: training, validation, test.
 
     Raises:
-        absl.app.UsageError: If a file of the folder is missing.
+        SystemExit: If a file of the folder is missing.
     """
     if folder is not None:
         files = [pathlib.Path(folder) / f"ptb.{part}.txt" for part in ("train", "valid", "test")]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise app.UsageError("--folder must have ptb.train.txt, ptb.valid.txt and ptb.test.txt. Missing in "
+            raise SystemExit("--folder must have ptb.train.txt, ptb.valid.txt and ptb.test.txt. Missing in "
                                  f"{folder}: {', '.join(missing)}")
         return [file.read_text(encoding="utf-8").replace("\n", f" {END} ").split() for file in files]
     import tensorflow_datasets as tfds
-    logging.set_verbosity(logging.WARNING)  # TFDS tells of each file that it opens.
     builder = tfds.builder("tiny_shakespeare", data_dir=data_dir)
     if not builder.is_prepared():
         builder.download_and_prepare()
@@ -92,11 +100,11 @@ def windows(tokens, window, count):
     """(x, y) of up to `count` windows one after the other, y the token that follows each token of x.
 
     Raises:
-        absl.app.UsageError: If there is not one window.
+        SystemExit: If there is not one window.
     """
     count = min(count, (len(tokens) - 1) // window)
     if count < 1:
-        raise app.UsageError(f"A text must have more than --window tokens. Received: {len(tokens)} and {window}")
+        raise SystemExit(f"A text must have more than --window tokens. Received: {len(tokens)} and {window}")
     return (tokens[:count * window].reshape(count, window), tokens[1:count * window + 1].reshape(count, window))
 
 
@@ -150,9 +158,8 @@ def make_task(settings, seed):
 
 
 def main(_):
-    stn_experiment.main("stn_text", experiment.settings(SETTINGS, QUICK), make_task)
+    stn_experiment.main("stn_text", experiment_flags.settings(SETTINGS, QUICK), make_task)
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

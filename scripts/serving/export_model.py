@@ -1,6 +1,7 @@
-"""Exports a few-shot learner that scripts/few_shot/omniglot.py has trained, as a new version of a served model.
+r"""Exports a few-shot learner that scripts/few_shot/omniglot.py has trained, as a new version of a served model.
 
-    python scripts/serving/export_model.py --run=results/omniglot_maml --directory=served/omniglot
+    python scripts/serving/export_model.py --run=results/omniglot_maml \
+        --directory=served/omniglot
 
 The folder of the run may be that of a finished training or of one that is still going on: then the state that was saved
 last is exported. Prints the signatures of what it wrote.
@@ -12,12 +13,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import program  # First: it sets TensorFlow's log level.
-from _shared.omniglot_learner import compile_learner, make_learner, network
-
 from absl import flags
 
-from farhox import export
+from _shared import program
 
 
 def define_flags():
@@ -30,6 +28,13 @@ def define_flags():
     flags.DEFINE_bool("warmup", False, "Requests that a server runs when it loads the model.")
     flags.DEFINE_bool("float16", False, "Store weights in half precision.")
     flags.DEFINE_bool("jit_compile", False, "Compile with XLA on the server.")
+
+
+if __name__ == "__main__":
+    program.parse(define_flags, when_stopped="The same command starts anew.")
+
+from _shared.omniglot_learner import compile_learner, make_learner, network
+from farhox import export
 
 
 def weights_of(run, seed):
@@ -66,5 +71,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)

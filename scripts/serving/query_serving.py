@@ -1,13 +1,15 @@
-"""Asks a running TensorFlow Serving to learn a new task of Omniglot, and draws its answer.
+r"""Asks a running TensorFlow Serving to learn a new task of Omniglot, and draws its answer.
 
     python scripts/serving/query_serving.py --model=omniglot
-    python scripts/serving/query_serving.py --model=omniglot --grpc --address=localhost:8500
+    python scripts/serving/query_serving.py --model=omniglot --grpc \
+        --address=localhost:8500
 
 The request is a test episode that the model has never seen: a support set and queries. The picture shows both, with the
 class that the server gives each query and how sure it is. --request sends arrays of a file of your own instead.
 """
 
 import json
+import os
 import pathlib
 import sys
 import urllib.error
@@ -15,13 +17,9 @@ import urllib.request
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
-from _shared import experiment, program  # First: it sets TensorFlow's log level.
-
-import numpy as np
-import tensorflow as tf
 from absl import flags
 
-from farhox import meta
+from _shared import program
 
 
 def define_flags():
@@ -36,8 +34,18 @@ def define_flags():
     flags.DEFINE_integer("ways", 5, "Classes of the episode.", lower_bound=1)
     flags.DEFINE_integer("shots", 1, "Support examples of each class.", lower_bound=1)
     flags.DEFINE_integer("queries", 3, "Queries of each class.", lower_bound=1)
-    flags.DEFINE_string("data_dir", experiment.os.environ.get("FARHOX_DATA_DIR"), "Folder of TFDS' data sets.")
+    flags.DEFINE_string("data_dir", os.environ.get("FARHOX_DATA_DIR"), "Folder of TFDS' data sets.")
     flags.DEFINE_string("output", "results/query_serving", "Folder for answer.json and answer.png.")
+
+
+if __name__ == "__main__":
+    program.parse(define_flags, when_stopped="The same command starts anew.")
+
+import numpy as np
+import tensorflow as tf
+
+from _shared import experiment, pictures
+from farhox import meta
 
 
 def task():
@@ -76,7 +84,7 @@ def ask_rest(address, inputs):
 
 def ask_grpc(address, inputs):
     """The probabilities that the server answers with, over gRPC."""
-    experiment.require(tensorflow_serving="serving")
+    program.require(tensorflow_serving="serving")
     import grpc
     from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
     request = predict_pb2.PredictRequest()
@@ -103,24 +111,24 @@ def draw(inputs, labels, probabilities, path):
     columns = max(shots, -(-len(query) // len(classes)))
     order = np.arange(len(query)) if labels is None else np.argsort(labels, kind="stable")
     size = (1.1 * (shots + columns) + 1, 1.25 * len(classes) + 0.5)
-    with experiment.figure(path, len(classes), shots + columns, size) as axes:
+    with pictures.figure(path, len(classes), shots + columns, size) as axes:
         axes = np.reshape(axes, [len(classes), shots + columns])
         for axis in axes.flat:
             axis.axis("off")
         for row, label in enumerate(classes):
             for column, image in enumerate(support[inputs["support_labels"] == label]):
                 axes[row, column].imshow(1 - image[..., 0], cmap="gray")
-                axes[row, column].set_title(f"class {label}", color=experiment.GREY, fontsize=9)
+                axes[row, column].set_title(f"class {label}", color=pictures.GREY, fontsize=9)
         for place, index in enumerate(order):
             axis = axes[place // columns, shots + place % columns]
             right = labels is None or labels[index] == given[index]
             axis.imshow(1 - query[index][..., 0], cmap="gray")
             axis.set_title(f"{given[index]}: {100 * probabilities[index].max():.0f} %", fontsize=9,
-                           color=experiment.BLUE if right else experiment.ORANGE)
+                           color=pictures.BLUE if right else pictures.ORANGE)
 
 
 def main(_):
-    experiment.require(matplotlib="serving")
+    program.require(matplotlib="serving")
     inputs, labels = task()
     speaks_grpc = flags.FLAGS.grpc
     address = flags.FLAGS.address or ("localhost:8500" if speaks_grpc else "localhost:8501")
@@ -137,5 +145,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     program.run(main)
