@@ -114,7 +114,7 @@ def test_rotations_are_classes_of_their_own():
     ({"ways": 0}, "ways must be a positive integer. Received: 0"),
     ({"shots": 1.5}, "shots must be a positive integer"), ({"queries": True}, "queries must be a positive integer"),
     ({"seed": -1}, "seed must be a non-negative integer"), ({"ways": 7}, "Received: 6 classes for ways=7"),
-    ({"queries": 7}, "a class of 8 examples for shots=2 and queries=7")])
+    ({"queries": 7}, "class 5 of 8 examples for shots=2 and queries=7")])
 def test_wrong_settings_are_errors_that_state_the_rule(settings, message):
     with pytest.raises(ValueError, match=message):
         source(**settings)

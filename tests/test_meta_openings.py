@@ -261,7 +261,7 @@ def test_learned_rates_are_positive_if_asked_for(rates):
     (lambda m: meta.ANIL(m, head=[keras.Variable(0.0)]), ValueError, "head must hold layers of the model .* or train"),
     (lambda m: meta.episode_problem(m, representation=[m.layers[1].shift]), ValueError, "or trainable variables of it"),
     (lambda m: farhox.ImplicitHG(system_batch=3), TypeError, "system_batch must be a callable"),
-    (lambda m: farhox.ImplicitHG(farhox.linear_solvers.FixedPoint(), system_batch=len), ValueError, "system_batch needs"),
+    (lambda m: farhox.ImplicitHG(system="dynamics", system_batch=len), ValueError, "system_batch needs"),
 ])
 def test_wrong_arguments_are_errors_that_state_the_rule(make, error, message):
     with pytest.raises(error, match=message):

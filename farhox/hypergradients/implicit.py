@@ -92,8 +92,8 @@ class ImplicitHG(SingleHyperGradient):
             raise TypeError("system_batch must be a callable outer batch -> inner batch. "
                             f"Received: {self.system_batch!r}")
         if self.system_batch is not None and self.solved_system == "dynamics":
-            raise ValueError('system_batch needs ImplicitHG(system="objective"): the fixed point of the dynamics is one '
-                             "of their last step, on the last inner batch.")
+            raise ValueError('system_batch needs ImplicitHG(system="objective"): the fixed point of the dynamics is '
+                             "one of their last step, on the last inner batch.")
 
     @property
     def shares_features(self):

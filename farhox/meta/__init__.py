@@ -16,10 +16,11 @@ from farhox.meta.networks import convolutional_body, few_shot_classifier, residu
 from farhox.meta.omniglot import load_omniglot
 from farhox.meta.problem import episode_problem
 from farhox.meta.prototypes import PrototypicalNetwork
+from farhox.meta.tasks import TaskEpisodes
 
 __all__ = [
     "ANIL", "ClassificationEpisodes", "Episode", "EpisodeSource", "HyperRepresentation", "IMAML", "JointTraining",
-    "Learner", "MAML", "PrototypicalNetwork", "Reptile", "SinusoidEpisodes", "convolutional_body", "episode_problem",
-    "evaluate_episodes", "few_shot_classifier", "fit_distributed", "is_chief", "load_omniglot", "mean_and_interval", "residual_body",
-    "split_classes", "with_rotations",
+    "Learner", "MAML", "PrototypicalNetwork", "Reptile", "SinusoidEpisodes", "TaskEpisodes", "convolutional_body",
+    "episode_problem", "evaluate_episodes", "few_shot_classifier", "fit_distributed", "is_chief", "load_omniglot",
+    "mean_and_interval", "residual_body", "split_classes", "with_rotations",
 ]

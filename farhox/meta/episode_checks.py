@@ -9,8 +9,8 @@ import tensorflow as tf
 from farhox.meta.episodes import Episode, EpisodeSource
 
 _PARTS = "A learner takes episodes: ((support x, support y), (query x, query y)), each with sample weights if need be"
-_DATA = ("A learner takes a tf.data.Dataset of episodes in meta-batches, as EpisodeSource.dataset(meta_batch_size) makes "
-         "it, or one meta-batch")
+_DATA = ("A learner takes a tf.data.Dataset of episodes in meta-batches, as EpisodeSource.dataset(meta_batch_size) "
+         "makes it, or one meta-batch")
 _UNBATCHED = ("Episodes must come in meta-batches, with an axis of episodes before that of examples: "
               "EpisodeSource.dataset(meta_batch_size) makes them, or .batch(1) of a data set")
 
@@ -21,8 +21,10 @@ def check_model(name, model):
         raise TypeError(f"{name} must be a keras.Model. Received: {model!r}")
 
 
-def check_data(data, network):
-    """Raises an error unless `data` are episodes for `fit` or `evaluate`: a data set of meta-batches, or one of them.
+def checked_data(data, network):
+    """Episodes for `fit` or `evaluate`: a data set of meta-batches, or one of them.
+
+    Single episodes, in a data set or alone, are meta-batches of one.
 
     Raises:
         TypeError: If the data are something else.
@@ -33,12 +35,18 @@ def check_data(data, network):
     if isinstance(data, tf.data.Dataset):
         if data.cardinality() == 0:
             raise ValueError("The data set must hold at least one meta-batch of episodes. Received an empty one")
+        if _is_single(data.element_spec, network):
+            data = data.batch(1)
         as_parts(data.element_spec, network)
     elif isinstance(data, Episode) or _is_pair_of_parts(data):
+        if _is_single(data, network):
+            data = Episode(*tf.nest.map_structure(lambda leaf: tf.convert_to_tensor(leaf)[None], tuple(data)))
         as_parts(data, network)
     elif not isinstance(data, tf.distribute.DistributedDataset):
         listed = isinstance(data, (list, tuple)) and any(isinstance(part, Episode) for part in data)
-        raise TypeError(f"{_DATA}. Received: {f'{len(data)} episodes in a ' if listed else ''}{type(data).__name__}")
+        raise TypeError(f"{_DATA}{'. farhox.meta.TaskEpisodes takes a list of tasks' if listed else ''}. "
+                        f"Received: {f'{len(data)} episodes in a ' if listed else ''}{type(data).__name__}")
+    return data
 
 
 def as_parts(element, network):
@@ -246,13 +254,24 @@ def _check_rank(name, inputs, network):
             raise ValueError(f"{_UNBATCHED}. Received: {name} inputs of shape {shape} for a model that takes "
                              f"{_shape_in_words(spec.shape)}")
         if not tf.TensorShape([None, None, *spec.shape[1:]]).is_compatible_with(shape):
-            raise ValueError(f"{name} inputs must have shape [episodes, {_shape_in_words(spec.shape)[1:]}, as the model "
-                             f"{network.name!r} takes them. Received shape: {shape}")
+            raise ValueError(f"{name} inputs must have shape [episodes, {_shape_in_words(spec.shape)[1:]}, as the "
+                             f"model {network.name!r} takes them. Received shape: {shape}")
 
 
 def _inputs_of(network):
     """The symbolic inputs of a model that says what they are, or an empty list."""
     return list(getattr(network, "inputs", None) or [])
+
+
+def _is_single(element, network):
+    """Whether an episode, or its specification, has no axis of episodes in front."""
+    expected = _inputs_of(network)
+    if not _is_pair_of_parts(element):
+        return False
+    leaves = tf.nest.flatten(element[0][0])
+    shapes = [tf.TensorShape(getattr(leaf, "shape", np.shape(leaf))) for leaf in leaves]
+    return len(expected) == len(leaves) > 0 and all(
+        shape.rank is not None and shape.rank == len(spec.shape) for shape, spec in zip(shapes, expected))
 
 
 def _is_pair_of_parts(element):

@@ -94,31 +94,47 @@ class ClassificationEpisodes(EpisodeSource):
     Support and query examples are ordered by class, and the classes of an episode are in random order.
 
     Args:
-        images: Array [examples, ...]. uint8 is kept as it is and divided by 255 when drawn.
-        labels: Integer array [examples], any numbers.
+        images: Array [examples, ...]. uint8 is kept as it is and divided by 255 when drawn. Or a dictionary from
+            classes to such arrays, of any number of examples.
+        labels: Array [examples] of integers, any numbers, or of strings. None of a dictionary.
         ways: Positive int, classes in an episode.
         shots: Positive int, support examples per class.
         queries: Positive int, query examples per class.
         seed: Non-negative int.
+        leave_out_small: Bool. Classes with fewer examples than shots + queries are left out; else they are an error.
+
+    Attributes:
+        num_classes: Int.
+        left_out: List of the classes that were left out.
 
     Raises:
         TypeError: If images or labels are no arrays.
         ValueError: If a number is not positive, there are fewer classes than ways, a class has fewer examples than
-            shots + queries, images and labels differ in number, or an image holds NaN or infinity.
+            shots + queries (it is named), images and labels differ in number, or an image holds NaN or infinity.
     """
 
-    def __init__(self, images, labels, ways=5, shots=1, queries=15, seed=0):
-        images, labels = _examples(images, labels)
+    def __init__(self, images, labels=None, ways=5, shots=1, queries=15, seed=0, leave_out_small=False):
+        images, labels = _of_classes(images, labels) if isinstance(images, dict) else _examples(images, labels)
         for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
             checks.positive_integer(name, value)
         checks.non_negative_integer("seed", seed)
+        names, counts = np.unique(labels, return_counts=True)
+        small = counts < shots + queries
+        if small.any() and not leave_out_small:
+            listed = ", ".join(f"class {name!r} of {count} examples" for name, count in zip(
+                names[small][:5].tolist(), counts[small]))
+            raise ValueError(
+                f"Every class must have at least shots + queries examples. Received: {listed}"
+                f"{' and others' if small.sum() > 5 else ''} for shots={shots} and queries={queries}. "
+                "leave_out_small=True leaves them out")
+        self.left_out = names[small].tolist()
+        kept = np.isin(labels, names[~small])
+        images, labels = images[kept], labels[kept]
         _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if len(counts) < ways:
             raise ValueError("There must be at least as many classes as ways. "
-                             f"Received: {len(counts)} classes for ways={ways}")
-        if counts.min() < shots + queries:
-            raise ValueError("Every class must have at least shots + queries examples. Received: a class of "
-                             f"{counts.min()} examples for shots={shots} and queries={queries}")
+                             f"Received: {len(counts)} classes for ways={ways}"
+                             f"{f', and {len(self.left_out)} that are too small' if self.left_out else ''}")
         self.ways, self.shots, self.queries, self.seed = int(ways), int(shots), int(queries), int(seed)
         self.num_classes = len(counts)
         order = np.argsort(numbers, kind="stable")
@@ -130,13 +146,13 @@ class ClassificationEpisodes(EpisodeSource):
         self._most = int(counts.max())
 
     def draw(self, index):
-        seed = tf.stack([tf.constant(self.seed, tf.int64), _number(index)])
+        seed = tf.stack([tf.constant(self.seed, tf.int64), episode_number(index)])
         class_seed, example_seed = tf.unstack(tf.random.split(seed, 2))
-        classes = _first_of_shuffled(tf.random.stateless_uniform([self.num_classes], class_seed), self.ways)
+        classes = first_of_shuffled(tf.random.stateless_uniform([self.num_classes], class_seed), self.ways)
         # A random order of the examples of each class; places past its last example come at the end.
         keys = tf.random.stateless_uniform([self.ways, self._most], example_seed)
         there = tf.range(self._most)[None, :] < tf.gather(self._counts, classes)[:, None]
-        chosen = _first_of_shuffled(tf.where(there, keys, 2.0), self.shots + self.queries)
+        chosen = first_of_shuffled(tf.where(there, keys, 2.0), self.shots + self.queries)
         chosen += tf.gather(self._starts, classes)[:, None]
         labels = tf.range(self.ways)
         return Episode((self._read(chosen[:, :self.shots]), tf.repeat(labels, self.shots)),
@@ -180,7 +196,7 @@ class SinusoidEpisodes(EpisodeSource):
         return float(amplitude), float(phase)
 
     def _task(self, index):
-        seed = tf.stack([tf.constant(self.seed, tf.int64), _number(index)])
+        seed = tf.stack([tf.constant(self.seed, tf.int64), episode_number(index)])
         seeds = tf.unstack(tf.random.split(seed, 3))
         x = tf.random.stateless_uniform([self.shots + self.queries, 1], seeds[0], -5.0, 5.0)
         return (x, tf.random.stateless_uniform([], seeds[1], 0.1, 5.0),
@@ -257,6 +273,20 @@ def count_episodes(learner, number):
     learner.episodes_seen.assign(tf.convert_to_tensor(learner.episodes_seen) + seen)
 
 
+def _of_classes(classes, labels):
+    """Images and labels of a dictionary from classes to images."""
+    if labels is not None:
+        raise ValueError("labels must be None where images are a dictionary from classes to images. "
+                         f"Received: {type(labels).__name__}")
+    if not classes:
+        raise ValueError("There must be at least one class. Received an empty dictionary")
+    parts = [_examples(images, np.zeros(len(images), int))[0] for images in classes.values()]
+    shapes = {str(name): part.shape[1:] for name, part in zip(classes, parts)}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"The images of all classes must have one shape. Received: {shapes}")
+    return np.concatenate(parts), np.repeat([str(name) for name in classes], [len(part) for part in parts])
+
+
 def _examples(images, labels):
     """Images and labels as arrays of one length."""
     arrays = []
@@ -273,8 +303,8 @@ def _examples(images, labels):
                             f"{' of objects' if array.ndim else ''}")
         arrays.append(array)
     images, labels = arrays
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError("labels must be integers of shape [examples]. "
+    if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
+        raise ValueError("labels must be integers or strings of shape [examples]. "
                          f"Received: {labels.dtype} of shape {labels.shape}")
     if len(images) != len(labels):
         raise ValueError("There must be one label for each image. "
@@ -285,7 +315,7 @@ def _examples(images, labels):
     return images, labels
 
 
-def _number(index):
+def episode_number(index):
     """The number of an episode as an int64 tensor."""
     if checks.is_integer(index):
         checks.non_negative_integer("The number of an episode", index)
@@ -296,6 +326,6 @@ def _number(index):
     return tf.cast(index, tf.int64)
 
 
-def _first_of_shuffled(keys, count):
+def first_of_shuffled(keys, count):
     """Places of the `count` least keys along the last axis, in their order: int32."""
     return tf.argsort(keys, axis=-1, stable=True)[..., :count]

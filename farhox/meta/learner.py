@@ -195,8 +195,7 @@ class Learner(HyperOptimizer):
         return f"the {name} {what} of episode {episode} of the meta-batch{f', example {example}' if in_order else ''}"
 
     def _dataset(self, x):
-        episode_checks.check_data(x, self.model)
-        return super()._dataset(x)
+        return super()._dataset(episode_checks.checked_data(x, self.model))
 
     def _checked_examples(self, data):
         return episode_checks.as_parts(data, self.model)

@@ -265,7 +265,8 @@ class Reptile(Learner):
     """
 
     def __init__(self, model, dynamics=None, inner_steps=5, batch_size=None, step_weights=None, loss=LOSS,
-                 transductive=True, evaluation_steps=None, seed=0, allow_unused=False, name="reptile", support_loss=None):
+                 transductive=True, evaluation_steps=None, seed=0, allow_unused=False, name="reptile",
+                 support_loss=None):
         if dynamics is None:
             dynamics = KerasDynamics(keras.optimizers.Adam(1e-3, beta_1=0.0))
         problem = episode_problem(
@@ -325,7 +326,8 @@ def _gradient_descent(model, body, rate, learn_rates, first_order):
                              f"initial value, a float. Received: inner_learning_rate={rate!r}")
         check_model("model", model)
         frozen = {id(variable) for variable in representation_variables(model, body)}
-        rate = [Hyperparameter(np.full(variable.shape, rate, variable.dtype), low=0.0 if learn_rates == "positive" else None,
+        low = 0.0 if learn_rates == "positive" else None
+        rate = [Hyperparameter(np.full(variable.shape, rate, variable.dtype), low=low,
                                name="learning_rate_" + variable.path.replace("/", "_"))
                 for variable in model.trainable_variables if id(variable) not in frozen]
     rates = rate if isinstance(rate, list) else [rate]

@@ -74,7 +74,7 @@ class PrototypicalNetwork(keras.Model):
             return super().fit(self._dataset(x), **kwargs)
 
     def _dataset(self, x):
-        episode_checks.check_data(x, self.embedding)
+        x = episode_checks.checked_data(x, self.embedding)
         return tf.data.Dataset.from_tensors(x) if isinstance(x, (tuple, list)) else x
 
     def call(self, inputs, training=False):

@@ -56,8 +56,7 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         outer_variables: List of outer variables as for `BilevelProblem`. Weights of the model that are named here are
             not trained inside, unless `learn_initialization` says so. Or "all": every hyperparameter that the layers,
             regularizers, losses and dynamics read but those in `fixed`.
-        representation: List of layers and single variables of the model: they are outer variables; the rest of the model
-            is inner.
+        representation: List of layers and single variables of the model, which are outer; the rest of it is inner.
         example_weights: An `ExampleWeights`. Inner batches are then (x, y, index), and the inner loss is
             mean(weights(index) * losses). It is added to the outer variables if not named there.
         learn_initialization: Bool. The inner variables' initial values are outer variables too.
