@@ -1,6 +1,7 @@
 """Episodes: classes, counts, seeds, order; splits by class, rotations, Omniglot; the prototypical network over them."""
 
 import os
+import sys
 
 import keras
 import numpy as np
@@ -179,6 +180,12 @@ def test_omniglot_is_ink_on_paper_split_by_character_and_read_once(tmp_path, mon
     again = meta.load_omniglot(os.environ["FARHOX_DATA_DIR"], cache_dir=tmp_path, download=False)
     np.testing.assert_array_equal(again[1][0][:2000], parts[1][0])
     assert len(np.unique(again[0][1])) == 4800
+
+
+def test_omniglot_without_the_package_that_reads_it_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"load_omniglot reads .* pip install 'farhox\[examples\]'"):
+        meta.load_omniglot(tmp_path, cache_dir=tmp_path)
 
 
 def test_the_cache_of_omniglot_is_one_of_each_folder_and_checked(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The package as a whole: its names, and the backend that it needs."""
 
+import ast
+import pathlib
 import subprocess
 import sys
 import types
@@ -75,3 +77,31 @@ def test_another_keras_backend_is_an_import_error_that_says_what_to_set(module):
     message = process.stderr.strip().splitlines()[-1]
     assert message.startswith("ImportError: farhox") and "KERAS_BACKEND=tensorflow" in message
     assert "'jax'" in message
+
+
+def imported_at_once(tree):
+    """Names of the modules that a module imports when it is imported itself, not later in a function."""
+    names, waiting = set(), list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+    return {name.split(".")[0] for name in names}
+
+
+def test_importing_farhox_imports_nothing_beside_tensorflow_keras_numpy_and_python():
+    files = list(pathlib.Path(farhox.__file__).parent.rglob("*.py"))
+    imported = set().union(*(imported_at_once(ast.parse(file.read_text(encoding="utf-8"))) for file in files))
+    assert {"tensorflow", "keras", "numpy", "farhox"} == imported - set(sys.stdlib_module_names)
+
+
+@pytest.mark.slow
+def test_import_of_farhox_loads_no_module_beyond_those_of_tensorflow_and_keras():
+    code = ("import sys, tensorflow, keras; before = set(sys.modules); import farhox; "
+            "print(*{name.split('.')[0] for name in set(sys.modules) - before})")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert set(run.stdout.split()) - set(sys.stdlib_module_names) == {"farhox"}

@@ -24,8 +24,11 @@ def answers(tmp_path_factory):
         return dict(zip(PROGRAMS, pool.map(ask, PROGRAMS)))
 
 
-def test_there_is_no_script_outside_of_a_theme():
+def test_there_is_no_script_outside_of_a_theme_and_none_imports_another():
     assert not list(SCRIPTS.glob("*.py")) and len(PROGRAMS) >= 19
+    for file in SCRIPTS.glob("*/*.py"):
+        imported = re.findall(r"^ *(?:from|import) (\w+)", file.read_text(encoding="utf-8"), re.M)
+        assert not {*PROGRAMS, *(path.stem for path in (SCRIPTS / "_shared").glob("*.py"))} & set(imported)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

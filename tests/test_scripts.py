@@ -155,6 +155,21 @@ def test_a_script_that_is_told_to_stop_saves_its_state_and_ends_with_one_line(tm
     assert farhox.callbacks.Resume(states).initial_epoch >= before
 
 
+@pytest.mark.parametrize("on_screen", [True, False])
+def test_progress_is_one_line_of_eighty_columns(load, monkeypatch, capsys, on_screen):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_screen)
+    bar = load("experiment").ProgressBar(40, "hyper-iteration", done=20)
+    values = {"inner_loss": 0.123456, "outer_loss": 1e-7, **{f"hyperparameter_{i}": 123.456 for i in range(9)}}
+    for done in range(21, 41):
+        bar.update(done, values)
+    written = capsys.readouterr().out
+    lines = written.split("\n")
+    assert lines[-1] == "" and len(lines) == (2 if on_screen else 3)
+    shown = [text for part in lines for text in part.split("\r") if text.strip()]
+    assert max(map(len, shown)) <= 80 and "40/40 hyper-iterations, 0s - outer_loss: 1e-07" in shown[-1]
+    assert shown[0].startswith("━━━━━───── 21/40")
+
+
 def test_a_finished_run_is_not_done_again(load, tmp_path):
     experiment = load("experiment")
     folder = experiment.Folder(tmp_path, {"inner_steps": 3})

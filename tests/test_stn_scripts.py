@@ -244,23 +244,23 @@ def test_curves_and_table_count_all_trainings_of_a_search(load):
 
 
 def test_texts_become_windows_with_the_next_token_as_target(load, tmp_path):
-    stn_text = load("stn_text")
-    texts, vocabulary = stn_text.encode([list("aababcaab"), list("abxc")], 3)
+    data_sets = load("data_sets")
+    texts, vocabulary = data_sets.encode([list("aababcaab"), list("abxc")], 3)
     assert vocabulary == 3
     np.testing.assert_array_equal(texts[0], [0, 0, 1, 0, 1, 2, 0, 0, 1])
     np.testing.assert_array_equal(texts[1], [0, 1, 2, 2])
-    x, y = stn_text.windows(texts[0], 4, 9)
+    x, y = data_sets.windows(texts[0], 4, 9)
     np.testing.assert_array_equal(x, [[0, 0, 1, 0], [1, 2, 0, 0]])
     np.testing.assert_array_equal(y, [[0, 1, 0, 1], [2, 0, 0, 1]])
     with pytest.raises(SystemExit, match="must have more than --window tokens. Received: 4 and 4"):
-        stn_text.windows(texts[1], 4, 9)
+        data_sets.windows(texts[1], 4, 9)
 
 
 def test_a_folder_without_all_three_texts_is_an_error_that_names_the_missing_ones(load, tmp_path):
-    stn_text = load("stn_text")
+    data_sets = load("data_sets")
     (tmp_path / "ptb.train.txt").write_text("a b")
     with pytest.raises(SystemExit, match=r"Missing in .*: ptb.valid.txt, ptb.test.txt"):
-        stn_text.read_texts("words", tmp_path, None)
+        data_sets.read_texts("words", tmp_path, None)
 
 
 def test_the_plain_language_model_is_the_self_tuning_one_with_closed_gates(load):

@@ -36,6 +36,9 @@ def load_omniglot(data_dir=None, train=1200, validation=100, seed=0, rotations=T
     Returns:
         Three pairs (images, labels): uint8 [examples, 28, 28, 1] with ink 255 and paper 0, and int [examples].
 
+    Raises:
+        ImportError: If the images must be read and tensorflow-datasets is not installed.
+
     Reference:
         [Vinyals et al., 2016](https://arxiv.org/abs/1606.04080), section 4.1.1.
     """
@@ -88,7 +91,11 @@ def _versions(source):
 
 
 def _read(data_dir, download):
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError("load_omniglot reads the images with the package tensorflow-datasets, which is not "
+                          "installed: pip install 'farhox[examples]'.") from error
 
     def small(example):
         paper = tf.cast(example["image"][..., :1], tf.float32)

@@ -1,6 +1,7 @@
 """What the experiments share: images of TFDS, runs that go on after an interruption, results."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -13,33 +14,10 @@ import numpy as np
 
 from _shared import program
 from farhox.callbacks import Resumable, Resume
+from farhox.training.progress import line
 
 # These change where and how often something runs, not what one run is.
 _NOT_SETTINGS = ("data_dir", "output", "seed", "num_seeds", "quick")
-
-
-def images(dataset, data_dir, sizes, seed):
-    """Parts of the training set of a data set of 28 x 28 images, and its test set.
-
-    Args:
-        dataset: "mnist" or "fashion_mnist".
-        data_dir: Folder of TFDS' data sets or None, TFDS' own.
-        sizes: Number of examples of each part. They are drawn by `seed`; the test set is always the same.
-        seed: Int.
-
-    Returns:
-        List of (images [n, 28, 28, 1] in [0, 1], labels [n]), the test set last.
-    """
-    import tensorflow_datasets as tfds
-    builder = tfds.builder(dataset, data_dir=data_dir)
-    if not builder.is_prepared():
-        builder.download_and_prepare()
-    parts = [builder.as_dataset(split=split, batch_size=-1) for split in (f"train[:{sum(sizes)}]", "test")]
-    (x, y), test = [
-        (part["image"].numpy().astype("float32") / 255, part["label"].numpy().astype("int64")) for part in parts]
-    order = np.random.default_rng(seed).permutation(len(x))
-    ends = np.cumsum(sizes)[:-1]
-    return [*zip(np.split(x[order], ends), np.split(y[order], ends)), test]
 
 
 class Folder:
@@ -125,13 +103,13 @@ def fit_resumable(optimizer, dataset, hyper_iterations, folder, observe=None, pr
 
 
 class _Run(keras.callbacks.Callback, Resumable):
-    """Calls `prepare` and `observe`, counts the time, and shows Keras' progress bar."""
+    """Calls `prepare` and `observe`, counts the time, and shows a progress bar."""
 
     def __init__(self, epochs, done, unit, observe, prepare):
         super().__init__()
         self.epochs, self.unit, self.observe, self.prepare = epochs, unit, observe, prepare
         self.time_before, self._start = {}, clocks()
-        self._bar, self._done = None, done  # The bar tells what is left, or its estimate would be wrong.
+        self._bar = ProgressBar(epochs, unit, done)
         if done:
             print(f"Goes on after {done} of {epochs} {unit}s", flush=True)
 
@@ -142,9 +120,7 @@ class _Run(keras.callbacks.Callback, Resumable):
     def on_epoch_end(self, epoch, logs=None):
         # What is added here is in the history too.
         logs.update(self.observe() if self.observe is not None else {})
-        shown = {name: value for name, value in logs.items() if name not in ("loss", "skipped_updates")}
-        self._bar = self._bar or progress_bar(self.epochs - self._done, list(shown), self.unit)
-        self._bar.update(epoch + 1 - self._done, list(shown.items()))
+        self._bar.update(epoch + 1, logs)
 
     def resume_state(self):
         return {clock: self.time_before.get(clock, 0.0) + now - self._start[clock] for clock, now in clocks().items()}
@@ -158,10 +134,35 @@ def clocks():
     return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
 
 
-def progress_bar(steps, names, unit="hyper-iteration"):
-    """Keras' progress bar that shows the values `names` as they are; where each update is a line it speaks seldom."""
-    return keras.utils.Progbar(
-        steps, stateful_metrics=names, interval=0.1 if sys.stdout.isatty() else 10.0, unit_name=unit)
+class ProgressBar:
+    """One line of at most 80 columns that is written anew; where that cannot be, a line from time to time.
+
+    Args:
+        steps: Positive int.
+        unit: Str, what a step is.
+        done: Int, steps of earlier processes.
+    """
+
+    def __init__(self, steps, unit, done=0):
+        self.steps, self.unit, self._first = steps, unit, done
+        self._began, self._shown, self._length = time.monotonic(), -math.inf, 0
+        self._on_screen = sys.stdout.isatty()
+
+    def update(self, done, values):
+        """Shows that so many steps are done, and as many of the values by name as fit."""
+        now = time.monotonic()
+        if done < self.steps and now - self._shown < (0.1 if self._on_screen else 10.0):
+            return
+        self._shown = now
+        seconds = now - self._began
+        left = seconds / max(done - self._first, 1) * (self.steps - done)
+        bar = "".join("━" if 10 * done >= i * self.steps else "─" for i in range(1, 11))
+        head = f"{bar} {done}/{self.steps} {self.unit}s, {seconds:.0f}s" + (f" + {left:.0f}s" if left else "")
+        text = line(head, values)
+        before = f"\r{' ' * self._length}\r" if self._length else ""
+        stays = done >= self.steps or not self._on_screen
+        self._length = 0 if stays else len(text)
+        print(before + text, end="\n" if stays else "", flush=True)
 
 
 def write_json(path, value):

@@ -160,7 +160,7 @@ class _Rounds(keras.callbacks.Callback, Resumable):
         self.train_order = tf.Variable(tf.zeros([self.every * self.batch_size], tf.int64), trainable=False)
         self.validation_order = tf.Variable(tf.zeros([len(self.validation[0])], tf.int64), trainable=False)
         self.before, self._start = {"seconds": 0.0, "cpu_seconds": 0.0}, experiment.clocks()
-        self._bar = experiment.progress_bar(settings["steps"], ["loss", "best"], unit="step")
+        self._bar = experiment.ProgressBar(settings["steps"], "step")
 
     def on_epoch_begin(self, epoch, logs=None):
         self.train_order.assign(
@@ -177,8 +177,7 @@ class _Rounds(keras.callbacks.Callback, Resumable):
         if history["best_loss"] is None or loss < history["best_loss"]:
             history["best_loss"], history["best"] = _finite(loss), epoch
             self.best_weights = self.model.get_weights()
-        self._bar.update((epoch + 1) * self.every, [("loss", loss), ("best", history["best_loss"])],
-                         finalize=epoch + 1 == self.count)
+        self._bar.update((epoch + 1) * self.every, {"validation_loss": loss, "best": history["best_loss"] or math.nan})
 
     def resume_state(self):
         spent = {clock: self.before[clock] + now - self._start[clock] for clock, now in experiment.clocks().items()}
@@ -186,6 +185,7 @@ class _Rounds(keras.callbacks.Callback, Resumable):
 
     def resume_from(self, state):
         self.history, self.best_weights, self.before = state["history"], state["best_weights"], state["time"]
+        self._bar = experiment.ProgressBar(self.count * self.every, "step", len(self.history["losses"]) * self.every)
 
 
 def _finite(value):

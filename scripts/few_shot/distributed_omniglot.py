@@ -49,10 +49,10 @@ def work(strategy, settings, output, data_dir, seed, save_every):
     with strategy.scope():
         learner = make_learner(settings, network(settings), settings["transductive"])
         compile_learner(learner, settings)
-    bar = experiment.progress_bar(settings["meta_steps"], ["outer_loss"], "meta-step") if chief else None
+    bar = experiment.ProgressBar(settings["meta_steps"], "meta-step") if chief else None
     losses = meta.fit_distributed(
         learner, train, settings["meta_batch_size"], settings["meta_steps"], output / "states", save_every,
-        report=(lambda done, loss: bar.update(done, [("outer_loss", loss)])) if chief else None)
+        report=(lambda done, loss: bar.update(done, {"outer_loss": loss})) if chief else None)
     # The same for all workers, bit for bit: that their logs agree is easily seen.
     print(f"SHA-256 of the learner's variables: {digest(learner)}", flush=True)
     if chief:

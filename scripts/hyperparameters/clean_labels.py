@@ -56,7 +56,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from _shared import experiment, pictures
+from _shared import data_sets, experiment, pictures
 import farhox
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -136,7 +136,7 @@ def run_budget(data, flipped, budget, settings, seed, folder):
 
 def run_seed(folder, settings, data_dir, seed):
     """All runs of one seed: dictionary of oracle, baseline and each budget."""
-    train, validation, test = experiment.images(settings["dataset"], data_dir, SIZES, seed)
+    train, validation, test = data_sets.images(settings["dataset"], data_dir, SIZES, seed)
     noisy, flipped = flip_labels(train[1], settings["noise"], np.random.default_rng(seed))
     data = (train[0], noisy), validation, test
     results = {}

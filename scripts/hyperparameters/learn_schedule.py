@@ -50,7 +50,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from _shared import experiment, pictures
+from _shared import data_sets, experiment, pictures
 import farhox
 
 
@@ -124,7 +124,7 @@ def replay(schedules, parts, settings, seed):
 
 def run_seed(folder, settings, data_dir, seed, saved):
     """What was learned, and the replays of it and of constant rates, means over the replays."""
-    parts = experiment.images(settings["dataset"], data_dir, SIZES, seed)
+    parts = data_sets.images(settings["dataset"], data_dir, SIZES, seed)
     learned = folder.once(f"seed{seed}_learned", lambda path: learn(parts, settings, seed, path))
     experiment.write_json(saved, learned["schedule"])
 

@@ -47,6 +47,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from _shared import data_sets
 import farhox
 
 
@@ -58,10 +59,7 @@ def load(dataset, data_dir, rng):
         x, y = load_digits(return_X_y=True)
         x = x / 16.0
     else:
-        import tensorflow_datasets as tfds
-        builder = tfds.builder(dataset, data_dir=data_dir)
-        if not builder.is_prepared():
-            builder.download_and_prepare()
+        builder = data_sets.prepared(dataset, data_dir)
         parts = [builder.as_dataset(split=split, batch_size=-1)
                  for split in (f"train[:{num_train + num_validation}]", "test")]
         x = np.concatenate([part["image"].numpy().reshape(len(part["image"]), -1) / 255.0 for part in parts])

@@ -67,7 +67,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from _shared import experiment, pictures
+from _shared import data_sets, experiment, pictures
 import farhox
 
 
@@ -189,7 +189,7 @@ def search_black_box(task, sampler):
     study = optuna.create_study(sampler=sampler)
     study.enqueue_trial({name: middle(*bounds) for name, bounds in task.ranges.items()})
     losses, values = [], {name: [] for name in task.ranges}
-    bar = experiment.progress_bar(trials, ["loss", "best"], unit="trial")
+    bar = experiment.ProgressBar(trials, "trial")
     for _ in range(trials):
         trial = study.ask()
         drawn = {name: trial.suggest_float(name, low, high, log=log) for name, (low, high, log) in task.ranges.items()}
@@ -199,7 +199,7 @@ def search_black_box(task, sampler):
         loss = task.loss_and_accuracy(*batches)[0]
         losses.append(loss if math.isfinite(loss) else math.inf)
         study.tell(trial, losses[-1])
-        bar.update(len(losses), [("loss", losses[-1]), ("best", min(losses))])
+        bar.update(len(losses), {"loss": losses[-1], "best": min(losses)})
     return finished(losses, task.settings["inner_steps"], values, {}, task.accuracy_of_best(losses, values))
 
 
@@ -213,7 +213,7 @@ def finished(losses, steps, values, time_before, accuracy):
 
 def run_seed(folder, settings, data_dir, seed):
     """All searches of one seed."""
-    parts = experiment.images(settings["dataset"], data_dir, SIZES, seed)
+    parts = data_sets.images(settings["dataset"], data_dir, SIZES, seed)
 
     def search(method, path):
         task = Task(parts, settings, seed)

@@ -50,7 +50,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from _shared import experiment, pictures
+from _shared import data_sets, experiment, pictures
 import farhox
 
 
@@ -295,7 +295,7 @@ def plot(tasks, path):
 
 
 def fashion(data_dir, seed):
-    return experiment.images("fashion_mnist", data_dir, (10_000, 5000), seed)
+    return data_sets.images("fashion_mnist", data_dir, (10_000, 5000), seed)
 
 
 def digits(data_dir, seed):
@@ -308,11 +308,10 @@ def digits(data_dir, seed):
 
 
 def shakespeare(data_dir, seed):
-    import stn_text
-    texts = stn_text.read_texts("characters", None, data_dir)
-    numbers, _ = stn_text.encode(texts, 80)
+    texts = data_sets.read_texts("characters", None, data_dir)
+    numbers, _ = data_sets.encode(texts, 80)
     del seed
-    return [stn_text.windows(text, TEXT["window"], count) for text, count in zip(
+    return [data_sets.windows(text, TEXT["window"], count) for text, count in zip(
         numbers, (TEXT["examples"], 1000, 1000))]
 
 

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 import keras
 import numpy as np
 
-from _shared import stn_experiment, stn_networks
+from _shared import data_sets, stn_experiment, stn_networks
 from _shared.stn_training import Range, Task
 from farhox import stn
 
@@ -64,10 +64,7 @@ def build(width, h):
 
 def images(data_dir, sizes, seed):
     """Training, validation and test images [n, 32, 32, 3] in [0, 1] with labels [n]; the first two drawn by `seed`."""
-    import tensorflow_datasets as tfds
-    builder = tfds.builder("cifar10", data_dir=data_dir)
-    if not builder.is_prepared():
-        builder.download_and_prepare()
+    builder = data_sets.prepared("cifar10", data_dir)
     parts = []
     for split, count in (("train", sum(sizes)), ("test", -1)):
         examples = list(builder.as_dataset(split=split, as_supervised=True).take(count).as_numpy_iterator())

@@ -43,7 +43,7 @@ if __name__ == "__main__":
 
 import keras
 
-from _shared import experiment, stn_experiment, stn_networks
+from _shared import data_sets, stn_experiment, stn_networks
 from _shared.stn_training import Range, Task
 from farhox import stn
 
@@ -78,7 +78,7 @@ def build(model, width, hyperparameters):
 
 def make_task(settings, seed):
     sizes = settings["train_examples"], settings["validation_examples"]
-    parts = experiment.images("fashion_mnist", flags.FLAGS.data_dir, sizes, seed)
+    parts = data_sets.images("fashion_mnist", flags.FLAGS.data_dir, sizes, seed)
     return Task(
         ranges(settings["model"]), lambda h: build(settings["model"], settings["width"], h), tuple(parts),
         lambda: keras.optimizers.SGD(settings["learning_rate"], momentum=0.9))

@@ -17,9 +17,7 @@ Reference: MacKay et al., Self-tuning networks: bilevel optimization of hyperpar
 functions, 2019, section 4.3, tables 1 and 2.
 """
 
-import collections
 import pathlib
-import re
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
@@ -32,7 +30,6 @@ SETTINGS = ("level", "folder", "vocabulary", "units", "window", "test_examples",
             *stn_flags.SETTINGS)
 QUICK = {"units": 16, "window": 20, "vocabulary": 200, "train_examples": 200, "validation_examples": 50,
          "test_examples": 50, "steps": 16, "evaluate_every": 8, "batch_size": 20, "warmup_steps": 4, "trials": 2}
-UNKNOWN, END = "<unk>", "<eos>"
 
 
 def define_flags():
@@ -52,60 +49,14 @@ if __name__ == "__main__":
     program.parse(define_flags)
 
 import keras
-import numpy as np
 
-from _shared import stn_experiment
+from _shared import data_sets, stn_experiment
 from _shared.stn_training import Range, Task
 from farhox import stn
 
 RATE, STRENGTH = Range(0.05, 0.0, 0.95), Range(0.1, 0.0, 5.0)
 RANGES = {"input_dropout": RATE, "hidden_dropout": RATE, "output_dropout": RATE, "embedding_dropout": RATE,
           "dropconnect": RATE, "activation_l2": STRENGTH, "temporal_l2": STRENGTH}
-
-
-def read_texts(level, folder, data_dir):
-    """Three lists of tokens: training, validation, test.
-
-    Raises:
-        SystemExit: If a file of the folder is missing.
-    """
-    if folder is not None:
-        files = [pathlib.Path(folder) / f"ptb.{part}.txt" for part in ("train", "valid", "test")]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise SystemExit("--folder must have ptb.train.txt, ptb.valid.txt and ptb.test.txt. Missing in "
-                                 f"{folder}: {', '.join(missing)}")
-        return [file.read_text(encoding="utf-8").replace("\n", f" {END} ").split() for file in files]
-    import tensorflow_datasets as tfds
-    builder = tfds.builder("tiny_shakespeare", data_dir=data_dir)
-    if not builder.is_prepared():
-        builder.download_and_prepare()
-    texts = [next(iter(builder.as_dataset(split=split)))["text"].numpy().decode()
-             for split in ("train", "validation", "test")]
-    return [list(text) if level == "characters" else re.findall(r"\w+|[^\w\s]|\n", text) for text in texts]
-
-
-def encode(texts, size):
-    """Texts as integers, by the frequency of tokens in the first text; the last number is for unknown ones.
-
-    Returns:
-        List of integer arrays, and the number of tokens.
-    """
-    known = [token for token, _ in collections.Counter(texts[0]).most_common(size - 1)]
-    numbers = {token: i for i, token in enumerate(token for token in known if token != UNKNOWN)}
-    return [np.array([numbers.get(token, len(numbers)) for token in text]) for text in texts], len(numbers) + 1
-
-
-def windows(tokens, window, count):
-    """(x, y) of up to `count` windows one after the other, y the token that follows each token of x.
-
-    Raises:
-        SystemExit: If there is not one window.
-    """
-    count = min(count, (len(tokens) - 1) // window)
-    if count < 1:
-        raise SystemExit(f"A text must have more than --window tokens. Received: {len(tokens)} and {window}")
-    return (tokens[:count * window].reshape(count, window), tokens[1:count * window + 1].reshape(count, window))
 
 
 def build(vocabulary, units, window, h):
@@ -148,10 +99,10 @@ def _set_response(model, trainable):
 
 def make_task(settings, seed):
     del seed  # The parts are parts of the text; a seed decides on initial weights and batches.
-    texts, vocabulary = encode(
-        read_texts(settings["level"], settings["folder"], flags.FLAGS.data_dir), settings["vocabulary"])
+    texts, vocabulary = data_sets.encode(
+        data_sets.read_texts(settings["level"], settings["folder"], flags.FLAGS.data_dir), settings["vocabulary"])
     counts = [settings[f"{part}_examples"] for part in ("train", "validation", "test")]
-    parts = tuple(windows(text, settings["window"], count) for text, count in zip(texts, counts))
+    parts = tuple(data_sets.windows(text, settings["window"], count) for text, count in zip(texts, counts))
     return Task(
         RANGES, lambda h: build(vocabulary, settings["units"], settings["window"], h), parts,
         lambda: keras.optimizers.Adam(settings["learning_rate"], clipnorm=1.0), open_gates)

@@ -1,0 +1,84 @@
+"""Images and texts that the experiments are made on, read with TensorFlow Datasets."""
+
+import collections
+import pathlib
+import re
+
+import numpy as np
+
+from _shared import program
+
+UNKNOWN, END = "<unk>", "<eos>"
+
+
+def prepared(name, data_dir):
+    """The builder of a data set that is in the folder, or else is downloaded to it; None: TFDS' own folder."""
+    program.require(tensorflow_datasets="examples")
+    import tensorflow_datasets as tfds
+    builder = tfds.builder(name, data_dir=data_dir)
+    if not builder.is_prepared():
+        builder.download_and_prepare()
+    return builder
+
+
+def images(dataset, data_dir, sizes, seed):
+    """Parts of the training set of a data set of 28 x 28 images, and its test set.
+
+    Args:
+        dataset: "mnist" or "fashion_mnist".
+        data_dir: Folder of TFDS' data sets or None, TFDS' own.
+        sizes: Number of examples of each part. They are drawn by `seed`; the test set is always the same.
+        seed: Int.
+
+    Returns:
+        List of (images [n, 28, 28, 1] in [0, 1], labels [n]), the test set last.
+    """
+    builder = prepared(dataset, data_dir)
+    parts = [builder.as_dataset(split=split, batch_size=-1) for split in (f"train[:{sum(sizes)}]", "test")]
+    (x, y), test = [
+        (part["image"].numpy().astype("float32") / 255, part["label"].numpy().astype("int64")) for part in parts]
+    order = np.random.default_rng(seed).permutation(len(x))
+    ends = np.cumsum(sizes)[:-1]
+    return [*zip(np.split(x[order], ends), np.split(y[order], ends)), test]
+
+
+def read_texts(level, folder, data_dir):
+    """Three lists of tokens: training, validation, test.
+
+    Raises:
+        SystemExit: If a file of the folder is missing.
+    """
+    if folder is not None:
+        files = [pathlib.Path(folder) / f"ptb.{part}.txt" for part in ("train", "valid", "test")]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise SystemExit("--folder must have ptb.train.txt, ptb.valid.txt and ptb.test.txt. Missing in "
+                             f"{folder}: {', '.join(missing)}")
+        return [file.read_text(encoding="utf-8").replace("\n", f" {END} ").split() for file in files]
+    builder = prepared("tiny_shakespeare", data_dir)
+    texts = [next(iter(builder.as_dataset(split=split)))["text"].numpy().decode()
+             for split in ("train", "validation", "test")]
+    return [list(text) if level == "characters" else re.findall(r"\w+|[^\w\s]|\n", text) for text in texts]
+
+
+def encode(texts, size):
+    """Texts as integers, by the frequency of tokens in the first text; the last number is for unknown ones.
+
+    Returns:
+        List of integer arrays, and the number of tokens.
+    """
+    known = [token for token, _ in collections.Counter(texts[0]).most_common(size - 1)]
+    numbers = {token: i for i, token in enumerate(token for token in known if token != UNKNOWN)}
+    return [np.array([numbers.get(token, len(numbers)) for token in text]) for text in texts], len(numbers) + 1
+
+
+def windows(tokens, window, count):
+    """(x, y) of up to `count` windows one after the other, y the token that follows each token of x.
+
+    Raises:
+        SystemExit: If there is not one window.
+    """
+    count = min(count, (len(tokens) - 1) // window)
+    if count < 1:
+        raise SystemExit(f"A text must have more than --window tokens. Received: {len(tokens)} and {window}")
+    return (tokens[:count * window].reshape(count, window), tokens[1:count * window + 1].reshape(count, window))
