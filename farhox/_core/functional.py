@@ -45,6 +45,7 @@ class _Scope(keras.StatelessScope):
         self.read = {}
         self.taken_over = taken_over
         self.met = set()
+        self.found = {}
         for variable, value in draws:
             super().add_update((variable, tf.cast(value, variable.dtype)))
 
@@ -84,6 +85,18 @@ def call(function, *arguments, bindings, draws=(), taken_over=()):
             lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, keras.Variable) else leaf, value)
     values = [scope.get_current_value(variable) for variable, _ in bindings]
     return FunctionalResult(value, values, scope.assigned, read, scope.met)
+
+
+def once(function, argument):
+    """`function(argument)`; inside of a `call` it is computed once for each pair of the two."""
+    scope = get_stateless_scope()
+    if not isinstance(scope, _Scope):
+        return function(argument)
+    key = id(function), id(argument)
+    if key not in scope.found:
+        # The pair is kept, so that no other one gets its ids.
+        scope.found[key] = function, argument, function(argument)
+    return scope.found[key][2]
 
 
 def is_taken_over(value):

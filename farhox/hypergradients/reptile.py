@@ -7,9 +7,8 @@ import tensorflow as tf
 
 from farhox._core import checks, tree
 from farhox._core.inner_state import float_leaves
-from farhox.hypergradients.base import HyperGradient, HyperGradientResult
-from farhox.hypergradients.episodes import EpisodesHG, episode_at, num_episodes
-from farhox.hypergradients.initial import InitialHG
+from farhox.hypergradients.base import HyperGradient, HyperGradientResult, Memory
+from farhox.problem.episodes import episode_at, num_episodes
 from farhox.problem.inner_training import InnerRun, InnerTraining, gradient_diagnostics
 
 
@@ -18,8 +17,8 @@ class ReptileHG(HyperGradient):
     """φ - φ_T in the place of a hypergradient of learned initial values φ, averaged over episodes.
 
     With gradient descent of rate ε as the outer optimizer this is Reptile: φ <- φ + ε mean(φ_T - φ). The inner training
-    needs no derivative, and memory does not grow with T. Batches have a leading axis of episodes, as with `EpisodesHG`;
-    episodes are trained one after the other, and the slots and the step count of the inner dynamics go on from one to
+    needs no derivative, and memory does not grow with T. Batches have a leading axis of episodes, whether the
+    problem is one `over_episodes` or not; episodes are trained one after the other, and the slots and the step count of the inner dynamics go on from one to
     the next and, in the carry, from one hyper-iteration to the next.
 
     Args:
@@ -36,14 +35,16 @@ class ReptileHG(HyperGradient):
 
     step_weights: Any = None
 
-    carry_outlives_state = True
+    remembers = Memory.ALWAYS
+    takes_episodes = True
 
     def __post_init__(self):
         if self.step_weights is not None and (not isinstance(self.step_weights, tuple) or not all(
                 checks.is_number(weight) for weight in self.step_weights)):
             raise TypeError(f"step_weights must be a tuple of numbers or None. Received: {self.step_weights!r}")
 
-    def _compute(self, problem, inner_batches, outer_batch, state, carry):
+    def _compute(self, problem, inner_batches, outer_batch, state, carry, iteration):
+        problem = problem.one_episode
         first = InnerTraining(problem, episode_at(inner_batches, 0), share_features=False)
         start, steps = first.start, first.steps
         weights = None
@@ -85,12 +86,6 @@ class ReptileHG(HyperGradient):
             **gradient_diagnostics(gradients, outer_loss)}
         states = tf.nest.pack_sequence_as(start, [array.stack() for array in ends])
         return HyperGradientResult(gradients, outer_loss, losses.stack(), states, kept, diagnostics)
-
-    def evaluate(self, problem, inner_batches, outer_batch):
-        return EpisodesHG(InitialHG()).evaluate(problem, inner_batches, outer_batch)
-
-    def predict(self, problem, state, outer_batch):
-        return EpisodesHG(InitialHG()).predict(problem, state, outer_batch)
 
     def initial_carry(self, problem):
         initial = problem.initial_state()

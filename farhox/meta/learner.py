@@ -6,7 +6,6 @@ import tensorflow as tf
 from farhox._core import checks
 from farhox._core.copies import copy_of
 from farhox.data.batches import RepeatedBatch
-from farhox.hypergradients.episodes import map_episodes, num_episodes
 from farhox.meta import episode_checks
 from farhox.meta.accuracy import classifies, correct
 from farhox.meta.episodes import EpisodeSource, count_episodes, new_episodes_seen
@@ -14,6 +13,7 @@ from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.problem import LOSS
 from farhox.meta.statistics import support_statistics
 from farhox.meta.weights import joined, order_of_present, scaled, weighted_mean, with_both_weights, with_weights
+from farhox.problem.episodes import map_episodes, num_episodes
 from farhox.problem.inner_training import InnerTraining
 from farhox.problem.losses import takes_class_numbers
 from farhox.training.hyper_optimizer import HyperOptimizer, clear_errors
@@ -205,7 +205,7 @@ class Learner(HyperOptimizer):
         states, inner_losses = self._adapted(support)
         self._inner_loss.update_state(inner_losses[..., -1])
         loss = tf.reduce_mean(self._judged(states, support, query)["loss"])
-        return self._logs(loss, states, self._outer_batch(support, query))
+        return self._logs(loss, lambda: self.problem.predictions(states, self._outer_batch(support, query)))
 
     def _hyper_iteration_data(self, data, training=False):
         support, query = self._parts(data)

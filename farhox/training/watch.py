@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from farhox.data.finite import first_not_finite, place_in_words
-from farhox.hypergradients import EpisodesHG, ImplicitHG, ObjectivesHG
+from farhox.hypergradients import ImplicitHG, ObjectivesHG
 from farhox.problem.bilevel import variable_names
 
 GAP = "stationarity_gap"
@@ -137,6 +137,6 @@ def counter(value, name):
 
 
 def _solver_name(hypergradient):
-    if isinstance(hypergradient, (EpisodesHG, ObjectivesHG)):
+    if isinstance(hypergradient, ObjectivesHG):
         return _solver_name(hypergradient.hypergradient)
     return type(hypergradient.linear_solver).__name__ if isinstance(hypergradient, ImplicitHG) else None
