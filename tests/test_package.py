@@ -1,6 +1,7 @@
 """The package as a whole: its names, and the backend that it needs."""
 
 import ast
+import inspect
 import pathlib
 import subprocess
 import sys
@@ -38,6 +39,34 @@ def test_the_public_face_is_about_25_names_beside_the_rooms():
 def test_the_declared_names_of_a_room_are_there_sorted_and_documented(room):
     assert list(room.__all__) == sorted(set(room.__all__))
     assert [name for name in room.__all__ if not (getattr(room, name).__doc__ or "").strip()] == []
+
+
+def signatures(room):
+    """Name and signature of each function, class and public method of a room, as far as farhox writes it."""
+    for name in room.__all__:
+        value = getattr(room, name)
+        parts = {name: value}
+        if isinstance(value, type):
+            parts = {f"{name}.{part}": getattr(entry, "__func__", getattr(entry, "fget", entry))
+                     for part, entry in vars(value).items() if part in ("__init__", "__call__") or part[0] != "_"}
+        for part, function in parts.items():
+            if inspect.isfunction(function) and function.__module__.startswith("farhox."):
+                yield part, inspect.signature(function)
+
+
+@pytest.mark.parametrize("room", [farhox, *PUBLIC_ROOMS], ids=lambda room: room.__name__)
+def test_every_parameter_and_result_of_a_public_function_and_every_field_has_a_type(room):
+    empty, untyped = inspect.Signature.empty, []
+    for name, signature in signatures(room):
+        # The constructors of dataclasses and named tuples have the types of their fields.
+        untyped += [f"{name}({parameter})" for parameter in signature.parameters.values()
+                    if parameter.annotation is empty and parameter.name not in ("self", "cls", "_cls")]
+        untyped += [f"{name} -> ?" for _ in range(signature.return_annotation is empty)]
+    assert untyped == []
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (pathlib.Path(farhox.__file__).parent / "py.typed").exists()
 
 
 @pytest.mark.parametrize("old", MOVED)

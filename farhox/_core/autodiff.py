@@ -5,14 +5,17 @@ dependency is reported as None, so that callers can tell "does not depend" from 
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from farhox._core import refusals
 from farhox._core.exact import exact_derivatives
+from farhox._core.types import Tensor, Tensors
 
 
-def dense(gradient):
+def dense(gradient: Tensor) -> Tensor:
     """A gradient as a tensor: the sparse gradients of lookups are added up, None stays None."""
     return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
 
@@ -26,7 +29,7 @@ def _distinct(tensors):
     return [tf.identity(tensor) for tensor in tensors]
 
 
-def gradients(function, inputs, exact=False):
+def gradients(function: Callable[..., Any], inputs: Tensors, exact: bool = False) -> tuple[Tensor, Any, Tensors]:
     """Value and gradients of a scalar function.
 
     Args:
@@ -72,7 +75,7 @@ class ForwardLinearization:
         depends: List of bools: whether an output depends on each input.
     """
 
-    def __init__(self, function, inputs):
+    def __init__(self, function: Callable[..., Any], inputs: Tensors) -> None:
         inputs = _distinct(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(inputs)
@@ -85,7 +88,7 @@ class ForwardLinearization:
                                 tape.gradient(self.outputs, inputs, output_gradients=self._cotangents)]
         self.depends = [product is not None for product in self._transposed]
 
-    def product(self, tangents):
+    def product(self, tangents: Tensors) -> Tensors:
         """(d outputs / d inputs) tangents as a list, zero where an output is independent.
 
         Args:
@@ -100,7 +103,7 @@ class ForwardLinearization:
                                    unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 
-def forward_product(function, inputs, tangents):
+def forward_product(function: Callable[..., Any], inputs: Tensors, tangents: Tensors) -> Any:
     """(d function / d inputs) tangents: one step of forward mode.
 
     TensorFlow's forward accumulator cannot enter the loops of a graph (LSTM and GRU without `unroll`) and some

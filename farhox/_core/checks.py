@@ -5,19 +5,20 @@ A bool is no number here, and neither is a string or a tensor.
 
 import math
 import numbers
+from typing import Any
 
 
-def is_integer(value):
+def is_integer(value: Any) -> bool:
     """Whether a value is an integer of Python or NumPy."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value):
+def is_number(value: Any) -> bool:
     """Whether a value is a finite real number of Python or NumPy."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def integer(name, value):
+def integer(name: str, value: Any) -> int:
     """The value as an int.
 
     Raises:
@@ -26,7 +27,7 @@ def integer(name, value):
     return _checked(name, value, is_integer(value), "an integer", int)
 
 
-def integer_in_range(name, value, low, high):
+def integer_in_range(name: str, value: Any, low: float, high: float) -> int:
     """The value as an int, from `low` to `high`.
 
     Raises:
@@ -35,7 +36,7 @@ def integer_in_range(name, value, low, high):
     return _checked(name, value, is_integer(value) and low <= value <= high, f"an integer from {low} to {high}", int)
 
 
-def integer_of_at_least(name, value, least):
+def integer_of_at_least(name: str, value: Any, least: int) -> int:
     """The value as an int, `least` or greater.
 
     Raises:
@@ -44,7 +45,7 @@ def integer_of_at_least(name, value, least):
     return _checked(name, value, is_integer(value) and value >= least, f"an integer of at least {least}", int)
 
 
-def positive_integer(name, value):
+def positive_integer(name: str, value: Any) -> int:
     """The value as an int, 1 or greater.
 
     Raises:
@@ -53,7 +54,7 @@ def positive_integer(name, value):
     return _checked(name, value, is_integer(value) and value >= 1, "a positive integer", int)
 
 
-def non_negative_integer(name, value):
+def non_negative_integer(name: str, value: Any) -> int:
     """The value as an int, 0 or greater.
 
     Raises:
@@ -62,7 +63,7 @@ def non_negative_integer(name, value):
     return _checked(name, value, is_integer(value) and value >= 0, "a non-negative integer", int)
 
 
-def finite_number(name, value):
+def finite_number(name: str, value: Any) -> float:
     """The value as a float.
 
     Raises:
@@ -71,7 +72,7 @@ def finite_number(name, value):
     return _checked(name, value, is_number(value), "a finite number", float)
 
 
-def positive_number(name, value):
+def positive_number(name: str, value: Any) -> float:
     """The value as a float, finite and greater than 0.
 
     Raises:
@@ -80,7 +81,7 @@ def positive_number(name, value):
     return _checked(name, value, is_number(value) and value > 0, "a positive finite number", float)
 
 
-def non_negative_number(name, value):
+def non_negative_number(name: str, value: Any) -> float:
     """The value as a float, finite and 0 or greater.
 
     Raises:
@@ -89,7 +90,7 @@ def non_negative_number(name, value):
     return _checked(name, value, is_number(value) and value >= 0, "a non-negative finite number", float)
 
 
-def number_between(name, value, low, high):
+def number_between(name: str, value: Any, low: float, high: float) -> float:
     """The value as a float, strictly between `low` and `high`.
 
     Raises:
@@ -99,7 +100,7 @@ def number_between(name, value, low, high):
                     f"a number strictly between {low} and {high}", float)
 
 
-def number_in_range(name, value, low, high):
+def number_in_range(name: str, value: Any, low: float, high: float) -> float:
     """The value as a float, from `low` to `high`, both included.
 
     Raises:

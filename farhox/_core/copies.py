@@ -3,7 +3,7 @@
 import keras
 
 
-def copy_of(model):
+def copy_of(model: keras.Model) -> keras.Model:
     """A model of the same layers with the same weights, which are its own.
 
     A layer without weights, such as one that holds a table of words, is the same one in both: what it holds is no

@@ -10,6 +10,10 @@ import collections
 import math
 from typing import Any, NamedTuple
 
+import tensorflow as tf
+
+from farhox._core.types import Tensors
+
 # Arithmetic operations that are as dear as one byte. Where multiplications of matrices meet, choices do not depend on
 # it within a wide range; a low price would keep results that are cheap to compute.
 PRICE = 30.0
@@ -44,7 +48,7 @@ class Choice(NamedTuple):
     arithmetic: float
 
 
-def tensors_to_keep(graph, wanted, free, forward, sources, budget):
+def tensors_to_keep(graph: tf.Graph, wanted: Any, free: Any, forward: Any, sources: Any, budget: float) -> Tensors:
     """Tensors of a graph to keep when `forward` is computed, for computing `wanted` later.
 
     Args:
@@ -74,7 +78,7 @@ def tensors_to_keep(graph, wanted, free, forward, sources, budget):
     return kept
 
 
-def choices(graph, kept, wanted, free, sources):
+def choices(graph: tf.Graph, kept: Tensors, wanted: Any, free: Any, sources: Any) -> Any:
     """What `tensors_to_keep` decided, in a form for people: what is kept, and what is run again, the dearest first."""
     at_hand = {tensor.name for tensor in [*kept, *free]}
     needed = graph.ancestors(wanted, at_hand) - graph.dependents(wanted, sources)
@@ -90,13 +94,13 @@ def _choice(operation):
                   _arithmetic(operation))
 
 
-def kept_bytes(tensors):
+def kept_bytes(tensors: Tensors) -> float:
     """Bytes of the tensors."""
     return _bytes(tensors)
 
 
 class _Cutter:
-    def __init__(self, graph, wanted, free, forward, sources):
+    def __init__(self, graph: tf.Graph, wanted: Any, free: Any, forward: Any, sources: Any) -> None:
         self._free = {tensor.ref() for tensor in free}
         computed = graph.ancestors(forward)
         later = graph.dependents(wanted, sources)
@@ -118,7 +122,7 @@ class _Cutter:
             self._operations.append(operation)
             stack.extend(tensor.op for tensor in operation.inputs if tensor.ref() not in self._free)
 
-    def cut(self, price):
+    def cut(self, price: float) -> Tensors:
         """The tensors that are kept at a price in operations per byte."""
         flow = _Flow()
         tensors = {}
@@ -146,15 +150,15 @@ class _Cutter:
 class _Flow:
     """A network of capacities; the largest flow by shortest augmenting paths in layers (Dinic)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._edges = collections.defaultdict(dict)
 
-    def add(self, start, end, capacity):
+    def add(self, start: int, end: int, capacity: float) -> None:
         """An edge; of two between the same nodes the capacities add up."""
         self._edges[start][end] = self._edges[start].get(end, 0.0) + capacity
         self._edges[end].setdefault(start, 0.0)
 
-    def source_side(self):
+    def source_side(self) -> set[Any]:
         """The nodes that the source still reaches when the flow is largest."""
         while True:
             layers = self._layers()

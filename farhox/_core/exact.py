@@ -19,6 +19,8 @@ eager mode, in graphs and under XLA. A tape around the single operations does no
 """
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -28,7 +30,7 @@ from farhox._core import image_rules  # noqa: F401  Registers its rule.
 
 
 @contextlib.contextmanager
-def exact_derivatives(stops=True):
+def exact_derivatives(stops: Any = True) -> Iterator[None]:
     """Sets the rules of the inner gradient on all operations that are added to the current graph inside.
 
     Args:
@@ -39,7 +41,7 @@ def exact_derivatives(stops=True):
 
 
 @contextlib.contextmanager
-def finite_roots():
+def finite_roots() -> Iterator[None]:
     """Sets the rules of update rules on all operations that are added to the current graph inside."""
     with _marked(_ROOTS):
         yield
@@ -73,14 +75,14 @@ def _has_infinite_constants(graph, operations):
     return bool(graph.get_collection(_INFINITE))
 
 
-def operations_of(graph, start=0):
+def operations_of(graph: tf.Graph, start: int = 0) -> Iterator[tf.Operation]:
     """The operations of a graph from number `start` on, and all that loops and branches among them hold."""
     for operation in graph.get_operations()[start:]:
         yield operation
         yield from operations_inside(operation)
 
 
-def operations_inside(operation):
+def operations_inside(operation: tf.Operation) -> Iterator[tf.Operation]:
     """The operations that a loop or a branch holds; none of any other operation."""
     graphs = [getattr(operation, name, None) for name in ("_cond_graph", "_body_graph", "_true_graph", "_false_graph")]
     for inner in [*graphs, *(getattr(operation, "_branch_graphs", None) or [])]:
@@ -88,7 +90,7 @@ def operations_inside(operation):
             yield from operations_of(inner)
 
 
-def passes_to(tensors):
+def passes_to(tensors: Any) -> set[Any]:
     """The names of all operations whose derivatives may reach the tensors: not through integers, nor through stops
     that no rule lets pass."""
     seen, stack = set(), [tensor.op for tensor in tensors]

@@ -4,9 +4,12 @@
 nothing outside changes and the result can be differentiated with respect to every tensor that was put in.
 """
 
+from __future__ import annotations
+
 import contextlib
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -39,30 +42,30 @@ class _Scope(keras.StatelessScope):
 
     original_scope = None
 
-    def __init__(self, bindings, draws, taken_over):
+    def __init__(self, bindings: Any, draws: Any, taken_over: Any) -> None:
         super().__init__(state_mapping=bindings, collect_losses=True)
         self.assigned = []
         self.read = {}
         self.taken_over = taken_over
         self.met = set()
-        self.found = {}
         for variable, value in draws:
             super().add_update((variable, tf.cast(value, variable.dtype)))
 
-    def get_current_value(self, variable):
+    def get_current_value(self, variable: keras.Variable) -> Any:
         self.read[id(variable)] = variable
         value = super().get_current_value(variable)
         # What a closure inside of a closure is given no value for is what it is around it.
         return self.original_scope.get_current_value(variable) if value is None and self.original_scope else value
 
-    def add_update(self, update):
+    def add_update(self, update: Any) -> None:
         variable, value = update
         self.assigned.append(variable)
         # Of a variable that is assigned to another one, Keras would keep the object, which outside has another value.
         super().add_update((variable, tf.convert_to_tensor(value)))
 
 
-def call(function, *arguments, bindings, draws=(), taken_over=()):
+def call(function: Callable[..., Any], *arguments: Any, bindings: Any, draws: Any = (),
+         taken_over: Any = ()) -> FunctionalResult:
     """Calls `function(*arguments)` with tensors in the place of Keras variables.
 
     Inside another call, a variable without a binding has the value that it has there.
@@ -87,19 +90,7 @@ def call(function, *arguments, bindings, draws=(), taken_over=()):
     return FunctionalResult(value, values, scope.assigned, read, scope.met)
 
 
-def once(function, argument):
-    """`function(argument)`; inside of a `call` it is computed once for each pair of the two."""
-    scope = get_stateless_scope()
-    if not isinstance(scope, _Scope):
-        return function(argument)
-    key = id(function), id(argument)
-    if key not in scope.found:
-        # The pair is kept, so that no other one gets its ids.
-        scope.found[key] = function, argument, function(argument)
-    return scope.found[key][2]
-
-
-def is_taken_over(value):
+def is_taken_over(value: Any) -> bool:
     """Whether a Keras variable, or the tensor that it is bound to, is one of the `taken_over` of a call around."""
     scope = get_stateless_scope()
     while scope is not None:
@@ -126,7 +117,7 @@ class _UserCode:
     Contexts are counted: replica threads of a strategy enter and leave them in any order.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
         self._scale = keras_loss.scale_loss_for_distribution
@@ -135,7 +126,7 @@ class _UserCode:
         self._eagerly = False
 
     @contextlib.contextmanager
-    def __call__(self):
+    def __call__(self) -> Any:
         with self._lock:
             self._users += 1
             if self._users == 1:

@@ -1,8 +1,10 @@
 """The state of inner training, and what is computed at one: plain tuples of tensors."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
+
+from farhox._core.types import Nest, Tensor, Tensors
 
 
 class InnerState(NamedTuple):
@@ -15,10 +17,10 @@ class InnerState(NamedTuple):
         step: Scalar int64 tensor, inner steps taken so far.
     """
 
-    variables: list
-    state_variables: list
-    slots: Any
-    step: Any
+    variables: Tensors
+    state_variables: Tensors
+    slots: Nest
+    step: Tensor
 
 
 class StepResult(NamedTuple):
@@ -32,9 +34,9 @@ class StepResult(NamedTuple):
     """
 
     state: InnerState
-    loss: Any
-    gradient_norm: Any
-    gradients: list
+    loss: Tensor
+    gradient_norm: Tensor
+    gradients: Tensors
 
 
 class OuterGradients(NamedTuple):
@@ -46,17 +48,17 @@ class OuterGradients(NamedTuple):
         outer: List aligned with `problem.outer_variables`, the explicit dE/dλ; None where E does not depend.
     """
 
-    loss: Any
-    state: list
-    outer: list
+    loss: Tensor
+    state: Tensors
+    outer: Tensors
 
 
-def float_leaves(state):
+def float_leaves(state: Nest) -> Tensors:
     """The floating-point tensors of a state as a flat list: what can be differentiated."""
     return [leaf for leaf in tf.nest.flatten(state) if leaf.dtype.is_floating]
 
 
-def with_float_leaves(state, leaves):
+def with_float_leaves(state: Nest, leaves: Tensors) -> Nest:
     """The state with its floating-point tensors replaced, in the order of `float_leaves`."""
     leaves = iter(leaves)
     return tf.nest.map_structure(lambda leaf: next(leaves) if leaf.dtype.is_floating else leaf, state)

@@ -4,6 +4,8 @@ import contextlib
 
 import tensorflow as tf
 
+from farhox._core.types import Nest, Tensors
+
 
 class LinearizedMap:
     """A map read off a traced graph, at a point: its products with cotangents and tangents can be taken many times.
@@ -23,7 +25,8 @@ class LinearizedMap:
         unknowns: As given.
     """
 
-    def __init__(self, graph, values, inputs, parameters, outputs, unknowns, held=()):
+    def __init__(self, graph: tf.Graph, values: Tensors, inputs: Tensors, parameters: Tensors, outputs: Tensors,
+                 unknowns: Tensors, held: Tensors = ()) -> None:
         self.unknowns = unknowns
         self._graph = graph
         self._feeds = list(zip(graph.inputs, values))
@@ -36,16 +39,16 @@ class LinearizedMap:
         # By name: tensors that depend on no cotangent or tangent, with their values.
         self._computed = {}
 
-    def input_product(self, cotangents):
+    def input_product(self, cotangents: Tensors) -> Tensors:
         """(d outputs / d inputs)' cotangents as a list, zero where no output depends on an input."""
         products = self._transposed("inputs", self._inputs, cotangents, ())
         return zeros_for_none(products, self.unknowns)
 
-    def parameter_product(self, cotangents):
+    def parameter_product(self, cotangents: Tensors) -> Tensors:
         """(d outputs / d parameters)' cotangents as a list, None where no output depends on a parameter."""
         return self._transposed("parameters", self._parameters, cotangents, self._held)
 
-    def product(self, tangents, of_parameters):
+    def product(self, tangents: Tensors, of_parameters: bool) -> Tensors:
         """(d outputs / d (inputs, parameters)) tangents as a list, zero where an output is independent.
 
         Args:
@@ -62,7 +65,7 @@ class LinearizedMap:
                 self._graph.pushforward(self._outputs, sources, placeholders), placeholders)
         return zeros_for_none(self._at(key, tangents), self.unknowns)
 
-    def depends_on(self):
+    def depends_on(self) -> list[bool]:
         """Which parameters the outputs depend on: a list of bools."""
         cotangents = self._graph.placeholders(self._outputs)
         return [product is not None
@@ -94,7 +97,7 @@ class LinearizedMap:
         return [None if product is None else next(wanted) for product in products]
 
 
-def zeros_for_none(products, like):
+def zeros_for_none(products: Tensors, like: Nest) -> Tensors:
     """The products, zero tensors where there is none."""
     return [tf.zeros(leaf.shape, leaf.dtype) if product is None and leaf.shape.is_fully_defined()
             else tf.zeros_like(leaf) if product is None else product for product, leaf in zip(products, like)]

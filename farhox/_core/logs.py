@@ -1,10 +1,19 @@
 """The outer variables a person can read, under their names, for logs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import keras
 import tensorflow as tf
 
+from farhox._core.types import Logs
 
-def log_names(problem):
+if TYPE_CHECKING:
+    from farhox.problem.bilevel import BilevelProblem
+
+
+def log_names(problem: BilevelProblem) -> dict[str, Any]:
     """Dictionary from unique names to the problem's hyperparameters and other scalar outer variables."""
     owned = {id(entry.variable) for entry in problem.hyperparameters}
     entries = problem.hyperparameters + [
@@ -12,7 +21,7 @@ def log_names(problem):
     return unique_names(entries)
 
 
-def unique_names(entries, taken=()):
+def unique_names(entries: Any, taken: Any = ()) -> dict[str, Any]:
     """Dictionary from unique names, none of which is taken, to the entries: `rate`, `rate_1`, `rate_2`."""
     named = {}
     for entry in entries:
@@ -23,7 +32,7 @@ def unique_names(entries, taken=()):
     return named
 
 
-def log_values(named):
+def log_values(named: Any) -> Logs:
     """Scalars by name, in natural units: the entries of arrays of up to 16, the mean of larger ones."""
     logs = {}
     for name, entry in named.items():

@@ -1,10 +1,12 @@
 """Operations that cannot be part of an inner training, found in its traced graph and named."""
 
 import re
+from typing import Any
 
 import tensorflow as tf
 
 from farhox._core.exact import operations_inside, passes_to
+from farhox._core.types import Tensors
 
 _DRAWS = frozenset([
     "RandomUniform", "RandomUniformInt", "RandomStandardNormal", "TruncatedNormal", "ParameterizedTruncatedNormal",
@@ -34,7 +36,7 @@ _ADVICE = (
     "the second derivative that is missing.")
 
 
-def check_operations(graph, outputs, outer=False):
+def check_operations(graph: tf.Graph, outputs: Tensors, outer: Any = False) -> None:
     """Refuses operations that would make the training another one each time it is run.
 
     The inner training is run more than once, on the way there and on the way back, and must then be the same.
@@ -75,7 +77,7 @@ def _check(operation, needed, name, outer):
             "with TensorFlow or keras.ops, or move it into the data.")
 
 
-def check_derivatives(outputs, inputs):
+def check_derivatives(outputs: Tensors, inputs: Tensors) -> None:
     """Refuses operations between inputs and outputs of which TensorFlow would leave a derivative out unsaid.
 
     Args:
@@ -105,7 +107,7 @@ def check_derivatives(outputs, inputs):
                                  f"{operation.name!r} with respect to its input {place}.{_ADVICE}")
 
 
-def check_gradients_exist(operations):
+def check_gradients_exist(operations: Any) -> None:
     """Refuses what `tf.gradients` could not differentiate and added a place holder for.
 
     Args:
@@ -120,7 +122,7 @@ def check_gradients_exist(operations):
                              f"{operation.name!r}.{_ADVICE}")
 
 
-def no_derivative(error, graph):
+def no_derivative(error: Any, graph: tf.Graph) -> ValueError:
     """A LookupError of TensorFlow's as a ValueError: the operation without a gradient, by type and name.
 
     Args:

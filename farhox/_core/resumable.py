@@ -1,6 +1,7 @@
 """What a callback must have so that `farhox.callbacks.Resume` gives it back its state."""
 
 import abc
+from typing import Any
 
 
 class Resumable(abc.ABC):
@@ -22,9 +23,9 @@ class Resumable(abc.ABC):
     """
 
     @abc.abstractmethod
-    def resume_state(self):
+    def resume_state(self) -> Any:
         """The state: a nest of dictionaries (keys are str), lists, numbers, strings, bools, None and arrays."""
 
     @abc.abstractmethod
-    def resume_from(self, state):
+    def resume_from(self, state: Any) -> None:
         """Takes a state back. Called after `on_train_begin` and `on_epoch_begin`, with the model restored."""

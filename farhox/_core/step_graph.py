@@ -5,11 +5,15 @@ set on single operations; `tf.graph_util.import_graph_def` brings what a piece n
 body of a loop, say. A tensor that is fed cuts the graph there, and what no fetch needs is not run.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import tensorflow as tf
 
 from farhox._core import refusals
 from farhox._core.exact import exact_derivatives
 from farhox._core.functional import user_code
+from farhox._core.types import Nest, Tensors
 
 
 class StepGraph:
@@ -24,7 +28,7 @@ class StepGraph:
         outputs: What the function returned: a nest of tensors of the graph, None where it returned that.
     """
 
-    def __init__(self, function, inputs):
+    def __init__(self, function: Callable[..., Any], inputs: Any) -> None:
         traced = []
 
         def body(*inputs):
@@ -47,21 +51,21 @@ class StepGraph:
         self._linear = {}
 
     @property
-    def graph(self):
+    def graph(self) -> tf.Graph:
         """The `tf.Graph`."""
         return self._concrete.graph
 
     @staticmethod
-    def inside(outputs):
+    def inside(outputs: Any) -> Any:
         """Outputs as the rest of the graph sees them, where it goes on computing with them."""
         return [output.op.inputs[0] for output in outputs]
 
-    def placeholders(self, like):
+    def placeholders(self, like: Nest) -> Tensors:
         """New tensors of the graph, to be fed where they are needed, of the shapes and types of `like`."""
         with self.graph.as_default():
             return [tf.compat.v1.placeholder(tensor.dtype, tensor.shape) for tensor in like]
 
-    def pullback(self, outputs, inputs, cotangents, held=()):
+    def pullback(self, outputs: Any, inputs: Any, cotangents: Tensors, held: Tensors = ()) -> Any:
         """cotangents' (d outputs / d inputs) as tensors of the graph, None where independent.
 
         Args:
@@ -86,7 +90,7 @@ class StepGraph:
             products = _symbolic_gradients(list(outputs), list(inputs), list(cotangents), list(held))
             return [None if product is None else tf.convert_to_tensor(product) for product in products]
 
-    def pushforward(self, outputs, inputs, tangents):
+    def pushforward(self, outputs: Any, inputs: Any, tangents: Tensors) -> Any:
         """(d outputs / d inputs) tangents as tensors of the graph, None where independent.
 
         It is the derivative of the pullback, which is linear in the cotangents, along the tangents.
@@ -107,7 +111,7 @@ class StepGraph:
                  if product is not None and tangent is not None]
         return self.pullback([product for product, _ in pairs], cotangents, [tangent for _, tangent in pairs])
 
-    def run(self, fetches, feeds, checks=False):
+    def run(self, fetches: Any, feeds: Any, checks: bool = False) -> Any:
         """Runs what the fetches need in the current graph.
 
         Args:
@@ -157,7 +161,7 @@ class StepGraph:
             ).get_concrete_function(*[tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors])
         return self._functions[key](*[value for _, value in feeds])
 
-    def independent(self, wanted, sources):
+    def independent(self, wanted: Any, sources: Any) -> Tensors:
         """Where a computation of `wanted` can be cut so that nothing before the cut depends on `sources`.
 
         Integers are not cut: they are shapes and indices, which are cheap, and which XLA must know when it compiles.
@@ -183,7 +187,7 @@ class StepGraph:
             stack.extend(_full_name(source) for source in node.input)
         return list(cut.values())
 
-    def ancestors(self, tensors, fed=()):
+    def ancestors(self, tensors: Tensors, fed: Any = ()) -> set[Any]:
         """The names of all operations that the tensors depend on, their own among them.
 
         Args:
@@ -191,12 +195,12 @@ class StepGraph:
         """
         return set(self._needed([tensor.name for tensor in tensors if tensor.name not in fed], fed)[0])
 
-    def dependents(self, wanted, sources):
+    def dependents(self, wanted: Any, sources: Any) -> set[Any]:
         """The names of the operations that `wanted` needs and that depend on `sources`, the sources with them."""
         nodes, _ = self._needed([tensor.name for tensor in wanted], {})
         return self._dependent(nodes, {tensor.op.name for tensor in sources})
 
-    def operations(self, names):
+    def operations(self, names: Any) -> list[tf.Operation]:
         """The operations of these names, in the order in which they were added."""
         return [operation for operation in self.graph.get_operations() if operation.name in names]
 

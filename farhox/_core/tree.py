@@ -4,15 +4,20 @@ Every function takes nests of the same structure and works leaf by leaf. Only th
 walked; callers speak of vectors.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import tensorflow as tf
 
+from farhox._core.types import DType, Nest, Tensor
 
-def map(function, *nests):
+
+def map(function: Callable[..., Any], *nests: Nest) -> Nest:
     """Applies `function` to the corresponding leaves of `nests`."""
     return tf.nest.map_structure(function, *nests)
 
 
-def lists_to_tuples(nest):
+def lists_to_tuples(nest: Nest) -> Nest:
     """The nest with tuples for lists, which `tf.data` would pack into one tensor each."""
     if isinstance(nest, dict):
         return type(nest)((key, lists_to_tuples(entry)) for key, entry in nest.items())
@@ -21,27 +26,27 @@ def lists_to_tuples(nest):
     return tuple(lists_to_tuples(entry) for entry in nest) if isinstance(nest, (list, tuple)) else nest
 
 
-def zeros_like(nest):
+def zeros_like(nest: Nest) -> Nest:
     """The zero vector of the same structure."""
     return map(tf.zeros_like, nest)
 
 
-def add(first, second):
+def add(first: Nest, second: Nest) -> Nest:
     """first + second."""
     return map(tf.add, first, second)
 
 
-def subtract(first, second):
+def subtract(first: Nest, second: Nest) -> Nest:
     """first - second."""
     return map(tf.subtract, first, second)
 
 
-def dot(first, second):
+def dot(first: Nest, second: Nest) -> Tensor:
     """Inner product over all leaves, a scalar of the widest leaf type (float32 for an empty nest)."""
     return _total([tf.reduce_sum(a * b) for a, b in zip(tf.nest.flatten(first), tf.nest.flatten(second))])
 
 
-def norm(nest):
+def norm(nest: Nest) -> Tensor:
     """Euclidean norm over all leaves, with derivative zero at zero."""
     halves = [tf.nn.l2_loss(leaf) for leaf in tf.nest.flatten(nest)]  # One operation each, unlike `dot`.
     square = 2.0 * _total(halves)
@@ -57,7 +62,7 @@ def _total(scalars):
     return tf.add_n([tf.cast(scalar, dtype) for scalar in scalars])
 
 
-def is_finite(nest):
+def is_finite(nest: Nest) -> Tensor:
     """Scalar bool tensor: no entry of a floating-point leaf is infinite or not a number."""
     leaves = [leaf for leaf in tf.nest.flatten(nest) if leaf.dtype.is_floating]
     if not leaves:
@@ -65,19 +70,19 @@ def is_finite(nest):
     return tf.reduce_all([tf.reduce_all(tf.math.is_finite(leaf)) for leaf in leaves])
 
 
-def select(condition, first, second):
+def select(condition: Tensor, first: Nest, second: Nest) -> Nest:
     """`first` where the scalar `condition` holds, else `second`."""
     return map(lambda a, b: tf.where(condition, a, b), first, second)
 
 
-def ravel(nest, dtype=None):
+def ravel(nest: Nest, dtype: DType | None = None) -> Tensor:
     """One flat vector, leaf after leaf in the order of `tf.nest.flatten`."""
     leaves = tf.nest.flatten(nest)
     dtype = dtype or max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.size)
     return tf.concat([tf.cast(tf.reshape(leaf, [-1]), dtype) for leaf in leaves], axis=0)
 
 
-def unravel(vector, like):
+def unravel(vector: Tensor, like: Nest) -> Nest:
     """The inverse of `ravel` for the structure, shapes and types of `like`."""
     leaves = tf.nest.flatten(like)
     sizes = [tf.size(leaf) if leaf.shape.num_elements() is None else leaf.shape.num_elements() for leaf in leaves]
@@ -87,7 +92,7 @@ def unravel(vector, like):
     return tf.nest.pack_sequence_as(like, shaped)
 
 
-def not_less(first, second):
+def not_less(first: Tensor, second: Tensor) -> Tensor:
     """Whether first < second does not hold, also where one of them is not a number.
 
     TensorFlow's graph optimizer turns `logical_not(a < b)` into `a >= b`, which does not hold there either.

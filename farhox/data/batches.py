@@ -5,12 +5,16 @@ and arguments of a `tf.function`: what `repeat` returns (one batch, T times), wh
 indices of each batch), or any other nest, whose leaves then have a leading axis T.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks, tree
+from farhox._core.types import Array, Batch, InnerBatches, Nest, Tensor
 
 
 class RepeatedBatch(NamedTuple):
@@ -21,8 +25,8 @@ class RepeatedBatch(NamedTuple):
         steps: Integer tensor [T]; its length carries T, so that T stays static in data sets.
     """
 
-    batch: Any
-    steps: Any
+    batch: Batch
+    steps: Tensor
 
 
 class GatheredBatches(NamedTuple):
@@ -33,11 +37,11 @@ class GatheredBatches(NamedTuple):
         indices: Integer tensor [T, batch].
     """
 
-    data: Any
-    indices: Any
+    data: Nest
+    indices: Tensor
 
 
-def repeat(batch, steps):
+def repeat(batch: Batch, steps: int | Tensor) -> RepeatedBatch:
     """The same batch in each of `steps` inner steps: full-batch training.
 
     Args:
@@ -54,7 +58,7 @@ def repeat(batch, steps):
     return RepeatedBatch(as_tensors("A batch", batch), tf.range(steps))
 
 
-def stack(batches):
+def stack(batches: Sequence[Batch]) -> Nest:
     """A list of T batches of equal shapes as one nest with a leading axis T.
 
     Args:
@@ -86,7 +90,7 @@ def stack(batches):
     return tf.nest.map_structure(lambda *leaves: tf.stack(leaves), *batches)
 
 
-def gather(data, indices):
+def gather(data: Nest, indices: Array) -> GatheredBatches:
     """Batches by their indices into arrays, which stay where they are.
 
     Args:
@@ -123,7 +127,7 @@ def gather(data, indices):
     return GatheredBatches(data, indices)
 
 
-def as_tensors(name, nest):
+def as_tensors(name: str, nest: Nest) -> Nest:
     """The nest with tensors for arrays and tuples for lists, which `tf.data` would pack.
 
     Raises:
@@ -140,7 +144,7 @@ def as_tensors(name, nest):
     return tf.nest.map_structure(converted, tree.lists_to_tuples(nest))
 
 
-def as_inner_batches(inner_batches):
+def as_inner_batches(inner_batches: InnerBatches) -> InnerBatches:
     """Checks inner batches and turns their leaves into tensors.
 
     Raises:
@@ -163,13 +167,13 @@ def as_inner_batches(inner_batches):
     return inner_batches
 
 
-def num_steps(inner_batches):
+def num_steps(inner_batches: InnerBatches) -> int | Tensor:
     """T: a Python int where it is static, else a scalar int32 tensor."""
     leaf = _leaves_with_steps(inner_batches)[0]
     return leaf.shape[0] if leaf.shape[0] is not None else tf.shape(leaf)[0]
 
 
-def batch_at(inner_batches, step):
+def batch_at(inner_batches: InnerBatches, step: Tensor) -> Batch:
     """The batch of the inner step `step`, a scalar integer tensor."""
     if isinstance(inner_batches, RepeatedBatch):
         return inner_batches.batch
@@ -188,7 +192,7 @@ def _leaves_with_steps(inner_batches):
     return tf.nest.flatten(inner_batches)
 
 
-def examples_of(inner_batches):
+def examples_of(inner_batches: InnerBatches) -> Nest:
     """The tensors that inner batches take their examples from: a batch, or one with further leading axes."""
     if isinstance(inner_batches, RepeatedBatch):
         return inner_batches.batch

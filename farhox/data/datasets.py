@@ -1,10 +1,13 @@
 """Data sets of hyper-iterations: elements (inner_batches, outer_batch) from arrays or `tf.data`."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Data
 from farhox.data.batches import GatheredBatches, RepeatedBatch, as_inner_batches, as_tensors
 from farhox.data.finite import raise_if_not_finite
 from farhox.data.streams import HyperIterations, continued, inner_stream, is_stream, outer_stream
@@ -12,8 +15,9 @@ from farhox.data.streams import HyperIterations, continued, inner_stream, is_str
 KERAS_IS_OLD = keras.__version__.startswith("3.8.")
 
 
-def bilevel_dataset(train, validation, inner_steps, batch_size=None, outer_batch_size=None, index=False, seed=0,
-                    hyper_iterations=None):
+def bilevel_dataset(train: Data, validation: Data, inner_steps: int, batch_size: int | None = None,
+                    outer_batch_size: int | None = None, index: bool = False, seed: int = 0,
+                    hyper_iterations: int | None = None) -> tf.data.Dataset:
     """A `tf.data.Dataset` whose elements are hyper-iterations, for `HyperOptimizer.fit`.
 
     **Arrays** are held once, and batches are made of indices into them. Without `batch_size` inner training is
@@ -164,7 +168,8 @@ def _read(name, dataset):
     return tf.nest.map_structure(lambda *leaves: np.stack(leaves), *examples)
 
 
-def k_fold_dataset(data, folds, inner_steps, batch_size=None, seed=0):
+def k_fold_dataset(data: Data, folds: int, inner_steps: int, batch_size: int | None = None,
+                   seed: int = 0) -> tf.data.Dataset:
     """A `tf.data.Dataset` of K-fold cross-validation for `EpisodesHG`: one element holds all folds.
 
     Episode k trains on all examples but those of fold k, and its outer batch is fold k; the outer loss and the
@@ -211,7 +216,7 @@ def k_fold_dataset(data, folds, inner_steps, batch_size=None, seed=0):
     return shuffled.map(element).take(1)
 
 
-def as_hyper_iterations(data, strategy):
+def as_hyper_iterations(data: Data, strategy: Any) -> Data:
     """The data of `HyperOptimizer.fit` as a data set, checked.
 
     Args:
@@ -244,7 +249,7 @@ def as_hyper_iterations(data, strategy):
         lambda context: data.shard(context.num_input_pipelines, context.input_pipeline_id))
 
 
-def pair(element):
+def pair(element: Any) -> Any:
     """(inner_batches, outer_batch), or a ValueError if the element of the data set is not such a pair."""
     if not isinstance(element, (tuple, list)) or len(element) != 2:
         length = f" of length {len(element)}" if isinstance(element, (tuple, list)) else ""
@@ -253,7 +258,7 @@ def pair(element):
     return element
 
 
-def raise_if_endless(data, name, steps):
+def raise_if_endless(data: Data, name: str, steps: int) -> None:
     """Raises a ValueError for data without an end of which nobody says how much is wanted.
 
     Args:

@@ -1,11 +1,14 @@
 """Where data hold a value that is not finite: one such value in one example spoils all that is computed of it."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from farhox._core import tree
+from farhox._core.types import Nest
 
 
-def first_not_finite(nest):
+def first_not_finite(nest: Nest) -> Any:
     """The place of the first value in a nest of tensors that is not finite, in TensorFlow operations.
 
     Returns:
@@ -31,7 +34,7 @@ def first_not_finite(nest):
     return place
 
 
-def raise_if_not_finite(name, nest):
+def raise_if_not_finite(name: str, nest: Nest) -> None:
     """Raises a ValueError that says where data hold NaN or infinity; inside a graph values are not known."""
     if not tf.executing_eagerly() or tree.is_finite(nest):
         return
@@ -39,7 +42,7 @@ def raise_if_not_finite(name, nest):
                      f"{place_in_words(first_not_finite(nest).numpy())}")
 
 
-def place_in_words(place):
+def place_in_words(place: Any) -> str:
     """A place found by `first_not_finite`, as a person reads it."""
     number, *index = (int(part) for part in place)
     return f"array {number} at index {[part for part in index if part >= 0]}"

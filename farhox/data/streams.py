@@ -1,10 +1,16 @@
 """Streams of batches for inner training: `tf.data` pipelines and `keras.utils.PyDataset` as they are."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Data
 from farhox.data.batches import GatheredBatches, RepeatedBatch
 
 
@@ -16,7 +22,7 @@ class HyperIterations(tf.data.Dataset):
         advance: Callable that goes on by one epoch without giving its elements out.
     """
 
-    def __init__(self, dataset, advance):
+    def __init__(self, dataset: Data, advance: Callable[..., Any]) -> None:
         self._dataset = dataset
         self._advance = advance
         super().__init__(dataset._variant_tensor)
@@ -25,10 +31,10 @@ class HyperIterations(tf.data.Dataset):
         return [self._dataset]
 
     @property
-    def element_spec(self):
+    def element_spec(self) -> Any:
         return self._dataset.element_spec
 
-    def skip_epochs(self, epochs):
+    def skip_epochs(self, epochs: int) -> None:
         """Leaves out the next epochs: for a run that goes on after an interruption, with the data it would have had.
 
         Order and draws of random augmentation go on as if the epochs had been read. Arrays skip at once. A stream reads
@@ -44,12 +50,12 @@ class HyperIterations(tf.data.Dataset):
             self._advance()
 
 
-def is_stream(data):
+def is_stream(data: Data) -> bool:
     """Whether data are read as they come, rather than held as arrays."""
     return isinstance(data, (tf.data.Dataset, keras.utils.PyDataset))
 
 
-def inner_stream(data, inner_steps, batch_size, seed):
+def inner_stream(data: Data, inner_steps: int, batch_size: int | None, seed: int | None) -> Any:
     """An endless data set of inner batches, T steps each, from a stream of training data.
 
     Returns:
@@ -69,12 +75,12 @@ def inner_stream(data, inner_steps, batch_size, seed):
             None if count is None else max(1, count // inner_steps))
 
 
-def outer_stream(data, batch_size, seed):
+def outer_stream(data: Data, batch_size: int | None, seed: int | None) -> Any:
     """An endless data set of outer batches from a stream of validation data."""
     return _batches("validation", data, "outer_batch_size", batch_size, seed)[0]
 
 
-def continued(elements, epoch):
+def continued(elements: Data, epoch: int) -> HyperIterations:
     """`HyperIterations` of which each iteration goes on where the last one ended, `epoch` elements long.
 
     One iterator reads the elements, whoever asks: a pipeline that starts anew in each epoch would repeat the draws of

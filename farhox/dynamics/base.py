@@ -3,6 +3,8 @@
 Settings are those of `farhox.dynamics.settings`.
 """
 
+from __future__ import annotations
+
 import abc
 import dataclasses
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import tensorflow as tf
 
 from farhox._core import tree
+from farhox._core.types import Nest, Tensor, Tensors, Variables
 from farhox.dynamics.settings import check_decays, check_setting, setting_per_variable, setting_value
+from farhox.outer.outer_variable import Setting
 from farhox.outer.regularizers import warn_of_subgradients
 
 
@@ -37,7 +41,7 @@ class InnerDynamics(abc.ABC):
     taken_over = ()
 
     @abc.abstractmethod
-    def initial_slots(self, variables):
+    def initial_slots(self, variables: Tensors) -> Nest:
         """The optimizer's own part of the inner state before the first step.
 
         Args:
@@ -48,7 +52,7 @@ class InnerDynamics(abc.ABC):
         """
 
     @abc.abstractmethod
-    def update(self, gradients, variables, slots, step):
+    def update(self, gradients: Tensors, variables: Tensors, slots: Nest, step: Tensor) -> tuple[Tensors, Nest]:
         """One step.
 
         Args:
@@ -61,7 +65,7 @@ class InnerDynamics(abc.ABC):
             New variables, new slots.
         """
 
-    def finished(self, variables, slots):
+    def finished(self, variables: Tensors, slots: Nest) -> Tensors:
         """The inner variables as training leaves them when it ends: what a Keras optimizer does at the end of `fit`.
 
         Args:
@@ -74,7 +78,7 @@ class InnerDynamics(abc.ABC):
         del slots
         return variables
 
-    def bound_to(self, variables):
+    def bound_to(self, variables: Variables) -> InnerDynamics:
         """The dynamics of one problem, which asks once for it. Dynamics that need more than tensors override this.
 
         Args:
@@ -100,16 +104,16 @@ class GradientDescent(InnerDynamics):
         ValueError: If it is negative or not finite.
     """
 
-    learning_rate: Any = 0.01
+    learning_rate: Setting | list[Setting] = 0.01
     first_order: bool = False
 
     def __post_init__(self):
         check_setting("learning_rate", self.learning_rate, low=0.0, per_variable=True)
 
-    def initial_slots(self, variables):
+    def initial_slots(self, variables: Tensors) -> Nest:
         return []
 
-    def update(self, gradients, variables, slots, step):
+    def update(self, gradients: Tensors, variables: Tensors, slots: Nest, step: Tensor) -> tuple[Tensors, Nest]:
         rates = setting_per_variable(self.learning_rate, variables, step)
         return [w - rate * g for w, rate, g in zip(variables, rates, gradients)], slots
 
@@ -132,8 +136,8 @@ class Momentum(InnerDynamics):
         ValueError: If a setting is out of range.
     """
 
-    learning_rate: Any = 0.01
-    momentum: Any = 0.9
+    learning_rate: Setting | list[Setting] = 0.01
+    momentum: Setting = 0.9
     nesterov: bool = False
     first_order: bool = False
 
@@ -141,10 +145,10 @@ class Momentum(InnerDynamics):
         check_setting("learning_rate", self.learning_rate, low=0.0, per_variable=True)
         check_setting("momentum", self.momentum, low=0.0, high=1.0)
 
-    def initial_slots(self, variables):
+    def initial_slots(self, variables: Tensors) -> Nest:
         return tree.zeros_like(variables)
 
-    def update(self, gradients, variables, slots, step):
+    def update(self, gradients: Tensors, variables: Tensors, slots: Nest, step: Tensor) -> tuple[Tensors, Nest]:
         rates = setting_per_variable(self.learning_rate, variables, step)
         decays = setting_per_variable(self.momentum, variables, step)
         slots = [decay * m + g for decay, m, g in zip(decays, slots, gradients)]
@@ -179,10 +183,10 @@ class Adam(InnerDynamics):
         [Kingma and Ba, 2014](https://arxiv.org/abs/1412.6980), Algorithm 1 and the last remark of section 2.
     """
 
-    learning_rate: Any = 0.001
-    beta_1: Any = 0.9
-    beta_2: Any = 0.999
-    epsilon: Any = 1e-7
+    learning_rate: Setting | list[Setting] = 0.001
+    beta_1: Setting = 0.9
+    beta_2: Setting = 0.999
+    epsilon: Setting = 1e-7
     first_order: bool = False
 
     def __post_init__(self):
@@ -191,14 +195,14 @@ class Adam(InnerDynamics):
             check_setting(name, getattr(self, name), low=0.0, below=1.0)
         check_setting("epsilon", self.epsilon, low=0.0)
 
-    def bound_to(self, variables):
+    def bound_to(self, variables: Variables) -> InnerDynamics:
         check_decays({"beta_1": self.beta_1, "beta_2": self.beta_2}, variables, "Adam")
         return super().bound_to(variables)
 
-    def initial_slots(self, variables):
+    def initial_slots(self, variables: Tensors) -> Nest:
         return [tree.zeros_like(variables), tree.zeros_like(variables)]
 
-    def update(self, gradients, variables, slots, step):
+    def update(self, gradients: Tensors, variables: Tensors, slots: Nest, step: Tensor) -> tuple[Tensors, Nest]:
         rates = setting_per_variable(self.learning_rate, variables, step)
         new_variables, first_moments, second_moments = [], [], []
         for w, g, m, v, rate in zip(variables, gradients, *slots, rates):
@@ -219,7 +223,7 @@ _COUNTERPARTS = {"Adam": "keras.optimizers.Adam", "Momentum": "keras.optimizers.
                  "GradientDescent": "keras.optimizers.SGD"}
 
 
-def check_keras_optimizer(name, optimizer):
+def check_keras_optimizer(name: str, optimizer: Any) -> None:
     """Raises a TypeError that says what to write if inner dynamics come where a Keras optimizer is asked for.
 
     Args:

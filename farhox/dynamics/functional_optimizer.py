@@ -8,6 +8,7 @@ import abc
 import numbers
 import re
 import warnings
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -15,6 +16,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from farhox._core import functional
+from farhox._core.types import Config, DType, Shape, Tensor, Variables
 from farhox.outer.hyperparameters import OuterVariable
 
 # What an optimizer may keep that reads variables.
@@ -79,13 +81,13 @@ class Setting(_Operand):
 
     __hash__ = object.__hash__
 
-    def __init__(self, name, value):
+    def __init__(self, name: str, value: Tensor) -> None:
         self._name = name
         self._value = value
         self.used = False
 
     @property
-    def dtype(self):
+    def dtype(self) -> tf.DType:
         """Type of the tensor."""
         return self._value.dtype
 
@@ -131,12 +133,12 @@ class Slot(keras.Variable):
     """
 
     @property
-    def value(self):
+    def value(self) -> Any:
         return _LateRead(self) if in_stateless_scope() else keras.Variable.value.fget(self)
 
 
 class _LateRead(_Operand):
-    def __init__(self, slot):
+    def __init__(self, slot: Any) -> None:
         self._slot = slot
 
     def __tf_tensor__(self, dtype=None, name=None):
@@ -147,7 +149,7 @@ class _LateRead(_Operand):
         return getattr(tf.convert_to_tensor(self), name)
 
 
-def optimizer_config(optimizer):
+def optimizer_config(optimizer: keras.optimizers.Optimizer) -> Config:
     """The optimizer's configuration.
 
     Raises:
@@ -161,7 +163,7 @@ def optimizer_config(optimizer):
         raise _not_copyable(optimizer, f"get_config() failed with {error!r}") from error
 
 
-def functional_copy(optimizer, floats):
+def functional_copy(optimizer: keras.optimizers.Optimizer, floats: Any) -> Any:
     """A copy of an optimizer, not built, whose `apply` can run in a scope.
 
     Args:
@@ -201,7 +203,7 @@ def functional_copy(optimizer, floats):
     return copy
 
 
-def held_variables(optimizer):
+def held_variables(optimizer: keras.optimizers.Optimizer) -> Variables:
     """The variables that an optimizer reads through its attributes and that are not its own, as a list."""
     own = {id(variable) for variable in [*optimizer.variables, *vars(optimizer).get("_trainable_variables", ())]}
     attributes = {name: value for name, value in vars(optimizer).items()  # The others with an underscore are Keras'.
@@ -221,7 +223,7 @@ def _variables_in(value):
     return _variables_in(vars(value)) if isinstance(value, _HOLDERS) else []
 
 
-def use_weight_decay_as(optimizer, copy, variables):
+def use_weight_decay_as(optimizer: keras.optimizers.Optimizer, copy: Any, variables: Variables) -> None:
     """Excludes the same variables from weight decay in the copy."""
     excluded = vars(optimizer).get("_exclude_from_weight_decay", ())
     pattern = vars(optimizer).get("_exclude_from_weight_decay_pattern")
@@ -235,7 +237,7 @@ def use_weight_decay_as(optimizer, copy, variables):
     vars(copy)["_exclude_from_weight_decay_cache"] = decays
 
 
-def view_of(copy, **attributes):
+def view_of(copy: Any, **attributes: Any) -> Any:
     """An object of its own with the copy's variables, and other attributes."""
     view = object.__new__(type(copy))
     vars(view).update(vars(copy), **attributes)
@@ -281,7 +283,7 @@ class _Functional(keras.optimizers.Optimizer):
     _overwrite_model_variables_with_average_value = BaseOptimizer._overwrite_model_variables_with_average_value
     _backend_increment_gradient_accumulators = BaseOptimizer._backend_increment_gradient_accumulators
 
-    def add_variable(self, shape, initializer="zeros", dtype=None, **kwargs):
+    def add_variable(self, shape: Shape, initializer: Any = "zeros", dtype: DType | None = None, **kwargs: Any) -> Any:
         if self.recreated is not None:
             slot = next(self.recreated)
             slot.assign(keras.initializers.get(initializer)(shape, dtype=slot.dtype))

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import numbers
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -16,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import exact, functional
+from farhox._core.types import Nest, Tensor, Tensors, Variables
 from farhox.dynamics.base import InnerDynamics, check_keras_optimizer
 from farhox.dynamics.functional_optimizer import (
     Setting,
@@ -92,14 +94,14 @@ class KerasDynamics(InnerDynamics):
             0.999 is in bfloat16. In an inner step: if the optimizer assigns a variable that is not its own.
     """
 
-    optimizer: Any
+    optimizer: keras.optimizers.Optimizer
     first_order: bool
-    settings: Any
+    settings: Mapping[str, Any]
     _parts: Any = dataclasses.field(default=None, repr=False)
 
     applies_constraints = True
 
-    def __init__(self, optimizer, first_order=False, **settings):
+    def __init__(self, optimizer: keras.optimizers.Optimizer, first_order: bool = False, **settings: Any) -> None:
         check_keras_optimizer("optimizer", optimizer)
         base = keras.optimizers.Optimizer
         if not isinstance(optimizer, base) or type(optimizer) is base:
@@ -114,14 +116,14 @@ class KerasDynamics(InnerDynamics):
         object.__setattr__(self, "settings", types.MappingProxyType(settings))
 
     @property
-    def zero_gradient_is_stationary(self):
+    def zero_gradient_is_stationary(self) -> bool:
         """Whether no optimizer in it decays or shrinks the variables by itself."""
         optimizers = [self.optimizer] if self._parts is None else [part.optimizer for part in self._parts]
         shrinking = [self.settings.get(name, vars(optimizer).get(name))
                      for optimizer in optimizers for name in _SHRINKING]
         return all(value is None or isinstance(value, numbers.Real) and value == 0 for value in shrinking)
 
-    def bound_to(self, variables):
+    def bound_to(self, variables: Variables) -> InnerDynamics:
         check_length(self.settings.get("learning_rate"), variables)
         warn_of_subgradients(variables, self)
         bound = copy.copy(self)
@@ -132,10 +134,10 @@ class KerasDynamics(InnerDynamics):
                 for optimizer, indices in _groups(self.optimizer, variables)])
         return bound
 
-    def initial_slots(self, variables):
+    def initial_slots(self, variables: Tensors) -> Nest:
         return [part.initial_slots([variables[index] for index in part.indices]) for part in self._bound_parts()]
 
-    def update(self, gradients, variables, slots, step):
+    def update(self, gradients: Tensors, variables: Tensors, slots: Nest, step: Tensor) -> tuple[Tensors, Nest]:
         new_variables, new_slots = list(variables), []
         for part, own_slots in zip(self._bound_parts(), slots):
             own_variables, own_slots = part.update(
@@ -146,7 +148,7 @@ class KerasDynamics(InnerDynamics):
             new_slots.append(own_slots)
         return new_variables, new_slots
 
-    def finished(self, variables, slots):
+    def finished(self, variables: Tensors, slots: Nest) -> Tensors:
         finished = list(variables)
         for part, own_slots in zip(self._bound_parts(), slots):
             own = part.finished([variables[index] for index in part.indices], own_slots)
@@ -162,7 +164,7 @@ class KerasDynamics(InnerDynamics):
         return self._parts
 
 
-def learnable_settings(optimizer):
+def learnable_settings(optimizer: keras.optimizers.Optimizer) -> list[str]:
     """The names of a Keras optimizer's settings that can be outer variables, a sorted list."""
     return sorted(_float_settings(optimizer) - set(_without_derivative(optimizer)))
 
@@ -189,12 +191,12 @@ class _Part:
     initial_values: list
     rebuilds: bool
 
-    def initial_slots(self, variables):
+    def initial_slots(self, variables: Tensors) -> Nest:
         if self.rebuilds:
             return self.rebuild(variables).values[len(variables):]
         return self._constant_slots()
 
-    def rebuild(self, variables):
+    def rebuild(self, variables: Tensors) -> functional.FunctionalResult:
         """Runs the optimizer's `build` again on the slots there are, as a `FunctionalResult`."""
         view = self._view(variables, tf.constant(0, tf.int64))
         del vars(view)["_tracker"]  # Neither Keras nor, by the last attribute, TensorFlow keeps track of a view.
@@ -203,7 +205,7 @@ class _Part:
         return functional.call(view.build, self.variables, bindings=[
             *zip(self.variables, variables), *zip(self.slots, self._constant_slots())])
 
-    def update(self, gradients, variables, slots, step):
+    def update(self, gradients: Tensors, variables: Tensors, slots: Nest, step: Tensor) -> tuple[Tensors, Nest]:
         # Settings are read here, in the scope of the outer variables, which the optimizer's own scope hides.
         view = self._view(variables, step)
 
@@ -223,7 +225,7 @@ class _Part:
         count = len(variables)
         return result.values[:count], result.values[count:-1]
 
-    def finished(self, variables, slots):
+    def finished(self, variables: Tensors, slots: Nest) -> Tensors:
         """The variables after the optimizer's `finalize_variable_values`."""
         view = self._view(variables, tf.constant(0, tf.int64))
         result = functional.call(view.finalize_variable_values, self.variables, bindings=[

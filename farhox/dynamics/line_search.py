@@ -1,13 +1,15 @@
 """Gradient descent that finds its step size by a line search, as inner dynamics."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import tensorflow as tf
 
 from farhox._core import checks, tree
+from farhox._core.types import Nest, Tensor, Tensors
 from farhox.dynamics.base import InnerDynamics
 from farhox.dynamics.settings import check_setting, setting_per_variable
+from farhox.outer.outer_variable import Setting
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +40,7 @@ class BacktrackingGradientDescent(InnerDynamics):
         [Armijo, 1966](https://doi.org/10.2140/pjm.1966.16.1).
     """
 
-    learning_rate: Any = 1.0
+    learning_rate: Setting | list[Setting] = 1.0
     decrease: float = 0.5
     shrink: float = 0.5
     max_backtracks: int = 30
@@ -52,10 +54,11 @@ class BacktrackingGradientDescent(InnerDynamics):
             checks.number_between(name, getattr(self, name), 0, 1)
         checks.non_negative_integer("max_backtracks", self.max_backtracks)
 
-    def initial_slots(self, variables):
+    def initial_slots(self, variables: Tensors) -> Nest:
         return [tf.constant(0)]
 
-    def update(self, gradients, variables, slots, step, objective):
+    def update(self, gradients: Tensors, variables: Tensors, slots: Nest, step: Tensor,
+               objective: Callable[[Tensors], Tensor]) -> tuple[Tensors, Nest]:
         rates = setting_per_variable(self.learning_rate, variables, step)
         moves = [rate * g for rate, g in zip(rates, gradients)]
         k = self._backtracks(_constants(gradients), _constants(variables), _constants(moves), objective)

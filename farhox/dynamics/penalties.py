@@ -6,13 +6,16 @@ for those here; on the border between two pieces the derivative is that of the p
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core.types import Tensor
 from farhox.dynamics.settings import check_setting, setting_value
+from farhox.outer.outer_variable import Setting
 
 
 class Penalty(abc.ABC):
@@ -25,11 +28,11 @@ class Penalty(abc.ABC):
     elementwise = False
 
     @abc.abstractmethod
-    def value(self, w, step=0):
+    def value(self, w: Tensor, step: Any = 0) -> Tensor:
         """P(w), a scalar tensor; `step` is the inner step."""
 
     @abc.abstractmethod
-    def proximal(self, v, step_size, step=0):
+    def proximal(self, v: Tensor, step_size: Tensor, step: Any = 0) -> Tensor:
         """argmin_x 1/2 ||x - v||^2 + step_size P(x).
 
         Args:
@@ -54,17 +57,17 @@ class L1(Penalty):
         ValueError: If it is negative or not finite, or, when used, does not broadcast to w.
     """
 
-    strength: Any
+    strength: Setting
 
     elementwise = True
 
     def __post_init__(self):
         _check_strength(self.strength)
 
-    def value(self, w, step=0):
+    def value(self, w: Tensor, step: Any = 0) -> Tensor:
         return tf.reduce_sum(_strength_of(self.strength, step, w.dtype, w.shape) * tf.abs(w))
 
-    def proximal(self, v, step_size, step=0):
+    def proximal(self, v: Tensor, step_size: Tensor, step: Any = 0) -> Tensor:
         threshold = step_size * _strength_of(self.strength, step, v.dtype, v.shape)
         # Without a threshold the map is the identity, at zero too.
         kept = tf.logical_or(tf.abs(v) > threshold, tf.equal(threshold, 0))
@@ -87,8 +90,8 @@ class GroupLasso(Penalty):
         ValueError: If the strength is negative or not finite, or, when used, does not broadcast to the groups.
     """
 
-    strength: Any
-    axis: Any = -1
+    strength: Setting
+    axis: int | Sequence[int] = -1
 
     def __post_init__(self):
         _check_strength(self.strength)
@@ -96,11 +99,11 @@ class GroupLasso(Penalty):
         if not axes or any(isinstance(axis, bool) or not isinstance(axis, (int, np.integer)) for axis in axes):
             raise TypeError(f"axis must be an integer or a tuple of integers. Received: {self.axis!r}")
 
-    def value(self, w, step=0):
+    def value(self, w: Tensor, step: Any = 0) -> Tensor:
         lengths = self._lengths(w)
         return tf.reduce_sum(_strength_of(self.strength, step, w.dtype, lengths.shape) * lengths)
 
-    def proximal(self, v, step_size, step=0):
+    def proximal(self, v: Tensor, step_size: Tensor, step: Any = 0) -> Tensor:
         lengths = self._lengths(v)
         threshold = step_size * _strength_of(self.strength, step, v.dtype, lengths.shape)
         kept = tf.logical_or(lengths > threshold, tf.equal(threshold, 0))
@@ -131,15 +134,15 @@ class NuclearNorm(Penalty):
         [Lewis and Sendov, 2001](https://doi.org/10.1137/S089547980036838X) (derivatives of functions of eigenvalues).
     """
 
-    strength: Any
+    strength: Setting
 
     def __post_init__(self):
         _check_strength(self.strength)
 
-    def value(self, w, step=0):
+    def value(self, w: Tensor, step: Any = 0) -> Tensor:
         return _strength_of(self.strength, step, w.dtype, ()) * tf.reduce_sum(tf.linalg.svd(w, compute_uv=False))
 
-    def proximal(self, v, step_size, step=0):
+    def proximal(self, v: Tensor, step_size: Tensor, step: Any = 0) -> Tensor:
         if v.shape.rank != 2:
             raise ValueError(f"The nuclear norm is that of a matrix. Received a variable of shape {tuple(v.shape)}")
         return _shrunk_singular_values(v, step_size * _strength_of(self.strength, step, v.dtype, ()))
@@ -157,7 +160,7 @@ class Projection(Penalty):
         TypeError: If it is no Keras constraint.
     """
 
-    constraint: Any
+    constraint: keras.constraints.Constraint
 
     elementwise = True  # A step size does not matter.
 
@@ -166,10 +169,10 @@ class Projection(Penalty):
             raise TypeError("constraint must be a keras.constraints.Constraint that projects, for example "
                             f"farhox.constraints.Simplex(). Received: {self.constraint!r}")
 
-    def value(self, w, step=0):
+    def value(self, w: Tensor, step: Any = 0) -> Tensor:
         return tf.zeros([], w.dtype)
 
-    def proximal(self, v, step_size, step=0):
+    def proximal(self, v: Tensor, step_size: Tensor, step: Any = 0) -> Tensor:
         return tf.convert_to_tensor(self.constraint(v))
 
 

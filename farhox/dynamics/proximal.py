@@ -6,10 +6,12 @@ from typing import Any
 
 import keras
 
+from farhox._core.types import Nest, Tensor, Tensors, Variables
 from farhox.dynamics.base import InnerDynamics
 from farhox.dynamics.penalties import L1, Penalty, Projection
 from farhox.dynamics.settings import check_setting, setting_per_variable
 from farhox.outer.constraints import Box
+from farhox.outer.outer_variable import Setting
 from farhox.outer.regularizers import L1L2
 
 # Projections on intervals, which may follow a soft threshold: the two together are the proximal map of the sum.
@@ -54,7 +56,7 @@ class ProximalGradient(InnerDynamics):
         [Bertrand et al., 2020](https://arxiv.org/abs/2002.08943) (hypergradients on the support).
     """
 
-    learning_rate: Any = 0.01
+    learning_rate: Setting | list[Setting] = 0.01
     penalty: Any = None
     first_order: bool = False
     taken_over: Any = dataclasses.field(default=(), repr=False, init=False)
@@ -70,7 +72,7 @@ class ProximalGradient(InnerDynamics):
                                 f", a Keras constraint, or a list of these. Received: {penalty!r} of type "
                                 f"{type(penalty).__name__}")
 
-    def bound_to(self, variables):
+    def bound_to(self, variables: Variables) -> InnerDynamics:
         bound = copy.copy(self)
         regularized = [_of_regularizer(variable) for variable in variables]
         given = self._given(variables)
@@ -94,10 +96,10 @@ class ProximalGradient(InnerDynamics):
             variable for variable, own in zip(variables, regularized) if own is not None))
         return bound
 
-    def initial_slots(self, variables):
+    def initial_slots(self, variables: Tensors) -> Nest:
         return []
 
-    def update(self, gradients, variables, slots, step):
+    def update(self, gradients: Tensors, variables: Tensors, slots: Nest, step: Tensor) -> tuple[Tensors, Nest]:
         penalties = self._given(variables) if self._penalties is None else self._penalties
         rates = setting_per_variable(self.learning_rate, variables, step)
         new = []

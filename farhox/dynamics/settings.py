@@ -7,16 +7,20 @@ list with one of these per inner variable.
 
 import inspect
 import numbers
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core.types import DType, Tensor, Tensors, Variables
 from farhox.outer.hyperparameters import ExampleWeights
 from farhox.outer.outer_variable import OuterVariable, value_of
 
 
-def check_setting(name, setting, low=None, high=None, above=None, below=None, per_variable=False):
+def check_setting(name: str, setting: Any, low: float | None = None, high: float | None = None,
+                  above: float | None = None, below: float | None = None, per_variable: bool = False) -> None:
     """Raises an error unless `setting` is a setting, and what is known of its value is finite and in its range.
 
     Known are numbers, the current values of variables, and the start of a schedule of Keras' own.
@@ -54,7 +58,7 @@ def check_setting(name, setting, low=None, high=None, above=None, below=None, pe
                          f"Received: {name}={setting!r}")
 
 
-def check_decays(settings, variables, owner):
+def check_decays(settings: Mapping[str, Any], variables: Variables, owner: str) -> None:
     """Raises a ValueError if a decay is rounded to 1 in the type of an inner variable, as 0.999 is in bfloat16.
 
     A bias correction of 1 - decay^t is zero then: no variable ever moves, or all become NaN.
@@ -74,7 +78,7 @@ def check_decays(settings, variables, owner):
                     "(mixed_bfloat16), whose variables are float32, or take a smaller one, for example 0.98.")
 
 
-def setting_value(setting, step, dtype):
+def setting_value(setting: Any, step: Tensor, dtype: DType) -> Tensor:
     """The value of a setting at the inner step `step` as a tensor of type `dtype`.
 
     Raises:
@@ -99,7 +103,7 @@ def _no_number(setting, value):
                      f"Received: {setting!r}, which returned {value!r}")
 
 
-def setting_per_variable(setting, variables, step):
+def setting_per_variable(setting: Any, variables: list[Any], step: Tensor) -> Tensors:
     """One value of a setting for each of the inner variables.
 
     Raises:
@@ -111,7 +115,7 @@ def setting_per_variable(setting, variables, step):
     return [setting_value(setting, step, w.dtype) for w in variables]
 
 
-def check_length(setting, variables):
+def check_length(setting: Any, variables: Variables) -> None:
     """Raises a ValueError if a list of learning rates does not fit the inner variables."""
     if isinstance(setting, (list, tuple)) and len(setting) != len(variables):
         raise ValueError("A list of learning rates must have one entry per inner variable. "

@@ -1,17 +1,22 @@
 """SavedModels for TensorFlow Serving, of learners and of models: no Python and no farhox where they are served."""
 
+from __future__ import annotations
+
 import inspect
 import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Sequence
 
+import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from farhox import stn
 from farhox._core import checks, functional
+from farhox._core.types import Array, Arrays
 from farhox.export.signatures import checked, from_examples, network_of, signatures_of
 
 _EXISTS = "A version is never overwritten. Received: version={version}, which exists in {directory}"
@@ -19,8 +24,9 @@ _LABELS = "labels.txt"
 _WARMUP = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
 
 
-def saved_model(learner_or_model, directory, version=None, labels=None, serialized_examples=False, warmup=False,
-                float16=False, jit_compile=False):
+def saved_model(learner_or_model: keras.Model, directory: str | os.PathLike, version: int | None = None,
+                labels: Sequence[str] | None = None, serialized_examples: bool = False, warmup: int = False,
+                float16: bool = False, jit_compile: bool = False) -> str:
     """Writes a SavedModel as a new version of a served model: `directory/<version>/saved_model.pb`.
 
     Signatures, all with sizes of batches that are open:
@@ -91,7 +97,7 @@ def saved_model(learner_or_model, directory, version=None, labels=None, serializ
         return _publish(made, directory, version)
 
 
-def load(directory, version=None):
+def load(directory: str | os.PathLike, version: int | None = None) -> ServedModel:
     """A handle on an exported model, for tests and notebooks.
 
     Args:
@@ -133,7 +139,7 @@ class ServedModel:
             which is a dictionary from names to `tf.TensorSpec`.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.path = pathlib.Path(path)
         self.version = int(self.path.name)
         self._model = tf.saved_model.load(str(self.path))
@@ -144,7 +150,7 @@ class ServedModel:
         labels = self.path / "assets" / _LABELS
         self.labels = _read_labels(labels, self.signatures) if labels.exists() else None
 
-    def predict(self, signature="serving_default", **inputs):
+    def predict(self, signature: str = "serving_default", **inputs: Array) -> Arrays:
         """The answer to a request.
 
         Args:

@@ -4,6 +4,8 @@ The checks are operations of the graph. They run before everything else, so that
 operation that would name itself instead of the input.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 
@@ -11,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from farhox import meta
+from farhox._core.types import Tensors
 from farhox.training.hyper_optimizer import HyperOptimizer
 
 
@@ -34,7 +37,7 @@ class Input:
     feature: Any = None
 
     @property
-    def axes(self):
+    def axes(self) -> str:
         """The shape as people read it."""
         return f"[{', '.join(str(size) for size in self.shape)}]"
 
@@ -54,7 +57,7 @@ class Signature:
     output_shapes: dict
 
 
-def signatures_of(model):
+def signatures_of(model: Any) -> dict[str, Signature]:
     """The signatures of a learner, a prototypical network or a Keras model: a dictionary by name.
 
     Raises:
@@ -79,14 +82,14 @@ def signatures_of(model):
     return signatures
 
 
-def network_of(model):
+def network_of(model: Any) -> keras.Model:
     """The Keras model whose weights an export holds."""
     if isinstance(model, meta.PrototypicalNetwork):
         return model.embedding
     return model.model if isinstance(model, meta.Learner) else model
 
 
-def checked(inputs, tensors):
+def checked(inputs: list[Input], tensors: Tensors) -> Tensors:
     """The tensors with their shapes set, behind the checks of all of them."""
     sizes = {}
     passed = []
@@ -128,7 +131,7 @@ def checked(inputs, tensors):
         return [tf.identity(tensor) for tensor, _ in passed]
 
 
-def from_examples(signature):
+def from_examples(signature: Signature) -> Signature:
     """The signature that takes each group of inputs as serialized `tf.train.Example`s.
 
     Inputs with the same first axis are features of one example.

@@ -1,12 +1,20 @@
 """DartsHG: the last inner step differentiated, with a finite difference in the place of second derivatives."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
 from farhox._core import checks, tree
 from farhox._core.linearized import zeros_for_none
+from farhox._core.types import Batch, Carry
 from farhox.hypergradients.base import SingleHyperGradient, result
+from farhox.problem.inner_training import InnerTraining
+
+if TYPE_CHECKING:
+    from farhox.hypergradients.base import HyperGradientResult
 
 _SEES = ("DartsHG sees what the objectives and the last inner step depend on. An initial value without a proximal term "
          "acts through all steps: use ReverseHG or ForwardHG for it.")
@@ -43,7 +51,7 @@ class DartsHG(SingleHyperGradient):
 
     shares_features = False
 
-    def differentiate(self, training, outer_batch, carry):
+    def differentiate(self, training: InnerTraining, outer_batch: Batch, carry: Carry) -> HyperGradientResult:
         last = training.steps - 1
         if training.problem.stop_tolerance is not None:
             # Which step is the last one shows only at the end: the inner training runs once more.

@@ -1,13 +1,22 @@
 """EvoGradHG: the hypergradient from perturbed copies of the inner variables, without second derivatives."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.step_graph import StepGraph
+from farhox._core.types import Batch, Carry
 from farhox.data.batches import batch_at
 from farhox.hypergradients.base import SingleHyperGradient, result
+from farhox.problem.bilevel import BilevelProblem
+from farhox.problem.inner_training import InnerTraining
+
+if TYPE_CHECKING:
+    from farhox.hypergradients.base import HyperGradientResult
 
 _SEES = ("EvoGradHG sees what the inner and the outer objective depend on, at the end of the inner training. A "
          "learning rate or another setting of the dynamics, and an initial value without a proximal term, act through "
@@ -27,8 +36,9 @@ class EvoGradHG(SingleHyperGradient):
     size sigma^2 (1 - 1/K) / temperature. With the default settings that is about 1e-5: outer optimizers that rescale
     (Adam) suit it, and a part of E that depends on λ explicitly would outweigh it.
 
-    The draws follow from the seed and the number of the hyper-iteration, `compute(iteration=)`: with the same number
-    the same draws, in all episodes of a problem `over_episodes`.
+    The draws follow from the seed and a count of hyper-iterations, which `result.carry` holds: passed back, the next
+    computation draws anew; without a carry it repeats the same draws. Under `EpisodesHG`, which keeps no memory, every
+    episode has the same draws in each hyper-iteration.
 
     `result.outer_loss` is E(w_T, λ) as in every method; the diagnostics hold "mixture_loss", E(w*, λ).
 
@@ -52,6 +62,8 @@ class EvoGradHG(SingleHyperGradient):
     seed: int = 0
     sign: bool = True
 
+    carry_outlives_state = True
+
     def __post_init__(self):
         if not checks.is_integer(self.perturbations) or self.perturbations < 2:
             raise ValueError("perturbations must be an integer of at least 2, because a single copy always has the "
@@ -62,11 +74,12 @@ class EvoGradHG(SingleHyperGradient):
 
     shares_features = False
 
-    def differentiate(self, training, outer_batch, carry):
+    def differentiate(self, training: InnerTraining, outer_batch: Batch, carry: Carry) -> HyperGradientResult:
         problem, outer = training.problem, training.outer
         run = training.run()
         batch = batch_at(training.inner_batches, run.steps - 1)
-        given = run.state, self._noise(run.state.variables, training.iteration), batch, outer_batch
+        (draw,) = carry or [tf.constant(0, tf.int64)]
+        given = run.state, self._noise(run.state.variables, draw), batch, outer_batch
         flat = tf.nest.flatten(given)
 
         def losses(inputs):
@@ -99,7 +112,10 @@ class EvoGradHG(SingleHyperGradient):
                            [*zip(graph.inputs, outer + flat), (ones[0], tf.ones([], graph.outputs[0].dtype))])
         found = iter(values[2:])
         gradients = training.gradients([None if part is None else next(found) for part in wanted], sees=_SEES)
-        return result(training, gradients, values[1], run, mixture_loss=values[0])
+        return result(training, gradients, values[1], run, carry=[draw + 1], mixture_loss=values[0])
+
+    def initial_carry(self, problem: BilevelProblem) -> Carry:
+        return [tf.constant(0, tf.int64)]
 
     def _noise(self, variables, draw):
         """ε_k for each inner variable: tensors [K, *shape] that follow from the seed and the number of the draw."""

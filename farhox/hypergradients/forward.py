@@ -1,12 +1,20 @@
 """ForwardHG: the tangents of the inner state, carried along with the inner training."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
 from farhox._core.inner_state import float_leaves
-from farhox.hypergradients.base import Memory, SingleHyperGradient, result
+from farhox._core.types import Batch, Carry
+from farhox.hypergradients.base import SingleHyperGradient, result
+from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerRun, InnerTraining
+
+if TYPE_CHECKING:
+    from farhox.hypergradients.base import HyperGradientResult
 
 # Outer variables that have a loop each over their directions, at most: each is traced on its own.
 _MOST_LOOPS = 8
@@ -34,19 +42,8 @@ class ForwardHG(SingleHyperGradient):
     warm_restart: bool = False
 
     shares_features = False
-    remembers = Memory.WITH_STATE
 
-    def differentiate(self, training, outer_batch, carry):
-        run, tangents, reached = training.once("tangents", lambda: self._pushed(training, carry))
-        at_end = training.outer_gradients(run.state, outer_batch)
-        along = [part if ok else None for part, ok in zip(_contract(at_end, tangents, training.outer), reached)]
-        gradients = training.gradients(
-            at_end.outer, along,
-            sees="ForwardHG sees what the inner steps, the outer objective and the initial state depend on.")
-        return result(training, gradients, at_end.loss, run, carry=[] if self.warm_restart else tangents)
-
-    def _pushed(self, training, carry):
-        """The run, the tangents at its end, and whether anything depends on each outer variable."""
+    def differentiate(self, training: InnerTraining, outer_batch: Batch, carry: Carry) -> HyperGradientResult:
         outer = training.outer
         reached = [False] * len(outer)
         if training.from_initial_state:
@@ -74,9 +71,16 @@ class ForwardHG(SingleHyperGradient):
             lambda t, state, arrays, losses, norm: training.goes_on(t, training.steps, norm), body,
             [tf.constant(0), before.state, arrays, before.losses, before.gradient_norm], parallel_iterations=1)
         tangents = [tf.ensure_shape(array.stack(), z.shape) for array, z in zip(arrays, tangents)]
-        return InnerRun(state, losses, norm, taken), tangents, reached
 
-    def initial_carry(self, problem):
+        at_end = training.outer_gradients(state, outer_batch)
+        along = [part if ok else None for part, ok in zip(_contract(at_end, tangents, outer), reached)]
+        gradients = training.gradients(
+            at_end.outer, along,
+            sees="ForwardHG sees what the inner steps, the outer objective and the initial state depend on.")
+        run = InnerRun(state, losses, norm, taken)
+        return result(training, gradients, at_end.loss, run, carry=[] if self.warm_restart else tangents)
+
+    def initial_carry(self, problem: BilevelProblem) -> Carry:
         if self.warm_restart:
             return []
         return _initial_tangents(InnerTraining(problem, tf.zeros([1])))[0]

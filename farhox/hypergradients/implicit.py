@@ -1,17 +1,24 @@
 """ImplicitHG: the implicit function theorem at the end of the inner training."""
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
 from farhox._core import checks, tree
 from farhox._core.inner_state import float_leaves
+from farhox._core.types import Batch, Carry
 from farhox.data.batches import RepeatedBatch
-from farhox.hypergradients.base import Memory, SingleHyperGradient, result
+from farhox.hypergradients.base import SingleHyperGradient, result
 from farhox.linear_solvers import ConjugateGradient, FixedPoint, LinearOperator, LinearSolver
-from farhox.problem.bilevel import variable_names
+from farhox.problem.bilevel import BilevelProblem, variable_names
 from farhox.problem.inner_training import InnerTraining
+
+if TYPE_CHECKING:
+    from farhox.hypergradients.base import HyperGradientResult
 
 _SYSTEMS = ("objective", "dynamics")
 _SEES = {
@@ -43,8 +50,9 @@ class ImplicitHG(SingleHyperGradient):
       inner step with respect to the whole inner state and to λ: the fixed point of whatever dynamics, with constraints,
       decoupled weight decay, thresholds and statistics. Not symmetric in general.
 
-    `result.carry` holds v and the memory of the solver; passed back, v is where the solver starts. A solution that
-    failed is not carried on: the next system is solved anew. Schedules of the solver go by `compute(iteration=)`.
+    `result.carry` holds v, the number of hyper-iterations and the memory of the solver; passed back, v is where the
+    solver starts, and the number is what schedules go by. A solution that failed is not carried on: the next system is
+    solved anew.
 
     The diagnostics have `solver_residual`, `solver_steps` (products with the matrix), `solver_failed`, and
     `stationarity_gap`: how far the inner training has to go yet, along what the outer objective sees of it, relative
@@ -72,13 +80,13 @@ class ImplicitHG(SingleHyperGradient):
         [Grazzi et al., 2020](https://arxiv.org/abs/2006.16218) (the dynamics' fixed point).
     """
 
-    linear_solver: Any = ConjugateGradient()
+    linear_solver: LinearSolver = ConjugateGradient()
     damping: float = 0.0
     warm_start: bool = True
-    system: Any = None
-    system_batch: Any = None
+    system: str | None = None
+    system_batch: Callable[..., Any] | None = None
 
-    remembers = Memory.ALWAYS
+    carry_outlives_state = True
 
     def __post_init__(self):
         if not isinstance(self.linear_solver, LinearSolver):
@@ -95,16 +103,16 @@ class ImplicitHG(SingleHyperGradient):
                              "one of their last step, on the last inner batch.")
 
     @property
-    def shares_features(self):
+    def shares_features(self) -> bool:
         """Whether features of the batch may be computed once: not where the system is made on another batch."""
         return self.system_batch is None
 
     @property
-    def solved_system(self):
+    def solved_system(self) -> str:
         """The system that is solved: that asked for, or the default of the solver."""
         return self.system or ("dynamics" if isinstance(self.linear_solver, FixedPoint) else "objective")
 
-    def differentiate(self, training, outer_batch, carry):
+    def differentiate(self, training: InnerTraining, outer_batch: Batch, carry: Carry) -> HyperGradientResult:
         problem, solver, on_dynamics = training.problem, self.linear_solver, self.solved_system == "dynamics"
         if not on_dynamics and problem.constrained_variables:
             raise ValueError(
@@ -132,10 +140,10 @@ class ImplicitHG(SingleHyperGradient):
         unknowns = system.unknowns
         rhs = tree.ravel([tf.zeros_like(leaf) if part is None else part
                           for part, leaf in zip(at_end.state, unknowns)])  # The objective's are the first leaves.
-        initial, *memory = carry if carry else self._initial_carry(rhs)
+        initial, iteration, *memory = carry if carry else self._initial_carry(rhs)
         arguments = {"memory": memory} if memory else {}
         solution = solver.solve(
-            system.operator, rhs, initial if self.warm_start and carry else None, training.iteration, **arguments)
+            system.operator, rhs, initial if self.warm_start and carry else None, iteration, **arguments)
         products = system.parameter_product(tree.unravel(solution.vector, unknowns))
         gradients = training.gradients(
             at_end.outer, [product if seen else None for product, seen in zip(products, system.sees)],
@@ -145,17 +153,18 @@ class ImplicitHG(SingleHyperGradient):
         scale = tf.norm(rhs) * tf.cast(size, rhs.dtype)
         gap = tf.math.divide_no_nan(tf.abs(tf.reduce_sum(solution.vector * tree.ravel(system.distance))), scale)
         good = tf.logical_not(solution.failed)
-        carry = [tf.where(good, solution.vector, tf.zeros_like(rhs)), *tf.nest.flatten(solution.memory)]
+        carry = [tf.where(good, solution.vector, tf.zeros_like(rhs)), iteration + 1, *tf.nest.flatten(solution.memory)]
         return result(training, gradients, at_end.loss, run, carry=carry, solver_residual=solution.residual,
                       solver_steps=solution.steps, solver_failed=solution.failed, stationarity_gap=gap)
 
-    def initial_carry(self, problem):
+    def initial_carry(self, problem: BilevelProblem) -> Carry:
         state = problem.initial_state()
         unknowns = float_leaves(state) if self.solved_system == "dynamics" else state.variables
         return self._initial_carry(tree.ravel(unknowns))
 
     def _initial_carry(self, like):
-        return [tf.zeros_like(like), *tf.nest.flatten(self.linear_solver.initial_memory(like))]
+        return [tf.zeros_like(like), tf.constant(0, tf.int64),
+                *tf.nest.flatten(self.linear_solver.initial_memory(like))]
 
 
 class _System(NamedTuple):

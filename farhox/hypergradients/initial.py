@@ -6,8 +6,9 @@ import tensorflow as tf
 
 from farhox._core.inner_state import float_leaves
 from farhox._core.linearized import zeros_for_none
+from farhox._core.types import Batch, Carry
 from farhox.hypergradients.base import HyperGradientResult, SingleHyperGradient
-from farhox.problem.inner_training import gradient_diagnostics
+from farhox.problem.inner_training import InnerTraining, gradient_diagnostics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class InitialHG(SingleHyperGradient):
 
     shares_features = False
 
-    def differentiate(self, training, outer_batch, carry):
+    def differentiate(self, training: InnerTraining, outer_batch: Batch, carry: Carry) -> HyperGradientResult:
         at_start = training.outer_gradients(training.start, outer_batch)
         gradients = training.gradients(
             at_start.outer, adjoint=zeros_for_none(at_start.state, float_leaves(training.start)),

@@ -1,15 +1,24 @@
 """ReptileHG: the displacement of the inner training as the direction in which initial values are learned."""
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from farhox._core import checks, tree
-from farhox._core.inner_state import float_leaves
-from farhox.hypergradients.base import HyperGradient, HyperGradientResult, Memory
-from farhox.problem.episodes import episode_at, num_episodes
+from farhox._core.inner_state import InnerState, float_leaves
+from farhox._core.types import Batch, Carry, InnerBatches
+from farhox.hypergradients.base import HyperGradient, HyperGradientResult
+from farhox.hypergradients.episodes import EpisodesHG, episode_at, num_episodes
+from farhox.hypergradients.initial import InitialHG
+from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerRun, InnerTraining, gradient_diagnostics
+
+if TYPE_CHECKING:
+    from farhox.hypergradients.base import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +26,9 @@ class ReptileHG(HyperGradient):
     """φ - φ_T in the place of a hypergradient of learned initial values φ, averaged over episodes.
 
     With gradient descent of rate ε as the outer optimizer this is Reptile: φ <- φ + ε mean(φ_T - φ). The inner training
-    needs no derivative, and memory does not grow with T. Batches have a leading axis of episodes, whether the problem is
-    one `over_episodes` or not; episodes are trained one after the other, and the slots and the step count of the inner
-    dynamics go on from one to the next and, in the carry, from one hyper-iteration to the next.
+    needs no derivative, and memory does not grow with T. Batches have a leading axis of episodes, as with `EpisodesHG`;
+    episodes are trained one after the other, and the slots and the step count of the inner dynamics go on from one to
+    the next and, in the carry, from one hyper-iteration to the next.
 
     Args:
         step_weights: Tuple of T numbers, or None for ones: the direction is Σ_t weight_t (φ_t - φ_{t+1}). With
@@ -33,18 +42,16 @@ class ReptileHG(HyperGradient):
         [Nichol et al., 2018](https://arxiv.org/abs/1803.02999), Algorithms 1 and 2.
     """
 
-    step_weights: Any = None
+    step_weights: Sequence[float] | None = None
 
-    remembers = Memory.ALWAYS
-    takes_episodes = True
+    carry_outlives_state = True
 
     def __post_init__(self):
         if self.step_weights is not None and (not isinstance(self.step_weights, tuple) or not all(
                 checks.is_number(weight) for weight in self.step_weights)):
             raise TypeError(f"step_weights must be a tuple of numbers or None. Received: {self.step_weights!r}")
 
-    def _compute(self, problem, inner_batches, outer_batch, state, carry, iteration):
-        problem = problem.one_episode
+    def _compute(self, problem, inner_batches, outer_batch, state, carry):
         first = InnerTraining(problem, episode_at(inner_batches, 0), share_features=False)
         start, steps = first.start, first.steps
         weights = None
@@ -87,7 +94,13 @@ class ReptileHG(HyperGradient):
         states = tf.nest.pack_sequence_as(start, [array.stack() for array in ends])
         return HyperGradientResult(gradients, outer_loss, losses.stack(), states, kept, diagnostics)
 
-    def initial_carry(self, problem):
+    def evaluate(self, problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch) -> Evaluation:
+        return EpisodesHG(InitialHG()).evaluate(problem, inner_batches, outer_batch)
+
+    def predict(self, problem: BilevelProblem, state: InnerState, outer_batch: Batch) -> Any:
+        return EpisodesHG(InitialHG()).predict(problem, state, outer_batch)
+
+    def initial_carry(self, problem: BilevelProblem) -> Carry:
         initial = problem.initial_state()
         return [initial.slots, initial.step]
 

@@ -1,18 +1,25 @@
 """ReverseHG: the adjoint of the inner training, walked back from its end."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.inner_state import float_leaves
 from farhox._core.linearized import zeros_for_none
+from farhox._core.types import Batch, Carry, Tensors
 from farhox.hypergradients.base import SingleHyperGradient, result
 from farhox.problem.back_step import BackStep
-from farhox.problem.inner_training import InnerRun
+from farhox.problem.inner_training import InnerRun, InnerTraining
 from farhox.problem.record import Record
+
+if TYPE_CHECKING:
+    from farhox.hypergradients.base import HyperGradientResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +53,10 @@ class ReverseHG(SingleHyperGradient):
         [Antoniou et al., 2019](https://arxiv.org/abs/1810.09502), section 4 (weights of steps).
     """
 
-    truncation: Any = None
-    checkpoint_every: Any = None
-    step_weights: Any = None
-    memory: Any = 128 * 2**20
+    truncation: int | None = None
+    checkpoint_every: int | str | None = None
+    step_weights: Sequence[float] | None = None
+    memory: float | None = 128 * 2**20
 
     def __post_init__(self):
         if self.truncation is not None and not (checks.is_integer(self.truncation) and self.truncation >= 0):
@@ -70,25 +77,20 @@ class ReverseHG(SingleHyperGradient):
             raise ValueError("step_weights must be a tuple of non-negative numbers that sum to one, a callable that "
                              f"returns them, or None. Received: {self.step_weights!r}")
 
-    def differentiate(self, training, outer_batch, carry):
+    def differentiate(self, training: InnerTraining, outer_batch: Batch, carry: Carry) -> HyperGradientResult:
         problem = training.problem
         weights = self._weights_at_states(problem, training.steps)
         steps = training.steps
         # Differentiated steps at most: what is stored has this size, which XLA must know.
         most = steps - self._first_differentiated_step(steps)
-        outer = training.outer_graph(outer_batch)
-        sources = tuple(i for i, depends in enumerate(outer.depends) if depends)
-        back_step = training.once(("step back", sources), lambda: BackStep(training, list(sources)))
-        walk = _Walk(training, outer, back_step, weights, self._segment_length(most), most,
+        walk = _Walk(training, training.outer_graph(outer_batch), weights, self._segment_length(most), most,
                      math.inf if self.memory is None else self.memory)
         if problem.stop_tolerance is not None and self.truncation is not None:
             # Which steps are the last ones shows only at the end: the inner training runs once more.
             steps = training.run().steps
         first = self._first_differentiated_step(steps)
 
-        run, records = training.once(
-            ("way there", walk.left_out, tuple(tensor.name for tensor in walk.kept)),
-            lambda: walk.forward(training.run(0, first), first, steps))
+        run, records = walk.forward(training.run(0, first), first, steps)
         if problem.stop_tolerance is not None:
             steps = run.steps
         at_end = walk.outer(run.state)
@@ -142,20 +144,20 @@ class _Walk:
     Args:
         training: An `InnerTraining`.
         outer: The outer objective with its derivatives, `training.outer_graph(...)`.
-        back_step: The `BackStep` for the leaves that the outer objective reads.
         weights: Tensor [T + 1], the weight of the outer objective at each state, or None for the last state alone.
         segment: Steps between stored states; None for a single segment all of whose states are stored.
         most: Differentiated steps at most.
         memory: Bytes for the tensors that are kept beside the states.
     """
 
-    def __init__(self, training, outer, back_step, weights, segment, most, memory):
+    def __init__(self, training: InnerTraining, outer: Tensors, weights: Any, segment: Any, most: Any,
+                 memory: Any) -> None:
         self.training = training
         self.outer = outer
         self.weights = weights
         self.segment = segment
         self.most = most
-        self.back_step = back_step
+        self.back_step = BackStep(training, [i for i, depends in enumerate(outer.depends) if depends])
         # Whether steps back leave the adjoint and the gradients as they are: nothing is stored, and none is taken.
         self.left_out = weights is None and self.back_step.passes_on
         self.kept = [] if self.left_out else self.back_step.kept(memory, self._stored_steps())
@@ -173,7 +175,7 @@ class _Walk:
         start = first + index * self.segment
         return start, tf.minimum(start + self.segment, steps)
 
-    def forward(self, run, first, steps):
+    def forward(self, run: InnerRun, first: Any, steps: Any) -> Any:
         """The run from step `first` on, and the record of its steps or the first state of each segment."""
         training = self.training
         if self.left_out:
@@ -196,7 +198,7 @@ class _Walk:
             [tf.constant(0), *run[:4], arrays], parallel_iterations=1)
         return InnerRun(*ended), arrays
 
-    def back(self, records, first, steps, at_end):
+    def back(self, records: Any, first: Any, steps: Any, at_end: bool) -> Any:
         """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
         training = self.training
         leaves = float_leaves(training.start)

@@ -1,7 +1,10 @@
 """ReversibleHG: momentum gradient descent that is undone exactly instead of being stored."""
 
+from __future__ import annotations
+
 import dataclasses
 import fractions
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -9,11 +12,15 @@ import tensorflow as tf
 from farhox._core import checks, functional, tree
 from farhox._core.inner_state import InnerState, float_leaves
 from farhox._core.linearized import zeros_for_none
+from farhox._core.types import Batch, Carry, Nest, Tensor, Tensors
 from farhox.dynamics.base import Momentum
 from farhox.dynamics.settings import setting_per_variable
 from farhox.hypergradients.base import SingleHyperGradient, result
 from farhox.problem.bilevel import variable_names
-from farhox.problem.inner_training import InnerRun
+from farhox.problem.inner_training import InnerRun, InnerTraining
+
+if TYPE_CHECKING:
+    from farhox.hypergradients.base import HyperGradientResult
 
 _LARGEST_DENOMINATOR = 10 ** 4
 _WORD = 2 ** 63
@@ -66,18 +73,15 @@ class ReversibleHG(SingleHyperGradient):
 
     shares_features = False
 
-    def differentiate(self, training, outer_batch, carry):
+    def differentiate(self, training: InnerTraining, outer_batch: Batch, carry: Carry) -> HyperGradientResult:
         problem = training.problem
         ratio = _momentum_ratio(problem.dynamics)
         if problem.constrained_variables:
             raise ValueError("ReversibleHG cannot undo constraints of the inner variables. Received: constraints on "
                              f"{variable_names(problem.constrained_variables)}")
-        def way_there():
-            reversible = _ReversibleTraining(training, ratio, self.fractional_bits)
-            begin = reversible.begin()
-            return reversible, begin, *reversible.forward(begin, training.steps)
-
-        reversible, begin, run, end, memory = training.once("way there and back", way_there)
+        reversible = _ReversibleTraining(training, ratio, self.fractional_bits)
+        begin = reversible.begin()
+        run, end, memory = reversible.forward(begin, training.steps)
 
         at_end = training.outer_gradients(run.state, outer_batch)
         adjoint = zeros_for_none(at_end.state, float_leaves(run.state))
@@ -100,12 +104,12 @@ class _Fixed:
     Digits are the current word of the information buffer: 0 <= digits < 2^63.
     """
 
-    def __init__(self, ratio, bits):
+    def __init__(self, ratio: float, bits: int) -> None:
         self.numerator, self.denominator = ratio
         self.scale = 2.0 ** bits
         self.limit = 2.0 ** (62 - bits)
 
-    def encode(self, values):
+    def encode(self, values: Any) -> Any:
         """Integers of floating-point tensors, and whether all are in range."""
         values = [tf.cast(value, tf.float64) for value in values]
         valid = [tf.abs(value) < self.limit for value in values]
@@ -114,16 +118,16 @@ class _Fixed:
                     for value, ok in zip(values, valid)]
         return integers, tf.reduce_all([tf.reduce_all(ok) for ok in valid])
 
-    def decode(self, integers, like):
+    def decode(self, integers: Any, like: Nest) -> Tensors:
         """Floating-point tensors of the types of `like`."""
         return [tf.cast(tf.cast(integer, tf.float64) / self.scale, leaf.dtype)
                 for integer, leaf in zip(integers, like)]
 
-    def multiply(self, values, digits):
+    def multiply(self, values: Any, digits: Any) -> Any:
         """values n/d: the remainder by d goes into the digits, and digits in base n come out as the last places."""
         return self._exchange(values, digits, self.denominator, self.numerator)
 
-    def divide(self, values, digits):
+    def divide(self, values: Any, digits: Any) -> Any:
         """Undoes `multiply`."""
         return self._exchange(values, digits, self.numerator, self.denominator)
 
@@ -133,7 +137,7 @@ class _Fixed:
         rest = [tf.math.floordiv(i, factor) for i in digits]
         return [q * factor + (i - j * factor) for q, i, j in zip(quotients, digits, rest)], rest
 
-    def steps_per_word(self):
+    def steps_per_word(self) -> int:
         """Multiplications after which the digits might no longer fit: the same for all entries and all data."""
         bound, steps = 1, 0
         while bound * self.denominator < _WORD and steps < _MOST_STEPS_PER_WORD:
@@ -145,7 +149,7 @@ class _Fixed:
 class _ReversibleTraining:
     """The loops there and back. A position is a tuple (W, M, digits) of lists of int64 tensors."""
 
-    def __init__(self, training, ratio, bits):
+    def __init__(self, training: InnerTraining, ratio: float, bits: int) -> None:
         self.training = training
         self.start = training.start
         self.fixed = _Fixed(ratio, bits)
@@ -155,13 +159,13 @@ class _ReversibleTraining:
             self._gradients, [*self.start.variables, *self.start.state_variables, tf.constant(0)])
         self._rates = _not_inlined(self._rates, [tf.constant(0)])
 
-    def begin(self):
+    def begin(self) -> Any:
         """The position of the state that the training starts from."""
         variables, _ = self.fixed.encode(self.start.variables)
         momenta, _ = self.fixed.encode(self.start.slots)
         return variables, momenta, tree.zeros_like(variables)
 
-    def forward(self, begin, steps):
+    def forward(self, begin: Nest, steps: Any) -> Any:
         """The inner training.
 
         Returns:
@@ -199,7 +203,7 @@ class _ReversibleTraining:
         memory = words.with_arrays(words_arrays), extras.with_arrays(extras_arrays)
         return InnerRun(state, losses, norm, t), end, memory
 
-    def backward(self, end, memory, steps, adjoint):
+    def backward(self, end: Nest, memory: Carry, steps: Any, adjoint: Any) -> Any:
         """Undoes the training from its end, and adds up the hypergradient on the way.
 
         Returns:
@@ -231,7 +235,7 @@ class _ReversibleTraining:
         depends = self.training.step_system(self.start, tf.constant(0)).depends_on()
         return position, adjoint, [part if ok else None for part, ok in zip(gradients, depends)]
 
-    def stored_bytes(self, steps):
+    def stored_bytes(self, steps: Any) -> int:
         """Bytes of the buffer and of the stored state variables after this many steps, a scalar int64 tensor."""
         entries = sum(w.shape.num_elements() for w in self.start.variables)
         extras = sum(v.shape.num_elements() * v.dtype.size for v in self.start.state_variables)
@@ -284,21 +288,21 @@ class _ReversibleTraining:
 class _Store:
     """Nests of tensors of one structure by their index, inside loops of a graph."""
 
-    def __init__(self, like, size=None, arrays=None):
+    def __init__(self, like: Nest, size: Any = None, arrays: Any = None) -> None:
         self.like = like
         self.arrays = arrays if arrays is not None else [
             tf.TensorArray(leaf.dtype, size=size, element_shape=leaf.shape, clear_after_read=False)
             for leaf in tf.nest.flatten(like)]
 
-    def write(self, index, nest):
+    def write(self, index: Tensor, nest: Nest) -> _Store:
         """The store with the nest at `index`."""
         return self.with_arrays([array.write(index, leaf) for array, leaf in zip(self.arrays, tf.nest.flatten(nest))])
 
-    def read(self, index):
+    def read(self, index: Tensor) -> Nest:
         """The nest at `index`."""
         return tf.nest.pack_sequence_as(self.like, [array.read(index) for array in self.arrays])
 
-    def with_arrays(self, arrays):
+    def with_arrays(self, arrays: Any) -> _Store:
         """The same store with the arrays that came out of a loop."""
         return _Store(self.like, arrays=arrays)
 

@@ -1,5 +1,7 @@
 """compare_hypergradients: one method beside another, agreement, time and memory."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os
@@ -12,10 +14,12 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks, tree
+from farhox._core.types import Batch, InnerBatches
 from farhox.data.batches import as_inner_batches
 from farhox.hypergradients.base import HyperGradient
 from farhox.insight.health import inner_convergence, report_on
 from farhox.insight.tables import table
+from farhox.problem.bilevel import BilevelProblem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +43,15 @@ class MethodReport:
     """
 
     name: str
-    error: Any = None
+    error: str | None = None
     gradients: Any = None
-    norm: Any = None
-    cosine: Any = None
-    relative_difference: Any = None
-    outer_loss: Any = None
-    seconds: Any = None
-    tracing_seconds: Any = None
-    peak_bytes: Any = None
+    norm: float | None = None
+    cosine: float | None = None
+    relative_difference: float | None = None
+    outer_loss: float | None = None
+    seconds: float | None = None
+    tracing_seconds: float | None = None
+    peak_bytes: int | None = None
     diagnostics: Any = None
     health: Any = None
 
@@ -60,7 +64,7 @@ class HypergradientComparison:
         reports: List of `MethodReport`, in the order given.
     """
 
-    reports: list
+    reports: list[MethodReport]
 
     def __str__(self):
         rows = [["method", "norm", "cosine", "difference", "ms", "tracing s", "memory MB", "remarks"]]
@@ -78,7 +82,8 @@ class HypergradientComparison:
         return "\n\n".join([table(rows)] + healths)
 
 
-def compare_hypergradients(problem, inner_batches, outer_batch, methods, repeats=3):
+def compare_hypergradients(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch, methods: Any,
+                           repeats: int = 3) -> HypergradientComparison:
     """Computes one hypergradient by several methods: agreement with the first one, time and memory.
 
     ```python

@@ -1,15 +1,20 @@
 """check_hypergradient: a hypergradient against finite differences of the whole inner training, at several steps."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Batch, InnerBatches
 from farhox.data.batches import as_inner_batches, batch_at
 from farhox.hypergradients.base import HyperGradient
 from farhox.insight.tables import table
+from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
 
 # Steps of the differences over the cube root of the rounding unit, in the order in which they are tried.
@@ -38,7 +43,7 @@ class CheckedEntry:
     """
 
     name: str
-    index: tuple
+    index: tuple[int, ...]
     hypergradient: float
     finite_difference: float
     error: float
@@ -57,9 +62,9 @@ class HypergradientCheck:
         remarks: List of sentences: what may be the cause of a large error, and entries that are chaotic.
     """
 
-    entries: list
+    entries: list[CheckedEntry]
     maximum_error: float
-    remarks: list = dataclasses.field(default_factory=list)
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self):
         rows = [["outer variable", "entry", "hypergradient", "finite difference", "relative error"]]
@@ -70,7 +75,9 @@ class HypergradientCheck:
         return "\n".join([table(rows), f"largest relative error: {self.maximum_error:.1e}", *self.remarks])
 
 
-def check_hypergradient(problem, inner_batches, outer_batch, hypergradient, max_entries=10, step_size=None, seed=0):
+def check_hypergradient(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
+                        hypergradient: HyperGradient, max_entries: int = 10,
+                        step_size: float | Sequence[float] | None = None, seed: int = 0) -> HypergradientCheck:
     """Compares a hypergradient with central finite differences of the whole inner training.
 
     ```python

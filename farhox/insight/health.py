@@ -1,20 +1,24 @@
 """health: what a person should know before trusting a hypergradient."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import tree
 from farhox._core.inner_state import float_leaves
+from farhox._core.types import Batch, InnerBatches
 from farhox.data.batches import as_inner_batches, batch_at
-from farhox.hypergradients.base import HyperGradient
+from farhox.hypergradients.base import HyperGradient, HyperGradientResult
 from farhox.hypergradients.episodes import EpisodesHG
 from farhox.hypergradients.forward import ForwardHG
 from farhox.hypergradients.implicit import ImplicitHG
 from farhox.hypergradients.reverse import ReverseHG
+from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
 
 _CONVERGED = 1e-3
@@ -64,11 +68,11 @@ class HealthReport:
     first_gradient_norm: float
     last_gradient_norm: float
     converged: bool
-    contraction: Any
-    truncation_bias: Any
-    solver_residual: Any
-    gradients: list
-    advice: list
+    contraction: float | None
+    truncation_bias: float | None
+    solver_residual: float | None
+    gradients: list[GradientHealth]
+    advice: list[str]
 
     def __str__(self):
         lines = [
@@ -85,7 +89,8 @@ class HealthReport:
         return "\n".join(lines + [f"advice: {sentence}" for sentence in self.advice])
 
 
-def health(problem, inner_batches, outer_batch, hypergradient, result=None, power_steps=20):
+def health(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch, hypergradient: HyperGradient,
+           result: HyperGradientResult | None = None, power_steps: int = 20) -> HealthReport:
     """A report on one computation of a hypergradient: convergence, contraction, bias, residual, zeros, advice.
 
     The contraction estimate is that of a power iteration with the transposed Jacobian A' of the last inner step at s_T:
@@ -127,10 +132,11 @@ class InnerConvergence(NamedTuple):
     steps: int
     first_gradient_norm: float
     last_gradient_norm: float
-    contraction: Any
+    contraction: float | None
 
 
-def inner_convergence(problem, inner_batches, result, power_steps=20):
+def inner_convergence(problem: BilevelProblem, inner_batches: InnerBatches, result: HyperGradientResult,
+                      power_steps: int = 20) -> InnerConvergence:
     """Gradient norms at both ends of the inner training and the contraction at its end."""
     steps = int(result.diagnostics["inner_steps"])
     last = batch_at(inner_batches, steps - 1)
@@ -141,7 +147,8 @@ def inner_convergence(problem, inner_batches, result, power_steps=20):
         contraction=_contraction(problem, result.state, last, power_steps))
 
 
-def report_on(problem, hypergradient, result, inner):
+def report_on(problem: BilevelProblem, hypergradient: HyperGradient, result: HyperGradientResult,
+              inner: InnerConvergence) -> HealthReport:
     """The `HealthReport` of a result whose inner training ended as `inner` says."""
     losses = np.asarray(result.inner_losses)
     truncation = hypergradient.truncation if isinstance(hypergradient, ReverseHG) else None

@@ -6,13 +6,18 @@ first of them is called: it is part of the extra `examples`.
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from farhox._core.types import Array, Batch, InnerBatches
 from farhox.data.batches import as_inner_batches
+from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.insight.diagnostics import HypergradientComparison
 from farhox.outer.outer_variable import OuterVariable
+from farhox.problem.bilevel import BilevelProblem
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00"
@@ -22,23 +27,31 @@ _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow"
           "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 1.0, "legend.edgecolor": "none"}
 
 
-def outer_loss_grid(problem, inner_batches, outer_batch, x, y):
+def outer_loss_grid(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
+                    x: tuple[OuterVariable, Array], y: tuple[OuterVariable, Array],
+                    hypergradient: HyperGradient | None = None) -> np.ndarray:
     """The outer objective after the inner training for each pair of values of two hyperparameters; no derivative.
 
     Args:
-        problem: A `BilevelProblem`, also one `over_episodes`.
+        problem: A `BilevelProblem`.
         inner_batches: T inner batches.
         outer_batch: The outer batch.
         x: Pair (scalar `Hyperparameter` of the problem, its values in natural units).
         y: The same of another one.
+        hypergradient: The `HyperGradient` whose `evaluate` runs the training, for example an `EpisodesHG`. Default:
+            `ReverseHG()`, as good as any other for one inner problem.
 
     Returns:
         Array [len(y values), len(x values)]. The hyperparameters keep the values they had.
 
     Raises:
-        TypeError: If `x` or `y` is not such a pair.
+        TypeError: If `hypergradient` is no method, or `x` or `y` is not such a pair.
         ValueError: If x and y are the same hyperparameter, one is not of the problem, or a value is out of bounds.
     """
+    method = ReverseHG() if hypergradient is None else hypergradient
+    if not isinstance(method, HyperGradient):
+        raise TypeError("hypergradient must be one of farhox' methods, for example farhox.ReverseHG(). "
+                        f"Received: {hypergradient!r}")
     (across, x_values), (up, y_values) = _checked_axis("x", x, problem), _checked_axis("y", y, problem)
     if across is up:
         raise ValueError(f"x and y must be two hyperparameters. Received {across.name!r} twice")
@@ -46,7 +59,7 @@ def outer_loss_grid(problem, inner_batches, outer_batch, x, y):
     # The data are arguments, which a graph does not copy.
     @tf.function(autograph=False)
     def loss(inner_batches, outer_batch):
-        return problem.evaluate(inner_batches, outer_batch).outer_loss
+        return method.evaluate(problem, inner_batches, outer_batch).outer_loss
 
     data = as_inner_batches(inner_batches), tf.nest.map_structure(tf.convert_to_tensor, outer_batch)
     before = across.variable.numpy(), up.variable.numpy()
@@ -64,7 +77,10 @@ def outer_loss_grid(problem, inner_batches, outer_batch, x, y):
     return losses
 
 
-def response_surface(problem, inner_batches, outer_batch, x, y, trajectory=None, losses=None, axes=None):
+def response_surface(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
+                     x: tuple[OuterVariable, Array], y: tuple[OuterVariable, Array],
+                     trajectory: Mapping[str, Array] | None = None, hypergradient: HyperGradient | None = None,
+                     losses: Array = None, axes: Any = None) -> Any:
     """The outer loss as a function of two hyperparameters, and the way that they went on it.
 
     An axis is logarithmic where its values are geometrically spaced. Colours are on a logarithmic scale, and stop at
@@ -72,7 +88,7 @@ def response_surface(problem, inner_batches, outer_batch, x, y, trajectory=None,
     finite are left grey.
 
     Args:
-        problem, inner_batches, outer_batch, x, y: As for `outer_loss_grid`.
+        problem, inner_batches, outer_batch, x, y, hypergradient: As for `outer_loss_grid`.
         trajectory: Dictionary with a list of values under each of the two names: `HyperparameterTrace.history`, what
             `read_trace` returns, or the `history` of what `fit` returns. Default: none is drawn.
         losses: What `outer_loss_grid` returned, so that it is not computed again. Default: it is computed.
@@ -97,7 +113,7 @@ def response_surface(problem, inner_batches, outer_batch, x, y, trajectory=None,
     if missing:
         raise ValueError(f"The trajectory must have values of {names}. Received: {sorted(trajectory)}")
     if losses is None:
-        losses = outer_loss_grid(problem, inner_batches, outer_batch, x, y)
+        losses = outer_loss_grid(problem, inner_batches, outer_batch, x, y, hypergradient)
     losses = np.ma.masked_invalid(losses)
     if losses.shape != (len(y_values), len(x_values)):
         raise ValueError(f"losses must have shape {(len(y_values), len(x_values))}. Received shape: {losses.shape}")
@@ -132,7 +148,7 @@ def response_surface(problem, inner_batches, outer_batch, x, y, trajectory=None,
     return axes
 
 
-def schedules(learned, history=None, ylabel="value", axes=None):
+def schedules(learned: Any, history: Mapping[str, Array] | None = None, ylabel: str = "value", axes: Any = None) -> Any:
     """Values by inner step.
 
     Args:
@@ -175,7 +191,7 @@ def schedules(learned, history=None, ylabel="value", axes=None):
     return axes
 
 
-def example_weights(weights, flipped=None, initial=None, axes=None):
+def example_weights(weights: Array, flipped: Array = None, initial: float | None = None, axes: Any = None) -> Any:
     """Histogram of the weights of examples.
 
     Args:
@@ -211,7 +227,8 @@ def example_weights(weights, flipped=None, initial=None, axes=None):
     return axes
 
 
-def suspicious_examples(weights, images, labels, flipped=None, count=10, columns=5, class_names=None):
+def suspicious_examples(weights: Array, images: Array, labels: Array, flipped: Array = None, count: int = 10,
+                        columns: int = 5, class_names: Sequence[Any] | None = None) -> Any:
     """Pictures of the examples with the lowest weights, lowest first, under the labels that they have.
 
     Args:
@@ -258,7 +275,7 @@ def suspicious_examples(weights, images, labels, flipped=None, count=10, columns
     return figure
 
 
-def hypergradients(comparison, figure=None):
+def hypergradients(comparison: HypergradientComparison, figure: Any = None) -> Any:
     """Norm of the hypergradient by each method, and its cosine to that of the first one.
 
     Args:

@@ -1,11 +1,14 @@
 """What all linear solvers share: the interface, the solution, the operator, tolerances that tighten."""
 
+from __future__ import annotations
+
 import abc
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Carry, DType, Matvec, Tensor
 
 
 class LinearSolution(NamedTuple):
@@ -20,11 +23,11 @@ class LinearSolution(NamedTuple):
         memory: Nest of tensors, what the solver can use for the next system; see `LinearSolver.initial_memory`.
     """
 
-    vector: Any
-    residual: Any
-    steps: Any
-    failed: Any
-    memory: Any = ()
+    vector: Tensor
+    residual: Tensor
+    steps: Tensor
+    failed: Tensor
+    memory: Carry = ()
 
 
 class LinearOperator:
@@ -38,12 +41,12 @@ class LinearOperator:
         transposed: The same for A'v, or None where A is symmetric.
     """
 
-    def __init__(self, product, transposed=None):
+    def __init__(self, product: Matvec, transposed: Matvec | None = None) -> None:
         self._product = product
         self.symmetric = transposed is None
         self.transposed = product if transposed is None else transposed
 
-    def __call__(self, vector):
+    def __call__(self, vector: Tensor) -> Tensor:
         return self._product(vector)
 
 
@@ -57,7 +60,8 @@ class LinearSolver(abc.ABC):
     uses_transposed = False
 
     @abc.abstractmethod
-    def solve(self, matvec, rhs, initial=None, iteration=0, memory=()):
+    def solve(self, matvec: Matvec, rhs: Tensor, initial: Tensor | None = None, iteration: Any = 0,
+              memory: Any = ()) -> LinearSolution:
         """Solves A x = b.
 
         Args:
@@ -71,7 +75,7 @@ class LinearSolver(abc.ABC):
             A `LinearSolution`.
         """
 
-    def initial_memory(self, like):
+    def initial_memory(self, like: Tensor) -> Any:
         """What `solve` returns as memory, before the first system: a nest of tensors, empty for most solvers.
 
         Args:
@@ -81,12 +85,12 @@ class LinearSolver(abc.ABC):
         return ()
 
 
-def as_operator(matvec):
+def as_operator(matvec: Matvec) -> LinearOperator:
     """A callable as a `LinearOperator`; a bare one is symmetric."""
     return matvec if isinstance(matvec, LinearOperator) else LinearOperator(matvec)
 
 
-def start(matvec, rhs, initial):
+def start(matvec: Matvec, rhs: Tensor, initial: Tensor) -> Any:
     """The start, its residual and the products that it cost: none for zero, which is taken where it is better."""
     if initial is None:
         return tf.zeros_like(rhs), rhs, 0
@@ -96,36 +100,36 @@ def start(matvec, rhs, initial):
     return tf.where(better, initial, tf.zeros_like(rhs)), tf.where(better, residual, rhs), 1
 
 
-def normalised(vector):
+def normalised(vector: Tensor) -> Tensor:
     """The vector at length one; zero stays zero."""
     length = tf.norm(vector)
     return vector / tf.where(length > 0, length, tf.ones_like(length))
 
 
-def relative(residual, rhs):
+def relative(residual: Tensor, rhs: Tensor) -> Tensor:
     """||residual|| / ||b||, and ||residual|| for b = 0."""
     length = tf.norm(rhs)
     return tf.norm(residual) / tf.where(length > 0, length, tf.ones_like(length))
 
 
-def not_a_number(like):
+def not_a_number(like: Tensor) -> Tensor:
     """A tensor like another one, of which no entry is a number."""
     return tf.fill(tf.shape(like), tf.constant(float("nan"), like.dtype))
 
 
-def value_at(setting, iteration, dtype):
+def value_at(setting: Any, iteration: Any, dtype: DType) -> Tensor:
     """The value of a setting, a number or a callable of the hyper-iteration, as a tensor."""
     value = setting(iteration) if callable(setting) else setting
     # A number of Python must not be rounded to float32 on its way to another type.
     return tf.constant(value, dtype) if checks.is_number(value) else tf.cast(value, dtype)
 
 
-def setting_name(settings, name):
+def setting_name(settings: Any, name: str) -> str:
     """A setting as errors name it."""
     return f"{type(settings).__name__}: {name}"
 
 
-def check_steps_and_tolerance(settings):
+def check_steps_and_tolerance(settings: Any) -> None:
     """The checks of the settings `max_steps` and `tolerance` of an iteration."""
     checks.positive_integer(setting_name(settings, "max_steps"), settings.max_steps)
     tolerance = settings.tolerance

@@ -1,10 +1,12 @@
 """Solvers without iteration: from the whole matrix, and from some of its columns."""
 
 import dataclasses
+from typing import Any
 
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Matvec, Tensor
 from farhox.linear_solvers.base import (
     LinearSolution,
     LinearSolver,
@@ -33,7 +35,8 @@ class Direct(LinearSolver):
     def __post_init__(self):
         checks.positive_integer(setting_name(self, "max_dimension"), self.max_dimension)
 
-    def solve(self, matvec, rhs, initial=None, iteration=0, memory=()):
+    def solve(self, matvec: Matvec, rhs: Tensor, initial: Tensor | None = None, iteration: Any = 0,
+              memory: Any = ()) -> LinearSolution:
         dimension = rhs.shape[0]
         if dimension > self.max_dimension:
             raise ValueError(f"Direct builds an n x n matrix and takes at most n={self.max_dimension} (max_dimension). "
@@ -77,7 +80,8 @@ class Nystrom(LinearSolver):
         checks.positive_number(setting_name(self, "rho"), self.rho)
         checks.integer(setting_name(self, "seed"), self.seed)
 
-    def solve(self, matvec, rhs, initial=None, iteration=0, memory=()):
+    def solve(self, matvec: Matvec, rhs: Tensor, initial: Tensor | None = None, iteration: Any = 0,
+              memory: Any = ()) -> LinearSolution:
         operator = as_operator(matvec)
         dimension = rhs.shape[0]
         rank = min(self.rank, dimension)

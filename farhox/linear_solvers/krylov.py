@@ -1,11 +1,12 @@
 """Krylov methods: conjugate gradients, conjugate gradients on the normal equations, GMRES."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-from farhox._core import tree
+from farhox._core.types import Matvec, Tensor
 from farhox.linear_solvers.base import (
     LinearSolution,
     LinearSolver,
@@ -18,18 +19,13 @@ from farhox.linear_solvers.base import (
     value_at,
 )
 
-# Relative differences of Ab and A'b beyond rounding, and residuals that count as a solution.
-_UNSYMMETRIC = 1e-2
-_INEXACT = 1e-3
-
 
 @dataclasses.dataclass(frozen=True)
 class ConjugateGradient(LinearSolver):
     """Conjugate gradients for symmetric positive definite A: exact after n steps.
 
     A direction p with p'Ap <= 0 ends the iteration with `failed`: A is not positive definite, and the vector is the
-    iterate before that direction. Where A is not symmetric (as with values under `tf.stop_gradient`), a residual above
-    1e-3 that more steps would not take away is a failure too: `GMRES` or `NormalConjugateGradient` suit it.
+    iterate before that direction. Where A is not symmetric, a residual that grew is a failure too.
 
     Args:
         max_steps: Positive int.
@@ -44,24 +40,19 @@ class ConjugateGradient(LinearSolver):
     """
 
     max_steps: int = 20
-    tolerance: Any = 1e-6
+    tolerance: float | Callable[[Tensor], Tensor] = 1e-6
 
     def __post_init__(self):
         check_steps_and_tolerance(self)
 
-    def solve(self, matvec, rhs, initial=None, iteration=0, memory=()):
+    def solve(self, matvec: Matvec, rhs: Tensor, initial: Tensor | None = None, iteration: Any = 0,
+              memory: Any = ()) -> LinearSolution:
         operator = as_operator(matvec)
-        tolerance = value_at(self.tolerance, iteration, rhs.dtype)
-        solution = _conjugate_gradient(operator, rhs, initial, self.max_steps, tolerance)
+        solution = _conjugate_gradient(
+            operator, rhs, initial, self.max_steps, value_at(self.tolerance, iteration, rhs.dtype))
         if operator.symmetric:
             return solution
-        # Whether A is what the iteration takes it for shows at one vector.
-        product = operator(rhs)
-        unsymmetric = tf.norm(product - operator.transposed(rhs)) > _UNSYMMETRIC * tf.norm(product)
-        bound = tf.maximum(tolerance, tf.cast(_INEXACT, rhs.dtype))
-        failed = solution.failed | (unsymmetric & tree.not_less(solution.residual, bound)) | tree.not_less(
-            solution.residual, tf.ones([], rhs.dtype))
-        return solution._replace(failed=failed, steps=solution.steps + 2)
+        return solution._replace(failed=solution.failed | (solution.residual > 1.0) | tf.math.is_nan(solution.residual))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +70,15 @@ class NormalConjugateGradient(LinearSolver):
     """
 
     max_steps: int = 20
-    tolerance: Any = 1e-6
+    tolerance: float | Callable[[Tensor], Tensor] = 1e-6
 
     uses_transposed = True
 
     def __post_init__(self):
         check_steps_and_tolerance(self)
 
-    def solve(self, matvec, rhs, initial=None, iteration=0, memory=()):
+    def solve(self, matvec: Matvec, rhs: Tensor, initial: Tensor | None = None, iteration: Any = 0,
+              memory: Any = ()) -> LinearSolution:
         operator = as_operator(matvec)
         solution = _conjugate_gradient(
             lambda v: operator.transposed(operator(v)), operator.transposed(rhs), initial, self.max_steps,
@@ -112,12 +104,13 @@ class GMRES(LinearSolver):
     """
 
     max_steps: int = 20
-    tolerance: Any = 1e-6
+    tolerance: float | Callable[[Tensor], Tensor] = 1e-6
 
     def __post_init__(self):
         check_steps_and_tolerance(self)
 
-    def solve(self, matvec, rhs, initial=None, iteration=0, memory=()):
+    def solve(self, matvec: Matvec, rhs: Tensor, initial: Tensor | None = None, iteration: Any = 0,
+              memory: Any = ()) -> LinearSolution:
         tolerance = value_at(self.tolerance, iteration, rhs.dtype)
         origin, residual, products = start(matvec, rhs, initial)
         length = tf.norm(residual)

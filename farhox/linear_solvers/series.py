@@ -1,11 +1,13 @@
 """Series: the truncated Neumann series and the iteration to a fixed point, x <- x + step_size (b - A x)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Matvec, Tensor
 from farhox.linear_solvers.base import (
     LinearSolution,
     LinearSolver,
@@ -47,9 +49,9 @@ class Neumann(LinearSolver):
     """
 
     max_steps: int = 20
-    step_size: Any = None
+    step_size: float | Callable[[Tensor], Tensor] | None = None
     power_steps: int = 20
-    tolerance: Any = 1e-6
+    tolerance: float | Callable[[Tensor], Tensor] = 1e-6
 
     def __post_init__(self):
         check_steps_and_tolerance(self)
@@ -59,10 +61,11 @@ class Neumann(LinearSolver):
             raise ValueError(f"{setting_name(self, 'step_size')} must be positive or None, or a callable "
                              f"hyper-iteration -> number. Received: {size!r}")
 
-    def initial_memory(self, like):
+    def initial_memory(self, like: Tensor) -> Any:
         return () if self.step_size is not None else [_first_direction(like), tf.constant(False)]
 
-    def solve(self, matvec, rhs, initial=None, iteration=0, memory=()):
+    def solve(self, matvec: Matvec, rhs: Tensor, initial: Tensor | None = None, iteration: Any = 0,
+              memory: Any = ()) -> LinearSolution:
         if self.step_size is None:
             direction, known = memory if memory else self.initial_memory(rhs)
             spent = tf.where(known, _REFRESH, self.power_steps)
@@ -98,12 +101,13 @@ class FixedPoint(LinearSolver):
     """
 
     max_steps: int = 50
-    tolerance: Any = 1e-6
+    tolerance: float | Callable[[Tensor], Tensor] = 1e-6
 
     def __post_init__(self):
         check_steps_and_tolerance(self)
 
-    def solve(self, matvec, rhs, initial=None, iteration=0, memory=()):
+    def solve(self, matvec: Matvec, rhs: Tensor, initial: Tensor | None = None, iteration: Any = 0,
+              memory: Any = ()) -> LinearSolution:
         return _richardson(matvec, rhs, initial, tf.ones([], rhs.dtype), self.max_steps,
                            value_at(self.tolerance, iteration, rhs.dtype))
 

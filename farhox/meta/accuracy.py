@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from farhox._core.types import Loss, Tensor
+
 _CLASSIFYING = (
     keras.losses.sparse_categorical_crossentropy, keras.losses.categorical_crossentropy,
     keras.losses.binary_crossentropy, keras.losses.categorical_focal_crossentropy,
@@ -12,13 +14,13 @@ _CLASSES = (
     keras.losses.BinaryCrossentropy, keras.losses.CategoricalFocalCrossentropy, keras.losses.BinaryFocalCrossentropy)
 
 
-def classifies(loss):
+def classifies(loss: Loss) -> bool:
     """Whether a loss is one of Keras' cross-entropies, whose predictions are right or wrong."""
     loss = keras.losses.get(loss) if isinstance(loss, str) else loss
     return isinstance(loss, _CLASSES) or loss in _CLASSIFYING
 
 
-def correct(targets, predictions):
+def correct(targets: Tensor, predictions: Tensor) -> Tensor:
     """One where a prediction is right and zero where it is wrong, [examples, ...].
 
     As the metric "accuracy" of Keras: one output is compared with .5; else the greatest output is compared with the

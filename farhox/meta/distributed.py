@@ -1,6 +1,9 @@
 """Meta-training over the replicas of several processes, where Keras' `fit` does not run."""
 
+import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -11,7 +14,8 @@ from farhox.training.saved_states import SavedStates
 from farhox.training.signals import Signals
 
 
-def fit_distributed(learner, episodes, meta_batch_size, meta_steps, folder, save_every=60.0, report=None):
+def fit_distributed(learner: Learner, episodes: EpisodeSource, meta_batch_size: int, meta_steps: int,
+                    folder: str | os.PathLike, save_every: int = 60.0, report: Callable[..., Any] | None = None) -> Any:
     """Trains a learner over all replicas of the strategy it was made in, and goes on from the last saved state.
 
     Every process of a `tf.distribute.MultiWorkerMirroredStrategy` calls it with the same arguments. Each replica
@@ -104,7 +108,7 @@ def fit_distributed(learner, episodes, meta_batch_size, meta_steps, folder, save
     return losses
 
 
-def is_chief(strategy):
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
     """Whether this process is the one that writes: the only one, the chief, or worker 0 where there is no chief."""
     resolver = strategy.cluster_resolver
     if resolver is None or not resolver.task_type:

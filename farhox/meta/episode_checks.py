@@ -1,12 +1,15 @@
 """What learners are given, checked where it comes in: models, episodes in data sets, support and query as arrays."""
 
 import inspect
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core.types import Batch, Data
 from farhox.meta.episodes import Episode, EpisodeSource
+from farhox.problem.bilevel import BilevelProblem
 
 _PARTS = "A learner takes episodes: ((support x, support y), (query x, query y)), each with sample weights if need be"
 _DATA = ("A learner takes a tf.data.Dataset of episodes in meta-batches, as EpisodeSource.dataset(meta_batch_size) "
@@ -15,13 +18,13 @@ _UNBATCHED = ("Episodes must come in meta-batches, with an axis of episodes befo
               "EpisodeSource.dataset(meta_batch_size) makes them, or .batch(1) of a data set")
 
 
-def check_model(name, model):
+def check_model(name: str, model: Any) -> None:
     """Raises a TypeError unless `model` is a Keras model."""
     if not isinstance(model, keras.Model):
         raise TypeError(f"{name} must be a keras.Model. Received: {model!r}")
 
 
-def checked_data(data, network):
+def checked_data(data: Data, network: Any) -> Data:
     """Episodes for `fit` or `evaluate`: a data set of meta-batches, or one of them.
 
     Single episodes, in a data set or alone, are meta-batches of one.
@@ -49,7 +52,7 @@ def checked_data(data, network):
     return data
 
 
-def as_parts(element, network):
+def as_parts(element: Any, network: Any) -> Any:
     """(support, query) of a meta-batch of episodes, or of its specification, each a tuple (x, y) or (x, y, weights).
 
     Raises:
@@ -77,7 +80,7 @@ def as_parts(element, network):
     return tuple(support), tuple(query)
 
 
-def as_support(support, network, classes=None, ignored=None):
+def as_support(support: Any, network: Any, classes: int | None = None, ignored: int | None = None) -> Any:
     """The support set of one episode as tensors (x, y) or (x, y, weights).
 
     Args:
@@ -119,7 +122,7 @@ def as_support(support, network, classes=None, ignored=None):
     return x, labels, weights
 
 
-def as_inputs(name, inputs, network):
+def as_inputs(name: str, inputs: Any, network: Any) -> Any:
     """The inputs of one episode for a Keras model as tensors of the model's types.
 
     Raises:
@@ -141,7 +144,7 @@ def as_inputs(name, inputs, network):
     return as_one_input(name, inputs, expected[0] if expected else None)
 
 
-def as_one_input(name, value, spec):
+def as_one_input(name: str, value: Any, spec: Any) -> Any:
     """A tensor [examples, ...] for an input of a Keras model, or for any if `spec` is None."""
     tensor = _tensor(name, value)
     if spec is not None:
@@ -157,7 +160,7 @@ def as_one_input(name, value, spec):
     return tensor
 
 
-def check_queries_are_seen(problem, outer_batch, query):
+def check_queries_are_seen(problem: BilevelProblem, outer_batch: Batch, query: Batch) -> None:
     """Raises a ValueError if the outer objective of a meta-batch does not depend on the query inputs."""
     own = {id(leaf) for leaf in tf.nest.flatten(query)}
     leaves = tf.nest.flatten(outer_batch)
@@ -185,7 +188,7 @@ def check_queries_are_seen(problem, outer_batch, query):
                          "outer_call=lambda inputs: model(inputs[1]). Received one that never sees the queries")
 
 
-def check_finite_episodes(batch, first):
+def check_finite_episodes(batch: Batch, first: int) -> None:
     """Raises a ValueError that names what is not finite in a meta-batch whose first episode has the number `first`."""
     for name, part in zip(("support", "query"), batch):
         for what, nest in zip(("inputs", "labels", "weights"), part):

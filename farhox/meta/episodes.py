@@ -1,7 +1,10 @@
 """Episodes: few-shot tasks drawn from labelled examples or from a family of functions."""
 
+from __future__ import annotations
+
 import abc
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -9,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Array, Batch, Tensor
 
 
 class Episode(NamedTuple):
@@ -19,8 +23,8 @@ class Episode(NamedTuple):
         query: Tuple (x, y), what it is judged by: [ways * queries, ...].
     """
 
-    support: Any
-    query: Any
+    support: Batch
+    query: Batch
 
 
 class EpisodeSource(abc.ABC):
@@ -30,10 +34,11 @@ class EpisodeSource(abc.ABC):
     """
 
     @abc.abstractmethod
-    def draw(self, index):
+    def draw(self, index: int) -> Episode:
         """The episode with number `index`, a scalar int64 tensor: an `Episode`. Pure TensorFlow."""
 
-    def dataset(self, meta_batch_size, start=0, count=None, shards=1, shard=0):
+    def dataset(self, meta_batch_size: int, start: int = 0, count: int | None = None, shards: int = 1,
+                shard: int = 0) -> tf.data.Dataset:
         """Episodes in meta-batches, in the order of their numbers.
 
         Args:
@@ -113,7 +118,8 @@ class ClassificationEpisodes(EpisodeSource):
             shots + queries (it is named), images and labels differ in number, or an image holds NaN or infinity.
     """
 
-    def __init__(self, images, labels=None, ways=5, shots=1, queries=15, seed=0, leave_out_small=False):
+    def __init__(self, images: Array, labels: Array = None, ways: int = 5, shots: int = 1, queries: int = 15,
+                 seed: int = 0, leave_out_small: bool = False) -> None:
         images, labels = _of_classes(images, labels) if isinstance(images, dict) else _examples(images, labels)
         for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
             checks.positive_integer(name, value)
@@ -145,7 +151,7 @@ class ClassificationEpisodes(EpisodeSource):
             self._counts = tf.constant(counts, tf.int32)
         self._most = int(counts.max())
 
-    def draw(self, index):
+    def draw(self, index: int) -> Episode:
         seed = tf.stack([tf.constant(self.seed, tf.int64), episode_number(index)])
         class_seed, example_seed = tf.unstack(tf.random.split(seed, 2))
         classes = first_of_shuffled(tf.random.stateless_uniform([self.num_classes], class_seed), self.ways)
@@ -180,17 +186,17 @@ class SinusoidEpisodes(EpisodeSource):
         [Finn et al., 2017](https://arxiv.org/abs/1703.03400), section 5.1.
     """
 
-    def __init__(self, shots=10, queries=10, seed=0):
+    def __init__(self, shots: int = 10, queries: int = 10, seed: int = 0) -> None:
         checks.positive_integer("shots", shots)
         checks.positive_integer("queries", queries)
         self.shots, self.queries, self.seed = int(shots), int(queries), int(seed)
 
-    def draw(self, index):
+    def draw(self, index: int) -> Episode:
         x, amplitude, phase = self._task(index)
         y = amplitude * tf.sin(x - phase)
         return Episode((x[:self.shots], y[:self.shots]), (x[self.shots:], y[self.shots:]))
 
-    def curve(self, index):
+    def curve(self, index: int) -> tuple[float, float]:
         """(amplitude, phase) of the episode with number `index`, two floats."""
         _, amplitude, phase = self._task(index)
         return float(amplitude), float(phase)
@@ -203,7 +209,8 @@ class SinusoidEpisodes(EpisodeSource):
                 tf.random.stateless_uniform([], seeds[2], 0.0, math.pi))
 
 
-def split_classes(images, labels, sizes, seed=0):
+def split_classes(images: Array, labels: Array, sizes: Sequence[int],
+                  seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
     """Splits examples by their classes: no class is in two parts.
 
     Args:
@@ -236,7 +243,7 @@ def split_classes(images, labels, sizes, seed=0):
     return [(images[mask], labels[mask]) for mask in chosen]
 
 
-def with_rotations(images, labels):
+def with_rotations(images: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
     """Every class four times: as it is and turned by 90, 180 and 270 degrees, each a class of its own.
 
     Args:
@@ -262,12 +269,12 @@ def with_rotations(images, labels):
     return turned, np.concatenate([numbers + k * len(classes) for k in range(4)])
 
 
-def new_episodes_seen():
+def new_episodes_seen() -> keras.Variable:
     """A variable that counts the episodes that a learner was trained on."""
     return keras.Variable(0, dtype="int64", trainable=False, name="episodes_seen", aggregation="only_first_replica")
 
 
-def count_episodes(learner, number):
+def count_episodes(learner: Any, number: Any) -> None:
     """Counts the episodes of a meta-batch, which every replica has one of."""
     seen = tf.cast(number, tf.int64) * learner.distribute_strategy.num_replicas_in_sync
     learner.episodes_seen.assign(tf.convert_to_tensor(learner.episodes_seen) + seen)
@@ -315,7 +322,7 @@ def _examples(images, labels):
     return images, labels
 
 
-def episode_number(index):
+def episode_number(index: int) -> Tensor:
     """The number of an episode as an int64 tensor."""
     if checks.is_integer(index):
         checks.non_negative_integer("The number of an episode", index)
@@ -326,6 +333,6 @@ def episode_number(index):
     return tf.cast(index, tf.int64)
 
 
-def first_of_shuffled(keys, count):
+def first_of_shuffled(keys: Any, count: Any) -> Tensor:
     """Places of the `count` least keys along the last axis, in their order: int32."""
     return tf.argsort(keys, axis=-1, stable=True)[..., :count]

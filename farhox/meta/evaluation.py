@@ -1,15 +1,19 @@
 """The field's protocol: means over many episodes, with 95 % intervals."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from farhox._core import checks
+from farhox._core.types import Array
 from farhox.meta.episode_checks import check_finite_episodes
 from farhox.meta.episodes import EpisodeSource
 
 
-def evaluate_episodes(judge, episodes, count=600, meta_batch_size=10):
+def evaluate_episodes(judge: Callable[..., Any], episodes: int, count: int = 600,
+                      meta_batch_size: int = 10) -> dict[str, Any]:
     """Means over the first episodes of a source.
 
     Args:
@@ -46,7 +50,7 @@ def evaluate_episodes(judge, episodes, count=600, meta_batch_size=10):
     return {**result, "episodes": count}
 
 
-def mean_and_interval(values):
+def mean_and_interval(values: Array) -> tuple[float, float]:
     """Mean of independent values, and half the width of its 95 % interval: 1.96 standard errors.
 
     Raises:

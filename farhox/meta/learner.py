@@ -1,11 +1,17 @@
 """What the learners share: episodes as hyper-iterations, adaptation, prediction, evaluation."""
 
+from typing import Any
+
 import keras
+import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.copies import copy_of
+from farhox._core.types import Batch, Data, Logs, Loss, Metrics, Optimizer, Tensor
 from farhox.data.batches import RepeatedBatch
+from farhox.hypergradients.base import HyperGradient
+from farhox.hypergradients.episodes import map_episodes, num_episodes
 from farhox.meta import episode_checks
 from farhox.meta.accuracy import classifies, correct
 from farhox.meta.episodes import EpisodeSource, count_episodes, new_episodes_seen
@@ -13,7 +19,7 @@ from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.problem import LOSS
 from farhox.meta.statistics import support_statistics
 from farhox.meta.weights import joined, order_of_present, scaled, weighted_mean, with_both_weights, with_weights
-from farhox.problem.episodes import map_episodes, num_episodes
+from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
 from farhox.problem.losses import takes_class_numbers
 from farhox.training.hyper_optimizer import HyperOptimizer, clear_errors
@@ -50,8 +56,10 @@ class Learner(HyperOptimizer):
         ValueError: If a number is not a positive integer.
     """
 
-    def __init__(self, model, problem, hypergradient, inner_steps, evaluation_steps=None, batch_size=None,
-                 transductive=True, seed=0, loss=LOSS, name=None, support_loss=None):
+    def __init__(self, model: keras.Model, problem: BilevelProblem, hypergradient: HyperGradient, inner_steps: int,
+                 evaluation_steps: int | None = None, batch_size: int | None = None, transductive: bool = True,
+                 seed: int = 0, loss: Loss = LOSS, name: str | None = None,
+                 support_loss: Loss | None = None) -> None:
         super().__init__(problem, hypergradient, name=name)
         evaluation_steps = inner_steps if evaluation_steps is None else evaluation_steps
         for label, value in (("inner_steps", inner_steps), ("evaluation_steps", evaluation_steps),
@@ -69,13 +77,14 @@ class Learner(HyperOptimizer):
         self.episodes_seen = new_episodes_seen()
         self._adapt_function = self._predict_function = self._judge_function = None
 
-    def compile(self, optimizer="adam", metrics=None, jit_compile=False, weighted_metrics=None, **kwargs):
+    def compile(self, optimizer: Optimizer = "adam", metrics: Metrics | None = None, jit_compile: bool = False,
+                weighted_metrics: Metrics | None = None, **kwargs: Any) -> None:
         """As `HyperOptimizer.compile`; all metrics count a query by its sample weight, if there are weights."""
         super().compile(optimizer, jit_compile=jit_compile, weighted_metrics=joined(metrics, weighted_metrics),
                         **kwargs)
         self._adapt_function = self._predict_function = self._judge_function = None
 
-    def evaluate(self, x=None, episodes=600, meta_batch_size=10, **kwargs):
+    def evaluate(self, x: Data = None, episodes: int = 600, meta_batch_size: int = 10, **kwargs: Any) -> Any:
         """Judges the learner by episodes: it adapts to each support set and predicts the query set.
 
         Args:
@@ -98,7 +107,7 @@ class Learner(HyperOptimizer):
             result = evaluate_episodes(self._judge_function, x, episodes, meta_batch_size)
         return {**result, "transductive": self.transductive}
 
-    def predict(self, support, query):
+    def predict(self, support: Batch, query: Batch) -> np.ndarray:
         """Predictions for the query inputs of one episode, after adaptation to its support set.
 
         Args:
@@ -117,7 +126,7 @@ class Learner(HyperOptimizer):
             self._predict_function = self._compiled(self.predict_episodes, reduce_retracing=True)
         return self._predict_function(support, query).numpy()[0]
 
-    def predict_episodes(self, support, query):
+    def predict_episodes(self, support: Batch, query: Batch) -> Tensor:
         """`predict` for several episodes, in pure TensorFlow.
 
         Args:
@@ -137,7 +146,7 @@ class Learner(HyperOptimizer):
             inputs += support[2], tf.ones(tf.shape(leaf)[:2], support[2].dtype)
         return map_episodes(one, (), inputs, self._adapted(support)[0])
 
-    def adapt(self, support):
+    def adapt(self, support: Batch) -> keras.Model:
         """A plain Keras model adapted to a support set.
 
         Its batch-norm layers hold the statistics of the support set, so that `model(x)` treats each input on its own.
@@ -174,7 +183,7 @@ class Learner(HyperOptimizer):
         ignored = loss.get_config().get("ignore_class") if isinstance(loss, keras.losses.Loss) else None
         return _one_episode(episode_checks.as_support(support, self.model, classes, ignored))
 
-    def raise_if_diverged(self):
+    def raise_if_diverged(self) -> None:
         try:
             super().raise_if_diverged()
         except RuntimeError as error:
@@ -200,12 +209,12 @@ class Learner(HyperOptimizer):
     def _checked_examples(self, data):
         return episode_checks.as_parts(data, self.model)
 
-    def test_step(self, data):
+    def test_step(self, data: Data) -> Logs:
         support, query = self._parts(data)
         states, inner_losses = self._adapted(support)
         self._inner_loss.update_state(inner_losses[..., -1])
         loss = tf.reduce_mean(self._judged(states, support, query)["loss"])
-        return self._logs(loss, lambda: self.problem.predictions(states, self._outer_batch(support, query)))
+        return self._logs(loss, states, self._outer_batch(support, query))
 
     def _hyper_iteration_data(self, data, training=False):
         support, query = self._parts(data)

@@ -1,14 +1,19 @@
 """MAML and its relatives: each is a bilevel problem over episodes and a method for its gradient."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
-from farhox.dynamics.base import GradientDescent
+from farhox._core.types import Loss, Tensor
+from farhox.dynamics.base import GradientDescent, InnerDynamics
 from farhox.dynamics.keras_optimizers import KerasDynamics
 from farhox.hypergradients import EpisodesHG, HyperGradient, ImplicitHG, InitialHG, ReptileHG, ReverseHG
 from farhox.linear_solvers import ConjugateGradient
+from farhox.linear_solvers.base import LinearSolver
 from farhox.meta.episode_checks import check_model
 from farhox.meta.learner import Learner
 from farhox.meta.problem import LOSS, episode_problem
@@ -64,9 +69,12 @@ class MAML(Learner):
         [Antoniou et al., 2019](https://arxiv.org/abs/1810.09502) for the multi-step loss.
     """
 
-    def __init__(self, model, inner_learning_rate=0.1, inner_steps=5, first_order=False, learn_learning_rates=False,
-                 loss=LOSS, transductive=True, evaluation_steps=None, step_weights=None, allow_unused=False,
-                 name="maml", dynamics=None, support_loss=None, outer_variables=(), condition=None):
+    def __init__(self, model: keras.Model, inner_learning_rate: float | OuterVariable = 0.1, inner_steps: int = 5,
+                 first_order: bool = False, learn_learning_rates: bool | str = False, loss: Loss = LOSS,
+                 transductive: bool = True, evaluation_steps: int | None = None,
+                 step_weights: Sequence[float] | None = None, allow_unused: bool = False, name: str = "maml",
+                 dynamics: InnerDynamics | None = None, support_loss: Loss | None = None,
+                 outer_variables: Sequence[keras.Variable | OuterVariable] = (), condition: Any = None) -> None:
         problem = _initialization_problem(
             model, [], inner_learning_rate, learn_learning_rates, first_order, dynamics, outer_variables, loss=loss,
             support_loss=support_loss, condition=condition, transductive=transductive, allow_unused=allow_unused)
@@ -92,9 +100,12 @@ class ANIL(Learner):
         [Raghu et al., 2020](https://arxiv.org/abs/1909.09157).
     """
 
-    def __init__(self, model, head=None, inner_learning_rate=0.1, inner_steps=5, first_order=False,
-                 learn_learning_rates=False, loss=LOSS, transductive=True, evaluation_steps=None, allow_unused=False,
-                 name="anil", dynamics=None, support_loss=None, outer_variables=(), condition=None):
+    def __init__(self, model: keras.Model, head: Any = None, inner_learning_rate: float | OuterVariable = 0.1,
+                 inner_steps: int = 5, first_order: bool = False, learn_learning_rates: bool | str = False,
+                 loss: Loss = LOSS, transductive: bool = True, evaluation_steps: int | None = None,
+                 allow_unused: bool = False, name: str = "anil", dynamics: InnerDynamics | None = None,
+                 support_loss: Loss | None = None, outer_variables: Sequence[keras.Variable | OuterVariable] = (),
+                 condition: Any = None) -> None:
         problem = _initialization_problem(
             model, _body(model, head), inner_learning_rate, learn_learning_rates, first_order, dynamics,
             outer_variables, loss=loss, support_loss=support_loss, condition=condition, transductive=transductive,
@@ -130,9 +141,12 @@ class HyperRepresentation(Learner):
         [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), section 5.
     """
 
-    def __init__(self, body, head, inner_learning_rate=None, inner_steps=5, hypergradient=None, loss=LOSS,
-                 transductive=True, evaluation_steps=None, allow_unused=False, name="hyper_representation",
-                 dynamics=None, support_loss=None, outer_variables=(), condition=None):
+    def __init__(self, body: keras.Model, head: Any, inner_learning_rate: float | OuterVariable | None = None,
+                 inner_steps: int = 5, hypergradient: HyperGradient | None = None, loss: Loss = LOSS,
+                 transductive: bool = True, evaluation_steps: int | None = None, allow_unused: bool = False,
+                 name: str = "hyper_representation", dynamics: InnerDynamics | None = None,
+                 support_loss: Loss | None = None, outer_variables: Sequence[keras.Variable | OuterVariable] = (),
+                 condition: Any = None) -> None:
         if not isinstance(body, keras.Model) or not isinstance(head, keras.Layer):
             raise TypeError("body must be a keras.Model and head a keras.Layer. "
                             f"Received: {type(body).__name__} and {type(head).__name__}")
@@ -159,7 +173,7 @@ class HyperRepresentation(Learner):
                          transductive=transductive, loss=loss, name=name, support_loss=support_loss)
         self.body, self.head = body, head
 
-    def embed(self, inputs):
+    def embed(self, inputs: Tensor) -> Tensor:
         """The representation of inputs: a tensor [inputs, features].
 
         Batch-norm layers of the body normalise by the statistics of these inputs, whose moving averages farhox does not
@@ -200,9 +214,13 @@ class IMAML(Learner):
         something else, see the page on meta-learning.
     """
 
-    def __init__(self, model, inner_learning_rate=0.1, inner_steps=16, proximal=2.0, linear_solver=None, damping=0.0,
-                 dynamics=None, loss=LOSS, transductive=True, evaluation_steps=None, allow_unused=False, name="imaml",
-                 support_loss=None, outer_variables=(), batch_size=None, curvature=None, seed=0):
+    def __init__(self, model: keras.Model, inner_learning_rate: float | OuterVariable = 0.1, inner_steps: int = 16,
+                 proximal: float | OuterVariable = 2.0, linear_solver: LinearSolver | None = None, damping: float = 0.0,
+                 dynamics: InnerDynamics | None = None, loss: Loss = LOSS, transductive: bool = True,
+                 evaluation_steps: int | None = None, allow_unused: bool = False, name: str = "imaml",
+                 support_loss: Loss | None = None, outer_variables: Sequence[keras.Variable | OuterVariable] = (),
+                 batch_size: int | None = None, curvature: Callable[..., Any] | None = None,
+                 seed: int = 0) -> None:
         if checks.is_number(proximal) and proximal <= 0:
             raise ValueError(f"proximal must be positive. Received: {proximal}")
         if curvature is not None and not callable(curvature):
@@ -264,9 +282,10 @@ class Reptile(Learner):
         [Nichol et al., 2018](https://arxiv.org/abs/1803.02999), Algorithms 1 and 2.
     """
 
-    def __init__(self, model, dynamics=None, inner_steps=5, batch_size=None, step_weights=None, loss=LOSS,
-                 transductive=True, evaluation_steps=None, seed=0, allow_unused=False, name="reptile",
-                 support_loss=None):
+    def __init__(self, model: keras.Model, dynamics: InnerDynamics | None = None, inner_steps: int = 5,
+                 batch_size: int | None = None, step_weights: Sequence[float] | None = None, loss: Loss = LOSS,
+                 transductive: bool = True, evaluation_steps: int | None = None, seed: int = 0,
+                 allow_unused: bool = False, name: str = "reptile", support_loss: Loss | None = None) -> None:
         if dynamics is None:
             dynamics = KerasDynamics(keras.optimizers.Adam(1e-3, beta_1=0.0))
         problem = episode_problem(
@@ -294,8 +313,11 @@ class JointTraining(Learner):
         ValueError: If a number is out of range.
     """
 
-    def __init__(self, model, inner_learning_rate=0.1, evaluation_steps=5, loss=LOSS, transductive=True,
-                 allow_unused=False, name="joint_training", dynamics=None, support_loss=None, outer_variables=()):
+    def __init__(self, model: keras.Model, inner_learning_rate: float | OuterVariable = 0.1,
+                 evaluation_steps: int | None = 5, loss: Loss = LOSS, transductive: bool = True,
+                 allow_unused: bool = False, name: str = "joint_training", dynamics: InnerDynamics | None = None,
+                 support_loss: Loss | None = None,
+                 outer_variables: Sequence[keras.Variable | OuterVariable] = ()) -> None:
         problem = episode_problem(
             model, loss, GradientDescent(inner_learning_rate) if dynamics is None else dynamics, outer_variables,
             learn_initialization=True, support_loss=support_loss, transductive=transductive, allow_unused=allow_unused)

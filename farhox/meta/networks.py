@@ -1,13 +1,17 @@
 """The networks of few-shot image classification."""
 
+from typing import Any
+
 import keras
 
 from farhox._core import checks
+from farhox._core.types import Shape
 from farhox.meta.episode_checks import check_model
 
 
-def convolutional_body(input_shape=(28, 28, 1), filters=64, blocks=4, downsampling="stride", normalize_features=False,
-                       name="body"):
+def convolutional_body(input_shape: Shape = (28, 28, 1), filters: Any = 64, blocks: int = 4,
+                       downsampling: str = "stride", normalize_features: bool = False,
+                       name: str = "body") -> keras.Model:
     """Blocks of 3x3 convolution, batch normalisation and ReLU, each of which halves the image; then flattened.
 
     Args:
@@ -40,7 +44,8 @@ def convolutional_body(input_shape=(28, 28, 1), filters=64, blocks=4, downsampli
     return keras.Sequential(layers, name=name)
 
 
-def residual_body(input_shape=(28, 28, 1), filters=(32, 64, 128), features=256, name="residual_body"):
+def residual_body(input_shape: Shape = (28, 28, 1), filters: Any = (32, 64, 128), features: int = 256,
+                  name: str = "residual_body") -> keras.Model:
     """Residual blocks of three 3x3 convolutions with a 1x1 skip and pooling, then a mean over places and features.
 
     Args:
@@ -72,7 +77,7 @@ def residual_body(input_shape=(28, 28, 1), filters=(32, 64, 128), features=256, 
     return keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x), name=name)
 
 
-def few_shot_classifier(ways=5, body=None):
+def few_shot_classifier(ways: int = 5, body: keras.Model | None = None) -> keras.Model:
     """A body and a dense softmax layer on its features.
 
     Args:

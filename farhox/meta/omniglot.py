@@ -15,7 +15,9 @@ from farhox.meta.episodes import split_classes, with_rotations
 SIZE = 28
 
 
-def load_omniglot(data_dir=None, train=1200, validation=100, seed=0, rotations=True, cache_dir=None, download=True):
+def load_omniglot(data_dir: str | os.PathLike | None = None, train: int = 1200, validation: int = 100,
+                  seed: int = 0, rotations: bool = True, cache_dir: str | os.PathLike | None = None,
+                  download: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
     """The characters of Omniglot, split by character into meta-training, meta-validation and meta-test.
 
     All 1,623 characters are pooled, shuffled and split; the rotations of a character stay in its part. Images are read

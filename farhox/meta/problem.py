@@ -1,17 +1,27 @@
 """The bilevel problem of an episode: a loss on the support set inside, a loss on the queries outside."""
 
 import contextlib
+from collections.abc import Sequence
+from typing import Any
 
+import keras
+
+from farhox._core.types import Loss
+from farhox.dynamics.base import InnerDynamics
 from farhox.meta.episode_checks import check_model
 from farhox.meta.statistics import query_call, statistics_of_weighted
+from farhox.outer.outer_variable import OuterVariable
+from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.supervised import supervised_problem
 
 LOSS = "sparse_categorical_crossentropy"
 
 
-def episode_problem(model, loss=LOSS, dynamics=None, outer_variables=(), representation=(), learn_initialization=False,
-                    support_loss=None, condition=None, transductive=True, proximal=None, allow_unused=False,
-                    share_representation=False):
+def episode_problem(model: keras.Model, loss: Loss = LOSS, dynamics: InnerDynamics | None = None,
+                    outer_variables: Sequence[keras.Variable | OuterVariable] = (), representation: Sequence[Any] = (),
+                    learn_initialization: bool = False, support_loss: Loss | None = None, condition: Any = None,
+                    transductive: bool = True, proximal: float | OuterVariable | None = None,
+                    allow_unused: bool = False, share_representation: bool = False) -> BilevelProblem:
     """The `BilevelProblem` of an episode, from which a learner is made.
 
     Inner batches are examples of the support set, the outer batch is the query set. All learners of `farhox.meta` are

@@ -1,10 +1,14 @@
 """Prototypical networks, the reference that needs no inner training."""
 
+from typing import Any
+
 import keras
+import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.copies import copy_of
+from farhox._core.types import Batch, Data, Logs, Loss, Metrics, Optimizer, Tensor
 from farhox.dynamics.base import check_keras_optimizer
 from farhox.meta import episode_checks
 from farhox.meta.accuracy import correct
@@ -50,7 +54,7 @@ class PrototypicalNetwork(keras.Model):
         [Snell et al., 2017](https://arxiv.org/abs/1703.05175), equations 1 and 2.
     """
 
-    def __init__(self, embedding, ways, name="prototypical_network"):
+    def __init__(self, embedding: keras.Model, ways: int, name: str = "prototypical_network") -> None:
         super().__init__(name=name)
         episode_checks.check_model("embedding", embedding)
         if not embedding.built:
@@ -60,13 +64,14 @@ class PrototypicalNetwork(keras.Model):
         self.built = True
         self._judge_function = None
 
-    def compile(self, optimizer="adam", loss=_LOSS, metrics=None, weighted_metrics=None, **kwargs):
+    def compile(self, optimizer: Optimizer = "adam", loss: Loss = _LOSS, metrics: Metrics | None = None,
+                weighted_metrics: Metrics | None = None, **kwargs: Any) -> None:
         """As `keras.Model.compile`; all metrics count a query by its sample weight, if there are weights."""
         kwargs.setdefault("jit_compile", False)  # XLA slows convolutions down on CPUs.
         check_keras_optimizer("optimizer", optimizer)
         super().compile(optimizer, loss, weighted_metrics=joined(metrics, weighted_metrics), **kwargs)
 
-    def fit(self, x=None, **kwargs):
+    def fit(self, x: Data = None, **kwargs: Any) -> keras.callbacks.History:
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
         if kwargs.get("validation_data") is not None:
             kwargs["validation_data"] = self._dataset(kwargs["validation_data"])
@@ -77,7 +82,7 @@ class PrototypicalNetwork(keras.Model):
         x = episode_checks.checked_data(x, self.embedding)
         return tf.data.Dataset.from_tensors(x) if isinstance(x, (tuple, list)) else x
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         """Class probabilities [episodes, queries, ways] of (support x, support y, query x).
 
         Of episodes with sample weights: of (support x, support y, query x, support weights, query weights). Prototypes
@@ -96,16 +101,16 @@ class PrototypicalNetwork(keras.Model):
         distances = tf.reduce_sum((query[:, :, None] - prototypes[:, None]) ** 2, axis=-1)
         return tf.nn.softmax(tf.where(present[:, None], -distances, _NEVER))
 
-    def train_step(self, data):
+    def train_step(self, data: Data) -> Logs:
         inputs, targets, *weights = self._as_keras(data)
         logs = super().train_step((inputs, targets, *weights))
         count_episodes(self, tf.shape(targets)[0])
         return logs
 
-    def test_step(self, data):
+    def test_step(self, data: Data) -> Logs:
         return super().test_step(self._as_keras(data))
 
-    def evaluate(self, x=None, episodes=600, meta_batch_size=10, **kwargs):
+    def evaluate(self, x: Data = None, episodes: int = 600, meta_batch_size: int = 10, **kwargs: Any) -> Any:
         """As `Learner.evaluate`."""
         if not isinstance(x, EpisodeSource):
             with clear_errors():
@@ -115,13 +120,13 @@ class PrototypicalNetwork(keras.Model):
         with clear_errors():
             return {**evaluate_episodes(self._judge_function, x, episodes, meta_batch_size), "transductive": False}
 
-    def predict(self, support, query):
+    def predict(self, support: Batch, query: Batch) -> np.ndarray:
         """As `Learner.predict`. A class without support examples has probability zero."""
         support = episode_checks.as_support(support, self.embedding, self.ways)
         query = episode_checks.as_inputs("query inputs", query, self.embedding)
         return self.predict_episodes(tuple(part[None] for part in support), query[None])[0].numpy()
 
-    def predict_episodes(self, support, query):
+    def predict_episodes(self, support: Batch, query: Batch) -> Tensor:
         """As `Learner.predict_episodes`."""
         inputs = *support[:2], query
         if len(support) == 3:
@@ -129,11 +134,11 @@ class PrototypicalNetwork(keras.Model):
             inputs += weights, tf.ones(tf.shape(query)[:2], weights.dtype)
         return self(inputs)
 
-    def embed(self, inputs):
+    def embed(self, inputs: Tensor) -> Tensor:
         """The features of inputs, by moving batch-norm statistics: a tensor [inputs, features]."""
         return self.embedding(tf.convert_to_tensor(inputs), training=False)
 
-    def adapt(self, support):
+    def adapt(self, support: Batch) -> keras.Model:
         """A plain Keras model for the classes of a support set: the embedding and a dense softmax layer on it.
 
         -||f - c||^2 = 2 f'c - ||c||^2 - ||f||^2, and the last term is the same for all classes.

@@ -1,16 +1,19 @@
 """Batch-norm statistics of an episode: from its queries (transductive) or from its support set."""
 
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from farhox._core import functional
+from farhox._core.types import Tensor
 from farhox.meta.episode_checks import check_model
 from farhox.meta.weights import is_present
 
 
-def query_call(model, transductive):
+def query_call(model: keras.Model, transductive: bool) -> Callable[..., Any]:
     """The model as it predicts queries: a callable (support x, query x) -> predictions.
 
     Batch-norm layers normalise queries by the statistics of all queries of the episode together (transductive: a
@@ -53,7 +56,7 @@ def query_call(model, transductive):
     return predict
 
 
-def statistics_of_weighted(model):
+def statistics_of_weighted(model: keras.Model) -> Callable[..., Any]:
     """Callable sample weights or None -> context manager, in which examples of weight zero are not in statistics."""
     def context(weights):
         return _statistics_of(_batch_norms(model), is_present(weights))
@@ -61,7 +64,7 @@ def statistics_of_weighted(model):
     return context
 
 
-def support_statistics(model, inputs, values, weights=None):
+def support_statistics(model: keras.Model, inputs: Tensor, values: Any, weights: Any = None) -> Any:
     """The batch-norm statistics of `inputs` under other weights.
 
     Args:
@@ -106,7 +109,7 @@ def _without_memory(layers):
 
 
 @contextlib.contextmanager
-def statistics_of(model, present):
+def statistics_of(model: keras.Model, present: Any) -> Iterator[None]:
     """The model's batch-norm layers take the statistics of a batch from some of its examples alone.
 
     Args:

@@ -1,12 +1,14 @@
 """Episodes of one's own tasks: from lists, dictionaries or generators of arrays, of any size."""
 
 import itertools
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Tensor
 from farhox.meta.episodes import Episode, EpisodeSource, episode_number, first_of_shuffled
 
 _TASK = ("A task must be a pair (support, query), each (x, y) or (x, y, sample weights), or a dictionary with these "
@@ -49,7 +51,8 @@ class TaskEpisodes(EpisodeSource):
             examples, a number is not finite, or a task is too small.
     """
 
-    def __init__(self, tasks, shots=None, queries=None, leave_out_small=False, count=None, seed=0):
+    def __init__(self, tasks: Any, shots: int | None = None, queries: int | None = None, leave_out_small: bool = False,
+                 count: int | None = None, seed: int = 0) -> None:
         if shots is not None:
             checks.positive_integer("shots", shots)
         if queries is not None:
@@ -83,7 +86,7 @@ class TaskEpisodes(EpisodeSource):
             self._weighted = weighted or not self._chosen.even
         self.num_tasks = len(parts)
 
-    def draw(self, index):
+    def draw(self, index: int) -> Episode:
         number = episode_number(index)
         seed = tf.stack([tf.constant(self.seed, tf.int64), number // self.num_tasks])
         order_seed = tf.random.split(seed, 2)[0]
@@ -99,7 +102,7 @@ class TaskEpisodes(EpisodeSource):
 class _Examples:
     """Examples of all tasks one after another, on the host, where data pipelines read."""
 
-    def __init__(self, names, parts, weighted):
+    def __init__(self, names: Any, parts: Any, weighted: bool) -> None:
         sizes = np.array([len(tf.nest.flatten(part[0])[0]) for part in parts])
         if weighted:
             parts = [part if len(part) == 3 else (*part, np.ones(size, keras.config.floatx()))
@@ -112,13 +115,13 @@ class _Examples:
             self._starts = tf.constant(np.cumsum(sizes) - sizes, tf.int32)
             self._sizes = tf.constant(sizes, tf.int32)
 
-    def of(self, task):
+    def of(self, task: Tensor) -> Any:
         """All examples of a task, padded to the greatest, with weights if there are any or tasks differ in size."""
         places = tf.range(self._most)
         there = places < self._sizes[task]
         return self.at(task, tf.where(there, places, 0), there if self._padded or self._weighted else None)
 
-    def at(self, task, places, there):
+    def at(self, task: Any, places: Any, there: Any) -> Any:
         """The examples of a task at some places; where it is false that they are there, of weight zero."""
         part = tf.nest.map_structure(lambda leaf: tf.gather(leaf, self._starts[task] + places), self._data)
         if there is None:
@@ -131,7 +134,7 @@ class _Examples:
 class _Division:
     """Which examples of a task are support and which are queries, anew in each episode."""
 
-    def __init__(self, parts, shots, queries):
+    def __init__(self, parts: Any, shots: int, queries: int) -> None:
         labels = [_class_numbers(task[0][1]) for task in parts]
         # Examples without classes are of one class.
         groups = [np.zeros(len(tf.nest.flatten(task[0][0])[0]), int) if y is None else np.unique(
@@ -151,7 +154,7 @@ class _Division:
             self._groups = tf.constant(padded)
             self._numbers = [tf.constant(supports, tf.int32), tf.constant(asked, tf.int32)]
 
-    def places(self, task, seed):
+    def places(self, task: Any, seed: Any) -> Any:
         """Pairs (places, whether they are there) of the support set and of the queries."""
         groups = self._groups[task]
         order = tf.argsort(tf.random.stateless_uniform([self._most], seed), stable=True)

@@ -1,17 +1,21 @@
 """Sample weights of episodes: an example of weight zero is not there, so that tasks of different size fit one shape."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
+from farhox._core.types import Batch, Loss, Metrics, Tensor
 
-def with_both_weights(support, query):
+
+def with_both_weights(support: Batch, query: Batch) -> Any:
     """Support and query as tuples, with sample weights both if one of them has any."""
     if len(support) == len(query) == 2:
         return tuple(support), tuple(query)
     return with_weights(support), with_weights(query)
 
 
-def with_weights(part):
+def with_weights(part: Any) -> Any:
     """(x, y, weights) of (x, y) or (x, y, weights) with a leading axis of episodes: ones by default, floating point."""
     if len(part) == 2:
         return *part, tf.ones(tf.shape(part[1])[:2], keras.config.floatx())
@@ -19,13 +23,13 @@ def with_weights(part):
     return *part[:2], weights if weights.dtype.is_floating else tf.cast(weights, keras.config.floatx())
 
 
-def joined(metrics, weighted_metrics):
+def joined(metrics: Any, weighted_metrics: Any) -> Metrics | None:
     """The metrics that a learner is compiled with, for Keras: all of them count a query by its sample weight."""
     parts = [part if isinstance(part, (list, tuple)) else [part] for part in (metrics, weighted_metrics) if part]
     return [metric for part in parts for metric in part] or None
 
 
-def scaled(weights, loss):
+def scaled(weights: Tensor, loss: Loss) -> Any:
     """Sample weights for a Keras loss, which divides by the number of examples, those of weight zero among them.
 
     With them the loss of an episode is sum_i weight_i loss_i / (number of examples whose weight is not zero), as that
@@ -47,14 +51,14 @@ def scaled(weights, loss):
     return weights * tf.math.divide_no_nan(number, present)
 
 
-def is_present(weights):
+def is_present(weights: Tensor) -> Tensor | None:
     """Which examples have any weight: bools [examples] of weights [examples, ...]; None of None."""
     if weights is None:
         return None
     return tf.reduce_any(weights != 0, axis=list(range(1, weights.shape.rank)))
 
 
-def order_of_present(weights, steps, batch_size, seed):
+def order_of_present(weights: Tensor, steps: int, batch_size: int | None, seed: int | None) -> Tensor:
     """Examples in random order, again and again without replacement, those of weight zero left out.
 
     The order of an episode does not depend on how many examples of weight zero come after the others.
@@ -79,7 +83,7 @@ def order_of_present(weights, steps, batch_size, seed):
     return tf.gather(tf.reshape(order, [tf.shape(order)[0], taken * examples]), places, batch_dims=1)
 
 
-def weighted_mean(values, weights, axis=0):
+def weighted_mean(values: Tensor, weights: Tensor, axis: int = 0) -> Tensor:
     """sum(weights * values) / sum(weights) over the examples of an episode; without weights the mean; NaN of none.
 
     Args:

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Array, Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -23,7 +24,7 @@ class Box(keras.constraints.Constraint):
         ValueError: If no bound is given, a bound is not a finite number, or low is not less than high.
     """
 
-    def __init__(self, low=None, high=None):
+    def __init__(self, low: float | None = None, high: float | None = None) -> None:
         for name, bound in (("low", low), ("high", high)):
             if bound is not None and not checks.is_number(bound):
                 raise ValueError(f"{name} must be a finite number or None. Received: {name}={bound!r}")
@@ -34,7 +35,7 @@ class Box(keras.constraints.Constraint):
         self.low = None if low is None else float(low)
         self.high = None if high is None else float(high)
 
-    def __call__(self, w):
+    def __call__(self, w: Array) -> Tensor:
         values = tf.convert_to_tensor(w)
         if self.low is not None:
             values = tf.maximum(values, self.low)
@@ -42,7 +43,7 @@ class Box(keras.constraints.Constraint):
             values = tf.minimum(values, self.high)
         return values
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {"low": self.low, "high": self.high}
 
 
@@ -62,11 +63,11 @@ class Simplex(keras.constraints.Constraint):
         ValueError: If the total is not a positive finite number.
     """
 
-    def __init__(self, total=1.0, at_most=False):
+    def __init__(self, total: float = 1.0, at_most: bool = False) -> None:
         self.total = checks.positive_number("total", total)
         self.at_most = bool(at_most)
 
-    def __call__(self, w):
+    def __call__(self, w: Array) -> Tensor:
         values = tf.convert_to_tensor(w)
         flat = tf.cast(tf.reshape(values, [-1]), tf.float64)
         shift = _shift_to_sum(flat, self.total)
@@ -74,7 +75,7 @@ class Simplex(keras.constraints.Constraint):
             shift = tf.where(tf.reduce_sum(tf.nn.relu(flat)) <= self.total, tf.zeros_like(shift), shift)
         return tf.reshape(tf.cast(tf.nn.relu(flat - shift), values.dtype), tf.shape(values))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {"total": self.total, "at_most": self.at_most}
 
 
@@ -95,17 +96,17 @@ class CappedSimplex(keras.constraints.Constraint):
         [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785), section 5.1 (data hyper-cleaning).
     """
 
-    def __init__(self, budget):
+    def __init__(self, budget: float) -> None:
         self.budget = checks.positive_number("budget", budget)
 
-    def __call__(self, w):
+    def __call__(self, w: Array) -> Tensor:
         values = tf.convert_to_tensor(w)
         flat = tf.cast(tf.reshape(values, [-1]), tf.float64)
         within = tf.reduce_sum(tf.clip_by_value(flat, 0.0, 1.0)) <= self.budget
         shift = tf.where(within, tf.zeros([], flat.dtype), _shift_to_sum(flat, self.budget, capped=True))
         return tf.reshape(tf.cast(tf.clip_by_value(flat - shift, 0.0, 1.0), values.dtype), tf.shape(values))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {"budget": self.budget}
 
 

@@ -1,5 +1,7 @@
 """Outer variables that a person reads and sets in natural units: hyperparameters, example weights, schedules."""
 
+from __future__ import annotations
+
 import math
 
 import keras
@@ -7,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Array, Config, DType, Tensor
 from farhox.outer.constraints import CappedSimplex
 from farhox.outer.outer_variable import OuterVariable
 
@@ -38,7 +41,8 @@ class Hyperparameter(OuterVariable):
         TypeError: If the initial value is not a number or an array of numbers, or the name not a string.
     """
 
-    def __init__(self, initial, low=None, high=None, log=False, discrete=False, name="hyperparameter", dtype=None):
+    def __init__(self, initial: Array, low: float | None = None, high: float | None = None, log: bool = False,
+                 discrete: bool = False, name: str = "hyperparameter", dtype: DType | None = None) -> None:
         self.low, self.high = _bound("low", low, name), _bound("high", high, name)
         self.log = bool(log)
         self.discrete = bool(discrete)
@@ -51,17 +55,17 @@ class Hyperparameter(OuterVariable):
         super().__init__(unconstrained, name, dtype, low=self.low, high=self.high)
         self._check_held(unconstrained)
 
-    def __call__(self):
+    def __call__(self) -> Tensor:
         """The value as a differentiable tensor; floored, without derivative, for a discrete hyperparameter."""
         value = self.natural_value()
         return tf.floor(value) if self.discrete else value
 
-    def value(self, step=None):
+    def value(self, step: Tensor | None = None) -> Tensor:
         """The value as a setting: that of a call."""
         del step
         return self()
 
-    def natural_value(self):
+    def natural_value(self) -> Tensor:
         return self._natural(tf.convert_to_tensor(self.variable))
 
     def _natural(self, u):
@@ -75,7 +79,7 @@ class Hyperparameter(OuterVariable):
             return self.high - tf.nn.softplus(u)
         return tf.identity(u)
 
-    def assign(self, value):
+    def assign(self, value: Array) -> None:
         """Sets the value in natural units.
 
         Raises:
@@ -96,14 +100,14 @@ class Hyperparameter(OuterVariable):
     def __tf_tensor__(self, dtype=None, name=None):
         return tf.convert_to_tensor(self(), dtype, name=name)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """Settings and the current unconstrained value, for layers that hold a hyperparameter and are saved."""
         unconstrained = keras.ops.convert_to_numpy(self.variable).tolist()
         return {"unconstrained": unconstrained, "low": self.low, "high": self.high, "log": self.log,
                 "discrete": self.discrete, "name": self.name, "dtype": self.variable.dtype}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Hyperparameter:
         settings = {key: value for key, value in config.items() if key != "unconstrained"}
         low, high = settings["low"], settings["high"]
         inside = 0.5 * (low + high) if low is not None and high is not None else (
@@ -156,7 +160,8 @@ class ExampleWeights(OuterVariable):
         [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785), section 5.1 (data hyper-cleaning).
     """
 
-    def __init__(self, num_examples, initial=None, budget=None, name="example_weights", dtype=None):
+    def __init__(self, num_examples: int, initial: float | None = None, budget: float | None = None,
+                 name: str = "example_weights", dtype: DType | None = None) -> None:
         self.num_examples = checks.positive_integer("num_examples", num_examples)
         if initial is not None:
             checks.finite_number("initial", initial)
@@ -179,7 +184,7 @@ class ExampleWeights(OuterVariable):
             # A constraint given to the constructor of keras.Variable is ignored.
             self.variable.constraint = CappedSimplex(budget)
 
-    def __call__(self, indices):
+    def __call__(self, indices: Array) -> Tensor:
         """Weights of the examples `indices`: an integer tensor of shape [batch] to a tensor of shape [batch].
 
         Raises:
@@ -194,11 +199,11 @@ class ExampleWeights(OuterVariable):
         chosen = tf.where(inside, chosen, tf.constant(float("nan"), chosen.dtype))
         return tf.sigmoid(chosen) if self.budget is None else chosen
 
-    def natural_value(self):
+    def natural_value(self) -> Tensor:
         value = tf.convert_to_tensor(self.variable)
         return tf.sigmoid(value) if self.budget is None else tf.identity(value)
 
-    def value(self, step=None):
+    def value(self, step: Tensor | None = None) -> Tensor:
         """Weights belong to examples: they are no setting.
 
         Raises:
@@ -225,7 +230,7 @@ class LearnedSchedule(OuterVariable):
     log = True
     changes_with_step = True
 
-    def __init__(self, steps, initial=0.1, name="schedule", dtype=None):
+    def __init__(self, steps: int, initial: Array = 0.1, name: str = "schedule", dtype: DType | None = None) -> None:
         self.steps = checks.positive_integer("steps", steps)
         values = _number_array(initial, name)
         if values.shape not in ((), (steps,)) or not np.all(np.isfinite(values)) or np.any(values <= 0):
@@ -236,14 +241,14 @@ class LearnedSchedule(OuterVariable):
         with tf.init_scope():
             self._check_representable(tf.exp(tf.constant(start, self.variable.dtype)))
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor | int) -> Tensor:
         """The value at the inner step `step`, a scalar integer tensor."""
         return tf.exp(tf.gather(tf.convert_to_tensor(self.variable), tf.clip_by_value(step, 0, self.steps - 1)))
 
-    def natural_value(self):
+    def natural_value(self) -> Tensor:
         return tf.exp(tf.convert_to_tensor(self.variable))
 
-    def value(self, step=None):
+    def value(self, step: Tensor | None = None) -> Tensor:
         """The value at an inner step.
 
         Raises:
@@ -254,7 +259,7 @@ class LearnedSchedule(OuterVariable):
                              f"Received: {self!r} in the place of a setting that does not change.")
         return self(step)
 
-    def to_keras(self):
+    def to_keras(self) -> keras.optimizers.schedules.LearningRateSchedule:
         """The current values as a schedule of Keras, for training that goes on without farhox.
 
         Steps with the same value as the one before share a piece. Keras goes through all pieces in every step: a

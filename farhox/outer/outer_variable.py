@@ -1,11 +1,17 @@
 """What is learned, in natural units: the protocol of outer variables, and what a setting is worth at an inner step."""
 
+from __future__ import annotations
+
 import abc
 import numbers
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from farhox._core.types import Array, Config, DType, Tensor
 
 
 class OuterVariable(abc.ABC):
@@ -60,7 +66,8 @@ class OuterVariable(abc.ABC):
     # NumPy's numbers leave arithmetic to the methods below.
     __array_ufunc__ = None
 
-    def __init__(self, unconstrained, name, dtype=None, low=None, high=None):
+    def __init__(self, unconstrained: Array, name: str, dtype: DType | None = None, low: float | None = None,
+                 high: float | None = None) -> None:
         if not isinstance(name, str):
             raise TypeError(f"name must be a string. Received: {name!r}")
         dtype = keras.backend.standardize_dtype(dtype)
@@ -81,10 +88,10 @@ class OuterVariable(abc.ABC):
         self.variable = OwnedVariable(self, unconstrained, dtype)
 
     @abc.abstractmethod
-    def natural_value(self):
+    def natural_value(self) -> Tensor:
         """The whole value in natural units as a differentiable tensor of the variable's shape."""
 
-    def value(self, step=None):
+    def value(self, step: Tensor | None = None) -> Tensor:
         """The value where it is used as a setting, a differentiable tensor.
 
         Args:
@@ -93,7 +100,7 @@ class OuterVariable(abc.ABC):
         del step
         return self.natural_value()
 
-    def assign(self, value):
+    def assign(self, value: Array) -> None:
         """Sets the value in natural units.
 
         Raises:
@@ -102,7 +109,7 @@ class OuterVariable(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} must have a method assign(value) to be set in natural units. "
                                   f"Received for {self.name!r}: {value!r}")
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """What `from_config` makes the outer variable of, for saved files.
 
         Raises:
@@ -113,10 +120,10 @@ class OuterVariable(abc.ABC):
             f"keras.saving.register_keras_serializable to be saved. Received: {self!r}")
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return cls(**config)
 
-    def numpy(self):
+    def numpy(self) -> np.ndarray:
         """The current value in natural units as a NumPy array."""
         return keras.ops.convert_to_numpy(self.natural_value())
 
@@ -244,6 +251,11 @@ class OuterVariable(abc.ABC):
                 f"low={self.low} and high={self.high}. Received a value that becomes: {value}")
 
 
+# What dynamics take as a learning rate or another setting, and what regularizers and layers take as a strength.
+Setting: TypeAlias = float | keras.Variable | OuterVariable | Callable[[tf.Tensor], Any]
+Strength: TypeAlias = float | np.ndarray | OuterVariable
+
+
 class OwnedVariable(keras.Variable):
     """The variable of an `OuterVariable`, which it knows: who reads the variable can tell its name and its kind.
 
@@ -251,18 +263,18 @@ class OwnedVariable(keras.Variable):
         owner: The `OuterVariable`.
     """
 
-    def __init__(self, owner, unconstrained, dtype):
+    def __init__(self, owner: OuterVariable, unconstrained: Array, dtype: DType) -> None:
         super().__init__(unconstrained, dtype=dtype, name=owner.name, trainable=True)
         self.owner = owner
 
 
-def owners(variables):
+def owners(variables: Iterable[Any]) -> list[OuterVariable]:
     """The outer variables behind Keras variables, each once, in order; other variables are left out."""
     found = {id(v.owner): v.owner for v in variables if isinstance(v, OwnedVariable)}
     return list(found.values())
 
 
-def value_of(setting, step=None, dtype=None):
+def value_of(setting: Setting, step: Tensor | None = None, dtype: DType | None = None) -> Tensor:
     """What a setting is worth at an inner step, a differentiable tensor.
 
     Args:

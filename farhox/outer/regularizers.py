@@ -1,15 +1,22 @@
 """Weight regularisation whose strengths can be learned, as Keras regularizers."""
 
+from __future__ import annotations
+
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import functional
+from farhox._core.types import Array, Config, Tensor, Variables
 from farhox.outer.hyperparameters import ExampleWeights
-from farhox.outer.outer_variable import OuterVariable, value_of
+from farhox.outer.outer_variable import OuterVariable, Strength, value_of
 from farhox.outer.serialization import deserialized, serialized
+
+if TYPE_CHECKING:
+    from farhox.dynamics.base import InnerDynamics
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -40,31 +47,31 @@ class L1L2(keras.regularizers.Regularizer):
             the shape does not broadcast to that of the weights.
     """
 
-    def __init__(self, l1=0.0, l2=0.0):
+    def __init__(self, l1: Strength = 0.0, l2: Strength = 0.0) -> None:
         self.l1 = _strength("l1", l1)
         self.l2 = _strength("l2", l2)
 
     @property
-    def has_l1(self):
+    def has_l1(self) -> bool:
         """Whether there is an l1 part: its strength is an outer variable or not zero."""
         return isinstance(self.l1, OuterVariable) or bool(np.any(self.l1))
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Tensor:
         weights = tf.convert_to_tensor(x)
         # Proximal dynamics that have taken over the l1 part do what its subgradient would do.
         kinked = tf.stop_gradient(weights) if self.has_l1 and functional.is_taken_over(x) else weights
         return _penalty("l1", self.l1, tf.abs(kinked)) + _penalty("l2", self.l2, tf.square(weights))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {name: serialized(strength) if isinstance(strength, OuterVariable) else strength.tolist()
                 for name, strength in (("l1", self.l1), ("l2", self.l2))}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return cls(**deserialized(config, "l1", "l2"))
 
 
-def warn_of_subgradients(variables, dynamics):
+def warn_of_subgradients(variables: Variables, dynamics: InnerDynamics) -> None:
     """Warns of learned l1 strengths that dynamics without a proximal step apply by their subgradient.
 
     Args:

@@ -1,11 +1,14 @@
 """Hyperparameters in the configurations of layers, regularizers and models that hold them."""
 
+from typing import Any
+
 import keras
 
+from farhox._core.types import Config
 from farhox.outer.outer_variable import OuterVariable
 
 
-def serialized(value):
+def serialized(value: Any) -> Any:
     """A setting for `get_config`: hyperparameters, also in a list, as configurations; anything else stays.
 
     Configurations are marked so that all that is saved in one file shares its hyperparameters again when it is loaded.
@@ -21,7 +24,7 @@ def serialized(value):
     return config
 
 
-def deserialized(config, *keys):
+def deserialized(config: Config, *keys: str) -> Config:
     """The configuration of an object, with hyperparameters and other Keras objects in the place of the `keys`."""
     config = dict(config)
     for key in keys:

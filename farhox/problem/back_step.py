@@ -1,10 +1,14 @@
 """One step of the way back through an inner training: its products, and what is kept for them."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from farhox._core.cut import choices, tensors_to_keep
 from farhox._core.exact import passes_to
+from farhox._core.inner_state import InnerState
 from farhox._core.linearized import zeros_for_none
+from farhox._core.types import Tensor, Tensors
 
 
 class BackStep:
@@ -23,7 +27,7 @@ class BackStep:
             leaf of the next state depends.
     """
 
-    def __init__(self, training, sources):
+    def __init__(self, training: bool, sources: Any) -> None:
         self._training = training
         self._graph = graph = training.graph
         outputs, inputs = training.leaf_outputs, training.leaf_inputs
@@ -45,13 +49,13 @@ class BackStep:
         return sorted(active)
 
     @property
-    def passes_on(self):
+    def passes_on(self) -> bool:
         """Whether a step leaves every adjoint as it is and adds nothing to the hypergradient."""
         return (all(_source(product) is cotangent
                     for product, cotangent in zip(self._leaf_products, self._cotangents))
                 and all(product is None for product in self.parameter_products))
 
-    def kept(self, memory, steps):
+    def kept(self, memory: float, steps: int) -> Tensors:
         """The tensors of each step's graph to keep for the way back, beside the states.
 
         Args:
@@ -63,12 +67,12 @@ class BackStep:
         return tensors_to_keep(self._graph, self._products(), self._free(), self._forward(), self._cotangents,
                                memory / max(steps, 1))
 
-    def plan(self, memory, steps):
+    def plan(self, memory: float, steps: int) -> Any:
         """What is kept of each step, and the dearest of what is run again, as lists of `Choice`."""
         kept, again = choices(self._graph, self.kept(memory, steps), self._products(), self._free(), self._cotangents)
         return kept, again[:10]
 
-    def run(self, t, state, after, kept, adjoint):
+    def run(self, t: Tensor, state: InnerState, after: Any, kept: Any, adjoint: Tensors) -> Any:
         """One step back.
 
         Args:

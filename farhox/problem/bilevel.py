@@ -1,19 +1,25 @@
 """The bilevel problem: what is trained inside, what is learned outside, as pure functions of tensors."""
 
-import copy
+from __future__ import annotations
+
 import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
 from farhox._core import autodiff, checks, exact, functional, tree
 from farhox._core.inner_state import InnerState, OuterGradients, StepResult, float_leaves, with_float_leaves
+from farhox._core.types import Batch, Nest, Objective, Tensor, Tensors, Variables
 from farhox.dynamics.base import GradientDescent, InnerDynamics
 from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
 from farhox.outer.outer_variable import OuterVariable, value_of
-from farhox.problem.evaluation import evaluate, predictions_of
 from farhox.problem.memory_plan import memory_plan
 from farhox.problem.read import check_derivative, found_outer_variables, warn_of_unnamed
+
+if TYPE_CHECKING:
+    from farhox.problem.memory_plan import MemoryPlan
 
 
 class BilevelProblem:
@@ -81,10 +87,15 @@ class BilevelProblem:
         [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), equations 1 to 4.
     """
 
-    def __init__(self, inner_objective, outer_objective, inner_variables, outer_variables, dynamics=None,
-                 state_variables=None, proximal=None, outer_predictions=None, stop_tolerance=None,
-                 features=None, model=None, fixed=None, example_batches=None, stop_gradient="exact",
-                 allow_unused=False, check_data=None):
+    def __init__(self, inner_objective: Objective, outer_objective: Objective,
+                 inner_variables: Sequence[keras.Variable],
+                 outer_variables: str | Sequence[keras.Variable | OuterVariable], dynamics: InnerDynamics | None = None,
+                 state_variables: Sequence[keras.Variable] | None = None, proximal: float | OuterVariable | None = None,
+                 outer_predictions: Callable[..., Any] | None = None, stop_tolerance: float | None = None,
+                 features: Callable[[Batch], Nest] | None = None, model: keras.Model | None = None,
+                 fixed: Sequence[OuterVariable] | None = None, example_batches: bool | None = None,
+                 stop_gradient: str = "exact", allow_unused: bool = False,
+                 check_data: Callable[..., Any] | None = None) -> None:
         for name, objective in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
             if not callable(objective):
                 raise TypeError(f"{name} must be a callable batch -> scalar. Received: {objective!r}")
@@ -121,8 +132,6 @@ class BilevelProblem:
         self.stop_tolerance = stop_tolerance
         self.stop_gradient = stop_gradient
         self._compiled = {}
-        # Batches have no axis of episodes: `over_episodes` adds one.
-        self.one_episode, self._aggregation = self, None
         self._inner_objective = inner_objective
         self.allow_unused = bool(allow_unused)
         self._features = features
@@ -140,16 +149,17 @@ class BilevelProblem:
                                  f"Received: {variable.path!r}")
 
     @property
-    def loss_dtype(self):
+    def loss_dtype(self) -> tf.DType:
         """Type of inner losses and norms: that of the widest inner variable, at least float32."""
         return tf.float64 if any(variable.dtype == "float64" for variable in self.inner_variables) else tf.float32
 
     @property
-    def learns_initialization(self):
+    def learns_initialization(self) -> bool:
         """Whether an inner variable is an outer variable too."""
         return any(index is not None for index in self._learned)
 
-    def with_outer(self, outer_objective, outer_variables):
+    def with_outer(self, outer_objective: Objective,
+                   outer_variables: Sequence[keras.Variable | OuterVariable]) -> BilevelProblem:
         """The same inner problem under another outer objective, for some of the outer variables.
 
         The others count as constants.
@@ -168,77 +178,7 @@ class BilevelProblem:
             fixed=[*self.outer_variables, *self.fixed], stop_gradient=self.stop_gradient,
             allow_unused=self.allow_unused)
 
-    def under(self, outer_objective):
-        """The same problem with all its outer variables under another outer objective.
-
-        Args:
-            outer_objective: Callable `batch -> scalar`.
-
-        Returns:
-            A `BilevelProblem`, without predictions for metrics.
-        """
-        other = copy.copy(self)
-        other._outer_objective, other.outer_predictions, other._compiled = outer_objective, None, {}
-        return other
-
-    def over_episodes(self, aggregation=None):
-        """The same problem for batches with one more axis: meta-batches, folds of a cross-validation.
-
-        Every tensor of the inner batches and of the outer batch has an additional leading axis of episodes (for
-        `gather` the indices have, and the arrays are shared: [episodes, T, batch]). Each episode starts from the same
-        Φ_0(λ) and is trained on its own; memory is that of one episode. Every method computes for such a problem what
-        it computes for one episode: in its result `outer_loss` is the aggregated scalar, `inner_losses` is
-        [episodes, T], the tensors of `state` and `carry` have the leading axis of episodes, and diagnostics are means
-        over episodes ("finite": of all).
-
-        Args:
-            aggregation: Callable, tensor [episodes, ...] to tensor [...], for hypergradients and the outer loss.
-                Default: the mean.
-
-        Returns:
-            A `BilevelProblem`.
-
-        Raises:
-            TypeError: If `aggregation` is not callable.
-
-        Reference:
-            [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), equation 3.
-        """
-        if aggregation is not None and not callable(aggregation):
-            raise TypeError(f"aggregation must be a callable [episodes, ...] -> [...]. Received: {aggregation!r}")
-        over = copy.copy(self)
-        over.one_episode = self.one_episode
-        over._aggregation = aggregation or (lambda values: tf.reduce_mean(values, axis=0))
-        over._compiled = {}
-        return over
-
-    @property
-    def has_episodes(self):
-        """Whether batches have a leading axis of episodes; see `over_episodes`."""
-        return self._aggregation is not None
-
-    def aggregated(self, values):
-        """Values [episodes, ...] of a problem `over_episodes` as [...]."""
-        return self._aggregation(values)
-
-    def evaluate(self, inner_batches, outer_batch, state=None):
-        """T inner steps, the outer objective and its predictions in one pass, without derivatives.
-
-        Args:
-            inner_batches: T inner batches.
-            outer_batch: The batch of the outer objective.
-            state: Inner state to start from; default: the initial state Φ_0(λ).
-
-        Returns:
-            An `Evaluation`: `outer_loss`, `inner_losses`, `state`, `predictions`.
-        """
-        return evaluate(self, inner_batches, outer_batch, state)
-
-    def predictions(self, state, outer_batch):
-        """Targets, predictions and sample weights (or None) of the outer batch at the state `state`, for metrics."""
-        return predictions_of(self, state, outer_batch)
-
-    def raise_if_model_changed(self):
+    def raise_if_model_changed(self) -> None:
         """Raises a ValueError that names the variables if others of the model are trainable than at the beginning."""
         current = [] if self.model is None else self.model.trainable_variables
         gone, new = _without(self._trainable, current), _without(current, self._trainable)
@@ -248,7 +188,7 @@ class BilevelProblem:
                 f"anew. No longer trainable: {variable_names(gone) or 'none'}. Trainable now: "
                 f"{variable_names(new) or 'none'}.")
 
-    def memory_plan(self, steps, inner_batch, memory=128 * 2**20):
+    def memory_plan(self, steps: int, inner_batch: Batch, memory: float | None = 128 * 2**20) -> MemoryPlan:
         """What `ReverseHG(memory=memory)` stores of an inner training, and why.
 
         ```python
@@ -272,7 +212,7 @@ class BilevelProblem:
         batch = tf.nest.map_structure(tf.convert_to_tensor, inner_batch)
         return memory_plan(self, batch, steps, float("inf") if memory is None else memory)
 
-    def compiled(self, method, function):
+    def compiled(self, method: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function(method, problem, ...)` as a `tf.function` of the rest, one per method: what eager calls run.
 
         Args:
@@ -287,34 +227,34 @@ class BilevelProblem:
         return self._compiled[key][1]
 
     @property
-    def constrained_variables(self):
+    def constrained_variables(self) -> Variables:
         """The inner variables with a Keras constraint, which holds after each inner step."""
         return [variable for variable in self.inner_variables if variable.constraint is not None]
 
     @property
-    def has_features(self):
+    def has_features(self) -> bool:
         """Whether the inner objective is one of features of the batch."""
         return self._features is not None
 
     @property
-    def has_data_checks(self):
+    def has_data_checks(self) -> bool:
         """Whether there are assertions on data; see `data_checks`."""
         return self._check_data is not None
 
-    def data_checks(self, inner_examples, outer_batch):
+    def data_checks(self, inner_examples: Any, outer_batch: Batch) -> list[Any]:
         """Assertions on data, a list of tensors or operations; see `check_data`."""
         return [] if self._check_data is None else self._check_data(inner_examples, outer_batch)
 
     @property
-    def outer_objective(self):
+    def outer_objective(self) -> Objective:
         """The outer objective as given."""
         return self._outer_objective
 
-    def outer_values(self):
+    def outer_values(self) -> Tensors:
         """The current values of the outer variables λ, a list of tensors."""
         return [tf.convert_to_tensor(variable) for variable in self.outer_variables]
 
-    def initial_state(self, outer=None):
+    def initial_state(self, outer: Tensors | None = None) -> InnerState:
         """Φ_0(λ): the inner variables at their stored values, those that are learned at the value in `outer`.
 
         Args:
@@ -330,7 +270,8 @@ class BilevelProblem:
         state_variables = [tf.convert_to_tensor(variable) for variable in self.state_variables]
         return InnerState(variables, state_variables, slots, tf.constant(0, tf.int64))
 
-    def inner_gradients(self, variables, state_variables, outer, batch, features=None):
+    def inner_gradients(self, variables: Tensors, state_variables: Tensors, outer: Tensors, batch: Batch,
+                        features: Nest = None) -> tuple[Tensor, Tensors, Tensors]:
         """The inner objective and its gradient with respect to the inner variables.
 
         Traced into a graph, the derivatives of that graph are the exact ones of this map, see `farhox._core.exact`.
@@ -355,7 +296,8 @@ class BilevelProblem:
         gradients = [tf.zeros_like(v) if gradient is None else gradient for v, gradient in zip(variables, gradients)]
         return loss, state_variables, gradients
 
-    def inner_loss(self, variables, state_variables, outer, batch, features=None):
+    def inner_loss(self, variables: Tensors, state_variables: Tensors, outer: Tensors, batch: Batch,
+                   features: Nest = None) -> Any:
         """The inner objective, proximal term included, and the state variables after it.
 
         Args:
@@ -408,7 +350,7 @@ class BilevelProblem:
         """The rules of further derivatives of the inner objective and its gradient."""
         return exact.exact_derivatives(stops=self.stop_gradient == "exact")
 
-    def features(self, batch, outer):
+    def features(self, batch: Batch, outer: Tensors) -> Nest:
         """What the inner objective is given of an inner batch, a nest of tensors.
 
         Raises:
@@ -423,7 +365,7 @@ class BilevelProblem:
                              f"They read {variable_names(read)}.")
         return tf.nest.map_structure(tf.convert_to_tensor, result.value)
 
-    def step(self, state, outer, batch, features=None):
+    def step(self, state: InnerState, outer: Tensors, batch: Batch, features: Nest = None) -> StepResult:
         """One inner step s_{t+1} = Φ_t(s_t, λ).
 
         Args:
@@ -447,7 +389,8 @@ class BilevelProblem:
             gradient_norm=tf.cast(tree.norm(gradients), self.loss_dtype),
             gradients=gradients)
 
-    def updated(self, gradients, state, outer, batch, features=None):
+    def updated(self, gradients: Tensors, state: InnerState, outer: Tensors, batch: Batch,
+                features: Nest = None) -> Any:
         """The second half of `step`: the inner variables and slots that the dynamics make of the gradients."""
         if self.dynamics.first_order:
             gradients = [tf.stop_gradient(gradient) for gradient in gradients]
@@ -466,7 +409,7 @@ class BilevelProblem:
         warn_of_unnamed(result.read, self._known)
         return result.value
 
-    def outer_loss(self, state, outer, batch):
+    def outer_loss(self, state: InnerState, outer: Tensors, batch: Batch) -> Tensor:
         """The outer objective E(s, λ), a scalar. What it assigns is dropped."""
         return self._outer_loss(state, outer, batch)[0]
 
@@ -476,16 +419,7 @@ class BilevelProblem:
         warn_of_unnamed(result.read, self._known)
         return _checked_scalar("outer_objective", result.value), result.read
 
-    def judged(self, state, outer, batch):
-        """The outer objective and, where the problem has some, its predictions (else None), in one pass."""
-        def both(batch):
-            return self._outer_objective(batch), self.outer_predictions and self.outer_predictions(batch)
-
-        loss, predictions = functional.call(
-            both, batch, bindings=self._bindings(state.variables, state.state_variables, outer)).value
-        return _checked_scalar("outer_objective", loss), predictions
-
-    def outer_gradients(self, state, outer, batch):
+    def outer_gradients(self, state: InnerState, outer: Tensors, batch: Batch) -> OuterGradients:
         """E and its partial derivatives with respect to the state and the outer variables, as `OuterGradients`.
 
         Raises:
@@ -504,7 +438,7 @@ class BilevelProblem:
             check_derivative(self._outer_objective, of_outer, inner)
         return OuterGradients(loss, of_state, of_outer)
 
-    def predict_outer(self, state, outer, batch):
+    def predict_outer(self, state: InnerState, outer: Tensors, batch: Batch) -> Any:
         """Targets, predictions and sample weights of the outer batch at the state `state`, for metrics."""
         return functional.call(
             self.outer_predictions, batch,
@@ -530,7 +464,7 @@ def _without(variables, others):
     return [variable for variable in variables if not any(variable is other for other in others)]
 
 
-def variable_names(variables):
+def variable_names(variables: Iterable[Any]) -> str:
     """Variables as a person reads them in an error message."""
     return ", ".join(repr(variable.path) for variable in variables)
 

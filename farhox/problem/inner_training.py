@@ -5,18 +5,23 @@ Python or a random generator draws while it is traced is the same in all directi
 mended everywhere.
 """
 
-import copy
+from __future__ import annotations
+
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
 from farhox._core import tree
-from farhox._core.inner_state import float_leaves, with_float_leaves
+from farhox._core.inner_state import InnerState, float_leaves, with_float_leaves
 from farhox._core.linearized import LinearizedMap
 from farhox._core.refusals import check_operations
 from farhox._core.step_graph import StepGraph
+from farhox._core.types import Batch, InnerBatches, Nest, Tensor, Tensors
 from farhox.data.batches import RepeatedBatch, as_inner_batches, batch_at, num_steps
+
+if TYPE_CHECKING:
+    from farhox.problem.bilevel import BilevelProblem
 
 
 class InnerRun(NamedTuple):
@@ -30,10 +35,10 @@ class InnerRun(NamedTuple):
         record: The `Record` of these steps, or None.
     """
 
-    state: Any
-    losses: Any
-    gradient_norm: Any
-    steps: Any
+    state: InnerState
+    losses: Tensor
+    gradient_norm: Tensor
+    steps: Tensor
     record: Any = None
 
 
@@ -57,7 +62,6 @@ class InnerTraining:
         state: Inner state to start from; default: the initial state Φ_0(λ).
         outer: List of tensors, λ; default: the current values of the outer variables.
         share_features: Bool. Compute the problem's features once where all steps have the same batch.
-        iteration: The number of the hyper-iteration.
 
     Attributes:
         problem, inner_batches: As given.
@@ -66,14 +70,11 @@ class InnerTraining:
         steps: T, an int where it is static, else a scalar int32 tensor.
         start: The state before the first step.
         from_initial_state: Bool, whether that is Φ_0(λ).
-        iteration: Scalar int64 tensor, as given.
     """
 
-    def __init__(self, problem, inner_batches, state=None, outer=None, share_features=True, iteration=0):
+    def __init__(self, problem: BilevelProblem, inner_batches: InnerBatches, state: Any = None, outer: Any = None,
+                 share_features: bool = True) -> None:
         self.problem = problem
-        self.iteration = tf.cast(iteration, tf.int64)
-        self._found = {}
-        self._must_be_seen = {id(variable) for variable in problem.outer_variables}
         self.inner_batches = as_inner_batches(inner_batches)
         self.outer = problem.outer_values() if outer is None else outer
         self.steps = num_steps(self.inner_batches)
@@ -90,32 +91,10 @@ class InnerTraining:
             self._features = self._run(self._feature_graph, self._feature_graph.outputs, values, checks=True)
         self.parameters = self.outer + ([] if self._features is None else float_leaves(self._features))
 
-    def under(self, outer_objective, outer_variables):
-        """The same training under another outer objective; what was found by `once` stays.
-
-        Args:
-            outer_objective: Callable `batch -> scalar`.
-            outer_variables: List of those of the problem's that this objective is for. Others that nothing depends on
-                under it have a hypergradient of zero.
-        """
-        other = copy.copy(self)
-        other.problem = self.problem.under(outer_objective)
-        other._must_be_seen = {id(variable) for variable in outer_variables}
-        return other
-
-    def once(self, key, function):
-        """`function()`, computed once for this training and those `under` other objectives.
-
-        Args:
-            key: Hashable, what names the result.
-        """
-        if key not in self._found:
-            self._found[key] = function()
-        return self._found[key]
-
     # The training without derivatives.
 
-    def run(self, start=0, stop=None, earlier=None, record=None, replay=False):
+    def run(self, start: Any = 0, stop: Any = None, earlier: Any = None, record: Any = None,
+            replay: bool = False) -> InnerRun:
         """Steps `start` to `stop` in one loop; fewer where the problem's stop tolerance is reached.
 
         Args:
@@ -127,11 +106,7 @@ class InnerTraining:
         Returns:
             An `InnerRun`.
         """
-        if stop is None and earlier is None and record is None:
-            return self.once("run", lambda: self._run_steps(start, self.steps, None, None, replay))
-        return self._run_steps(start, self.steps if stop is None else stop, earlier, record, replay)
-
-    def _run_steps(self, start, stop, earlier, record, replay):
+        stop = self.steps if stop is None else stop
         earlier = self.before_first_step() if earlier is None else earlier
         kept = [] if record is None else record.kept
 
@@ -148,21 +123,21 @@ class InnerTraining:
             parallel_iterations=1)
         return InnerRun(state, losses, norm, steps, None if record is None else record.with_arrays(arrays))
 
-    def before_first_step(self):
+    def before_first_step(self) -> InnerRun:
         """The `InnerRun` of no step."""
         # A norm that lets the first step be taken.
         norm = 0.0 if self.problem.stop_tolerance is None else float("inf")
         losses = tf.TensorArray(self.problem.loss_dtype, size=self.steps, element_shape=[], clear_after_read=False)
         return InnerRun(self.start, losses, tf.constant(norm, self.problem.loss_dtype), tf.constant(0))
 
-    def goes_on(self, index, stop, norm):
+    def goes_on(self, index: Any, stop: Any, norm: Tensor) -> Tensor:
         """Whether a loop over steps goes on: `index` < `stop`, and `norm` has not fallen below the tolerance."""
         if self.problem.stop_tolerance is None:
             return index < stop
         # What is not a number is not below.
         return tf.logical_and(index < stop, tree.not_less(norm, tf.cast(self.problem.stop_tolerance, norm.dtype)))
 
-    def step(self, state, t, kept=()):
+    def step(self, state: Any, t: Tensor, kept: Nest = ()) -> Any:
         """The step t from `state`: the next state, the loss and the gradient norm before it, the tensors `kept`.
 
         Args:
@@ -177,7 +152,7 @@ class InnerTraining:
         count = len(flat) - len(kept) - 2
         return tf.nest.pack_sequence_as(state, values[:count]), values[count], values[count + 1], values[count + 2:]
 
-    def inner_gradients(self, state, t):
+    def inner_gradients(self, state: Any, t: Tensor) -> Tensors:
         """The first half of the step t at `state`.
 
         Returns:
@@ -187,7 +162,7 @@ class InnerTraining:
         wanted = [outputs.loss, outputs.gradient_norm, *outputs.gradients, *outputs.state.state_variables]
         return self._run(self.graph, wanted, self.inputs(state, t))
 
-    def losses(self, run):
+    def losses(self, run: InnerRun) -> Tensor:
         """The inner losses of a run as a tensor [T]; after an early stop the last one fills the rest."""
         losses = run.losses.stack()
         if self.problem.stop_tolerance is None:
@@ -196,12 +171,9 @@ class InnerTraining:
 
     # The graph of a step.
 
-    @property
-    def graph(self):
+    @functools.cached_property
+    def graph(self) -> Any:
         """The `StepGraph` of a step. Its outputs are a `StepResult`; see `inputs` for what it is given."""
-        return self.once("graph", self._traced)
-
-    def _traced(self):
         batch = batch_at(self.inner_batches, 0)
         counts = [len(tf.nest.flatten(self.start)), len(self.parameters)]
 
@@ -218,27 +190,27 @@ class InnerTraining:
         check_operations(graph, graph.outputs)
         return graph
 
-    def inputs(self, state, t):
+    def inputs(self, state: Any, t: Tensor) -> Any:
         """What the graph of a step is given, a flat list: the state, the parameters, the batch of step t."""
         return tf.nest.flatten(state) + self.parameters + tf.nest.flatten(batch_at(self.inner_batches, t))
 
     @property
-    def leaf_inputs(self):
+    def leaf_inputs(self) -> Tensors:
         """The tensors of `graph` in the place of the leaves of the state."""
         return [x for x in self.graph.inputs[:len(tf.nest.flatten(self.start))] if x.dtype.is_floating]
 
     @property
-    def parameter_inputs(self):
+    def parameter_inputs(self) -> Tensors:
         """The tensors of `graph` in the place of the parameters."""
         start = len(tf.nest.flatten(self.start))
         return self.graph.inputs[start:start + len(self.parameters)]
 
     @property
-    def leaf_outputs(self):
+    def leaf_outputs(self) -> Tensors:
         """The tensors of `graph` that are the leaves of the next state."""
         return float_leaves(self.graph.outputs.state)
 
-    def gradient_system(self, state, t):
+    def gradient_system(self, state: Any, t: Tensor) -> LinearizedMap:
         """The inner gradient as a function of (w, parameters) at `state` on the batch of step t, as a `LinearizedMap`.
 
         Its products are those of ∇²_ww L and ∇²_wλ L, proximal term included.
@@ -246,12 +218,12 @@ class InnerTraining:
         return LinearizedMap(self.graph, self.inputs(state, t), self.leaf_inputs[:len(state.variables)],
                              self.parameter_inputs, self.graph.outputs.gradients, list(state.variables))
 
-    def step_system(self, state, t):
+    def step_system(self, state: Any, t: Tensor) -> LinearizedMap:
         """The step t as a function of (s, parameters) at `state`, as a `LinearizedMap` over the leaves."""
         return LinearizedMap(self.graph, self.inputs(state, t), self.leaf_inputs, self.parameter_inputs,
                              self.leaf_outputs, float_leaves(state))
 
-    def update_system(self, state, t):
+    def update_system(self, state: Any, t: Tensor) -> LinearizedMap:
         """The next inner variables as a function of (inner gradient, parameters), as a `LinearizedMap`.
 
         The gradient is an input like any other: products with the parameters do not pass through it.
@@ -261,7 +233,7 @@ class InnerTraining:
         return LinearizedMap(graph, self.inputs(state, t), gradients, self.parameter_inputs,
                              list(graph.outputs.state.variables), list(state.variables), held=gradients)
 
-    def mixed_difference(self, state, t, direction, distance):
+    def mixed_difference(self, state: Any, t: Tensor, direction: Tensor, distance: Tensors) -> Any:
         """(∂g/∂λ)' direction, of the inner gradient g on the batch of step t, by a central difference in w.
 
         Values under `tf.stop_gradient` stay those at `state`: g is the gradient with them held.
@@ -291,32 +263,32 @@ class InnerTraining:
                 for plus, minus in zip(at(1.0), at(-1.0))]
 
     @property
-    def has_stops(self):
+    def has_stops(self) -> bool:
         """Whether a part of the inner objective is under `tf.stop_gradient`."""
         needed = self.graph.ancestors(self.graph.outputs.gradients)
         return any(operation.type == "StopGradient" for operation in self.graph.operations(needed))
 
-    def initial_system(self):
+    def initial_system(self) -> LinearizedMap:
         """Φ_0 as a function of λ, as a `LinearizedMap` without inputs over the leaves of the state."""
         graph = StepGraph(lambda outer: float_leaves(self.problem.initial_state(outer)), self.outer)
         return LinearizedMap(graph, self.outer, [], list(graph.inputs), graph.outputs, float_leaves(self.start))
 
     # The outer objective.
 
-    def outer_graph(self, outer_batch):
+    def outer_graph(self, outer_batch: Batch) -> Any:
         """The outer objective and its derivatives, traced once: a callable state -> `OuterGradients`.
 
         Its attribute `depends` is a list of bools, whether the objective reads each leaf of the state.
         """
         return _OuterObjective(self, outer_batch)
 
-    def outer_gradients(self, state, outer_batch):
+    def outer_gradients(self, state: Any, outer_batch: Batch) -> Any:
         """The outer objective and its derivatives at `state`, as `OuterGradients`."""
         return self.problem.outer_gradients(state, self.outer, outer_batch)
 
     # The result.
 
-    def gradients(self, *parts, adjoint=None, sees):
+    def gradients(self, *parts: Any, adjoint: Tensor | None = None, sees: Any) -> Tensors:
         """The hypergradient: the sum of its parts, what came through shared features, and (∂Φ_0/∂λ)' adjoint.
 
         Args:
@@ -334,8 +306,7 @@ class InnerTraining:
             own = [_sum(pair) for pair in zip(own, self._through_features(of_features))]
         if adjoint is not None and self.from_initial_state:
             own = [_sum(pair) for pair in zip(own, self.initial_system().parameter_product(adjoint))]
-        missing = [variable for variable, part in zip(self.problem.outer_variables, own)
-                   if part is None and id(variable) in self._must_be_seen]
+        missing = [variable for variable, part in zip(self.problem.outer_variables, own) if part is None]
         if missing and not self.problem.allow_unused:
             names = ", ".join(repr(variable.path) for variable in missing)
             raise ValueError("Every outer variable must have an effect that the method can see. Nothing that was "
@@ -352,7 +323,7 @@ class InnerTraining:
         values = self.outer + tf.nest.flatten(self.inner_batches.batch)
         return self._run(graph, products, values, feeds)
 
-    def diagnostics(self, gradients, outer_loss, run):
+    def diagnostics(self, gradients: Tensors, outer_loss: Tensor, run: InnerRun) -> dict[str, Tensor]:
         """The diagnostics that every method reports."""
         return {"inner_gradient_norm": run.gradient_norm, "inner_steps": run.steps,
                 **gradient_diagnostics(gradients, outer_loss)}
@@ -368,7 +339,7 @@ class InnerTraining:
 class _OuterObjective:
     """See `InnerTraining.outer_graph`."""
 
-    def __init__(self, training, outer_batch):
+    def __init__(self, training: bool, outer_batch: Batch) -> None:
         problem, start, outer = training.problem, training.start, training.outer
         flat = tf.nest.flatten(outer_batch)
         counts = [len(tf.nest.flatten(start)), len(outer)]
@@ -383,12 +354,12 @@ class _OuterObjective:
         self._rest = outer + flat
         self.depends = [part is not None for part in self._graph.outputs.state]
 
-    def __call__(self, state):
+    def __call__(self, state: Any) -> Any:
         return InnerTraining._run(
             self._graph, self._graph.outputs, tf.nest.flatten(state) + self._rest, checks=True)
 
 
-def gradient_diagnostics(gradients, outer_loss):
+def gradient_diagnostics(gradients: Tensors, outer_loss: Tensor) -> dict[str, Tensor]:
     """The diagnostics of the hypergradient alone."""
     return {"finite": tf.logical_and(tree.is_finite(gradients), tf.math.is_finite(outer_loss)),
             "hypergradient_norm": tree.norm(gradients)}

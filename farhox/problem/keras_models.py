@@ -1,15 +1,18 @@
 """Keras models as farhox sees them: what can be trained, which variables are state, whose loss `fit` would train on."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
 from farhox._core import functional
+from farhox._core.types import Loss, Tensor, Variables
 from farhox.problem.losses import takes_class_numbers
 from farhox.stn.layers import SelfTuning
 
 
-def check_model(model):
+def check_model(model: keras.Model) -> None:
     """Raises an error unless farhox can train the model as `fit` would, variable by variable.
 
     Raises:
@@ -44,13 +47,13 @@ def check_model(model):
                          "after training.")
 
 
-def state_variables(model):
+def state_variables(model: keras.Model) -> Variables:
     """Statistics and seeds: variables that are not trainable by nature, rather than frozen weights."""
     frozen = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
     return [v for v in model.non_trainable_variables if id(v) not in frozen]
 
 
-def check_examples(model, x):
+def check_examples(model: keras.Model, x: Tensor) -> None:
     """Raises a ValueError if inner inputs lack the axis of examples, as those of a batch that was not repeated do."""
     if not isinstance(model, (Functional, keras.Sequential)) or keras.tree.is_nested(x) or len(model.inputs) != 1:
         return
@@ -63,12 +66,12 @@ def check_examples(model, x):
             "farhox.repeat(batch, steps) for the same batch in every step.")
 
 
-def has_own_loss(model):
+def has_own_loss(model: keras.Model) -> bool:
     """Whether `fit` trains the model on a `compute_loss` of its own."""
     return type(model).compute_loss is not keras.Model.compute_loss or "compute_loss" in vars(model)
 
 
-def own_loss(model, x, y, predictions, weights, training):
+def own_loss(model: keras.Model, x: Tensor, y: Tensor, predictions: Tensor, weights: Tensor, training: bool) -> Tensor:
     """The model's own `compute_loss`, as `fit` calls it. What its metrics count is dropped.
 
     Raises:
@@ -92,7 +95,7 @@ def own_loss(model, x, y, predictions, weights, training):
     return tf.convert_to_tensor(result.value)
 
 
-def example_specs(model, loss, with_index, with_groups):
+def example_specs(model: keras.Model, loss: Loss, with_index: bool, with_groups: bool) -> Any:
     """(inner batch, outer batch) of `tf.TensorSpec` that the model and its loss take.
 
     Raises:

@@ -1,10 +1,14 @@
 """The loss of a supervised problem: one for every output of the model, added up as Keras adds them."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import keras
 import tensorflow as tf
 from keras.src.losses.losses import LossFunctionWrapper
 
 from farhox._core import checks
+from farhox._core.types import DType, Tensor
 
 LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
 
@@ -28,7 +32,8 @@ class SupervisedLoss:
         ValueError: If a weight is not a finite number.
     """
 
-    def __init__(self, loss, loss_weights=None, output_names=None, dtype=None):
+    def __init__(self, loss: Any, loss_weights: Sequence[float] | Mapping[str, float] | None = None,
+                 output_names: Sequence[Any] | None = None, dtype: DType | None = None) -> None:
         self._losses = keras.tree.map_structure(
             lambda entry: _loss(entry, dtype), loss) if _is_nested(loss) else _loss(loss, dtype)
         if not any(entry is not None for entry in keras.tree.flatten(self._losses)):
@@ -43,7 +48,7 @@ class SupervisedLoss:
         self._loss_weights = loss_weights
         self._names = output_names
 
-    def __call__(self, targets, predictions, weights=None, class_weights=None):
+    def __call__(self, targets: Any, predictions: Any, weights: Any = None, class_weights: Any = None) -> Tensor:
         """The total loss.
 
         Args:
@@ -128,7 +133,7 @@ class SupervisedLoss:
         return self._names[index] if self._names is not None and index < len(self._names) else index
 
 
-def takes_class_numbers(loss):
+def takes_class_numbers(loss: Any) -> bool:
     """Whether the targets of a loss are class numbers: sparse categorical cross-entropy in any of its forms."""
     if isinstance(loss, str):
         loss = keras.losses.get(loss)
@@ -136,7 +141,7 @@ def takes_class_numbers(loss):
     return isinstance(loss, keras.losses.SparseCategoricalCrossentropy) or sparse in (loss, getattr(loss, "fn", None))
 
 
-def checked_labels(labels, predictions, ignored=None):
+def checked_labels(labels: Any, predictions: Any, ignored: int | None = None) -> Any:
     """The labels, after checking that they are whole numbers in range.
 
     Where values are known the error is a ValueError, inside a graph an assertion. XLA drops assertions: there a label
@@ -195,7 +200,7 @@ def _value(loss, targets, predictions, weights, class_weights):
     return loss(targets, predictions, sample_weight=weights)
 
 
-def weights_of_classes(weights, targets, predictions):
+def weights_of_classes(weights: Any, targets: Any, predictions: Any) -> Tensor:
     """The weight of each example's class; of a one-hot or soft label, the weights' mean under it.
 
     Raises:

@@ -1,12 +1,19 @@
 """What ReverseHG stores of an inner training, and why, in words and bytes."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from farhox._core.cut import kept_bytes
+from farhox._core.types import Batch
 from farhox.problem.back_step import BackStep
 from farhox.problem.inner_training import InnerTraining
+
+if TYPE_CHECKING:
+    from farhox.problem.bilevel import BilevelProblem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +29,11 @@ class MemoryPlan:
 
     steps: int
     state_bytes: int
-    kept: list
-    computed_again: list
+    kept: list[Any]
+    computed_again: list[Any]
 
     @property
-    def total_bytes(self):
+    def total_bytes(self) -> int:
         """Bytes of everything that is stored at a time."""
         return (self.steps + 1) * self.state_bytes + self.steps * sum(choice.bytes for choice in self.kept)
 
@@ -42,7 +49,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def memory_plan(problem, inner_batch, steps, memory):
+def memory_plan(problem: BilevelProblem, inner_batch: Batch, steps: int, memory: float) -> MemoryPlan:
     """See `BilevelProblem.memory_plan`."""
     plans = []
 

@@ -6,12 +6,14 @@ is small where the count is good.
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import DType, Tensor
 from farhox.problem.losses import SupervisedLoss, checked_labels
 
 GROUP_RULE = "Groups must be integers from 0 to the number of groups - 1"
@@ -28,7 +30,7 @@ class OuterLoss(abc.ABC):
     takes_groups = False
 
     @abc.abstractmethod
-    def __call__(self, targets, predictions, extra=None):
+    def __call__(self, targets: Tensor, predictions: Tensor, extra: Any = None) -> Tensor:
         """The loss, a scalar tensor.
 
         Args:
@@ -54,7 +56,7 @@ class SoftAUC(OuterLoss):
 
     from_logits: bool = False
 
-    def __call__(self, targets, predictions, extra=None):
+    def __call__(self, targets: Tensor, predictions: Tensor, extra: Any = None) -> Tensor:
         predictions = _matrix("SoftAUC", predictions, binary=True)
         scores = predictions[:, 0]
         if not self.from_logits:
@@ -80,7 +82,7 @@ class SoftF1(OuterLoss):
 
     from_logits: bool = False
 
-    def __call__(self, targets, predictions, extra=None):
+    def __call__(self, targets: Tensor, predictions: Tensor, extra: Any = None) -> Tensor:
         predictions = _matrix("SoftF1", predictions)
         probabilities = _probabilities(predictions, self.from_logits)
         truth = _one_hot(targets, predictions)
@@ -119,7 +121,7 @@ class WorstGroupLoss(OuterLoss):
             checks.positive_number("temperature", self.temperature)
         _check_reduction(self.loss)
 
-    def __call__(self, targets, predictions, extra=None):
+    def __call__(self, targets: Tensor, predictions: Tensor, extra: Any = None) -> Tensor:
         members, zero = _members(extra, self.num_groups, keras.tree.flatten(predictions)[0].dtype)
         counts = tf.reduce_sum(members, axis=1)
         loss = SupervisedLoss(self.loss, dtype=_dtype_name(predictions))
@@ -166,7 +168,7 @@ class EqualizedOddsLoss(OuterLoss):
         checks.positive_integer("num_groups", self.num_groups)
         checks.non_negative_number("weight", self.weight)
 
-    def __call__(self, targets, predictions, extra=None):
+    def __call__(self, targets: Tensor, predictions: Tensor, extra: Any = None) -> Tensor:
         predictions = _matrix("EqualizedOddsLoss", predictions)
         loss = SupervisedLoss(self.loss, dtype=_dtype_name(predictions))(targets, predictions)
         loss = tf.cast(loss, predictions.dtype)
@@ -187,12 +189,12 @@ class EqualizedOddsLoss(OuterLoss):
             tf.reduce_sum(present * distances), tf.reduce_sum(present))
 
 
-def as_outer_loss(loss, output_names, dtype):
+def as_outer_loss(loss: Any, output_names: Sequence[Any], dtype: DType) -> Any:
     """The loss of an outer objective as a callable `(targets, predictions, extra)`."""
     return loss if isinstance(loss, OuterLoss) else SupervisedLoss(loss, None, output_names, dtype)
 
 
-def takes_groups(loss):
+def takes_groups(loss: Any) -> bool:
     """Whether the third entry of an outer batch is the group of each example."""
     return isinstance(loss, OuterLoss) and loss.takes_groups
 

@@ -1,15 +1,20 @@
 """What objectives and dynamics read: outer variables that nobody named, an outer objective without a derivative."""
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from farhox._core import functional
+from farhox._core.types import Objective, Tensor
+from farhox.dynamics.base import InnerDynamics
 from farhox.outer.outer_variable import OuterVariable, owners
 
 
-def found_outer_variables(inner_objective, outer_objective, dynamics, inner_variables, proximal, features, batches,
-                          fixed, weights=()):
+def found_outer_variables(inner_objective: Objective, outer_objective: Objective, dynamics: InnerDynamics,
+                          inner_variables: Any, proximal: Any, features: Tensor, batches: Any,
+                          fixed: Sequence[OuterVariable], weights: Tensor = ()) -> list[OuterVariable]:
     """The outer variables that are read, in the order: inner objective, outer objective, dynamics, proximal strength.
 
     Args:
@@ -57,7 +62,7 @@ def found_outer_variables(inner_objective, outer_objective, dynamics, inner_vari
     return [entry for i, entry in enumerate(found) if not any(entry is other for other in [*found[:i], *fixed])]
 
 
-def warn_of_unnamed(read, known):
+def warn_of_unnamed(read: Any, known: Any) -> None:
     """Warns of outer variables that were read and are not known, once each.
 
     Args:
@@ -73,7 +78,7 @@ def warn_of_unnamed(read, known):
             "keep it without this warning.", stacklevel=3)
 
 
-def check_derivative(outer_objective, of_outer, inner):
+def check_derivative(outer_objective: Objective, of_outer: Any, inner: Any) -> None:
     """An error, or a warning, for an outer objective that has no derivative in the inner state.
 
     Args:

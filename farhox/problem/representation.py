@@ -1,11 +1,15 @@
 """Parts of a model that are outer: their variables, and models of the layers before and after."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
+from farhox._core.types import Variables
 from farhox.problem.keras_models import state_variables
 
 
-def representation_variables(model, parts, name="representation"):
+def representation_variables(model: keras.Model, parts: Any, name: str = "representation") -> Variables:
     """The trainable variables of parts of the model, its layers and single variables, each once.
 
     Raises:
@@ -25,7 +29,7 @@ def representation_variables(model, parts, name="representation"):
     return list(variables.values())
 
 
-def can_share_representation(layers):
+def can_share_representation(layers: Sequence[Any]) -> bool:
     """Whether parts give the same representation of a batch at each inner step: layers, no random numbers, no masks."""
     if not all(isinstance(layer, keras.Layer) for layer in layers):
         return False
@@ -37,7 +41,7 @@ def can_share_representation(layers):
                               for layer in own)
 
 
-def split(model, representation):
+def split(model: keras.Model, representation: Sequence[Any]) -> Any:
     """The model's first layers, which are those of the representation, and the others: two models."""
     layers, count = model.layers, len(representation)
     ahead = isinstance(model, keras.Sequential) and 0 < count < len(layers) and all(

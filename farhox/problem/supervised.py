@@ -1,12 +1,13 @@
 """The bilevel problem of a Keras model, a loss and batches (x, y)."""
 
 import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from farhox._core import functional
-from farhox.dynamics.base import GradientDescent
+from farhox.dynamics.base import GradientDescent, InnerDynamics
 from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
 from farhox.outer.outer_variable import OuterVariable
 from farhox.problem.bilevel import BilevelProblem
@@ -26,11 +27,17 @@ from farhox.problem.representation import representation_variables, split
 INDEX_RULE = "Indices of examples must be from 0 to the number of example weights - 1"
 
 
-def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=None, outer_variables=(),
-                       representation=None, example_weights=None, learn_initialization=False, proximal=None,
-                       training_at_outer=False, class_weights=None, stop_tolerance=None, outer_call=None,
-                       share_representation=False, loss_weights=None, outer_loss=None,
-                       inner_context=None, fixed=None, example_batches=None, allow_unused=False):
+def supervised_problem(model: keras.Model, loss: Any = "sparse_categorical_crossentropy",
+                       dynamics: InnerDynamics | None = None,
+                       outer_variables: str | Sequence[keras.Variable | OuterVariable] = (),
+                       representation: Sequence[keras.Layer] | None = None,
+                       example_weights: ExampleWeights | None = None, learn_initialization: bool = False,
+                       proximal: float | OuterVariable | None = None, training_at_outer: bool = False,
+                       class_weights: OuterVariable | None = None, stop_tolerance: float | None = None,
+                       outer_call: Callable[..., Any] | None = None, share_representation: bool = False,
+                       loss_weights: Sequence[float] | Mapping[str, float] | None = None, outer_loss: Any = None,
+                       inner_context: Callable[..., Any] | None = None, fixed: Sequence[OuterVariable] | None = None,
+                       example_batches: bool | None = None, allow_unused: bool = False) -> BilevelProblem:
     """A `BilevelProblem` for a Keras model: training loss inside, validation loss outside.
 
     The inner objective is the loss of `model(x, training=True)` on an inner batch plus the regularisation and activity
@@ -158,13 +165,13 @@ def supervised_problem(model, loss="sparse_categorical_crossentropy", dynamics=N
         return y, model(x, training=training_at_outer) if outer_call is None else outer_call(x), extra
 
     def outer_objective(batch):
-        y, predictions, extra = functional.once(outer_predictions, batch)
+        y, predictions, extra = outer_predictions(batch)
         if outer_value is None:
             return own_loss(model, batch[0], y, predictions, extra, training=training_at_outer)
         return outer_value(y, predictions, extra)
 
     def for_metrics(batch):
-        y, predictions, extra = functional.once(outer_predictions, batch)
+        y, predictions, extra = outer_predictions(batch)
         return y, predictions, None if takes_groups(outer_value) else extra
 
     if outer_variables == "all":

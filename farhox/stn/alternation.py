@@ -1,14 +1,16 @@
 """Training and validation batches in turn, as one data set for `fit`."""
 
 import numbers
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Batch, Data
 
 
-def training_data(x, y, sample_weight):
+def training_data(x: Data, y: Data, sample_weight: Data) -> Data:
     """The data set that `x` is, or the arrays as one.
 
     Raises:
@@ -22,7 +24,7 @@ def training_data(x, y, sample_weight):
     return x
 
 
-def as_dataset(data, batch_size, shuffle, name, steps=None):
+def as_dataset(data: Data, batch_size: int | None, shuffle: bool, name: str, steps: int | None = None) -> Data:
     """Batches (x, y) or (x, y, sample_weight) from arrays, or a `tf.data.Dataset` as it is.
 
     Raises:
@@ -53,7 +55,7 @@ def as_dataset(data, batch_size, shuffle, name, steps=None):
     return dataset.batch(batch_size)
 
 
-def alternate(train, validation, training_steps, validation_steps):
+def alternate(train: Data, validation: Data, training_steps: int, validation_steps: int) -> tf.data.Dataset:
     """Batches of `train` once and of `validation` again and again, in turn.
 
     Returns:
@@ -80,7 +82,7 @@ def alternate(train, validation, training_steps, validation_steps):
     return alternating.prefetch(tf.data.AUTOTUNE)
 
 
-def unpack(batch, name="A batch"):
+def unpack(batch: Batch, name: str = "A batch") -> Any:
     """(x, y, sample_weight or None) of a batch, and its number of examples.
 
     Raises:

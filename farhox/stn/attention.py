@@ -1,15 +1,23 @@
 """Self-tuning einsum layers and attention: a gate per output of every projection; see `farhox.stn.layers`."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 
+from farhox._core.types import Config, Shape, Tensor
 from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.dropout import Dropout
 from farhox.stn.layers import Affine
 from farhox.stn.self_tuning import SelfTuningParts
 from farhox.stn.strengths import checked_strength
+
+if TYPE_CHECKING:
+    from farhox.stn.self_tuning import Response
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -27,10 +35,11 @@ class EinsumDense(Affine, keras.layers.EinsumDense):
 
     plain = keras.layers.EinsumDense
 
-    def __init__(self, equation, output_shape, hyperparameters, **kwargs):
+    def __init__(self, equation: str, output_shape: Shape, hyperparameters: Sequence[OuterVariable],
+                 **kwargs: Any) -> None:
         super().__init__(equation, output_shape, hyperparameters=hyperparameters, **kwargs)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         inputs, kernel, outputs = self._labels()
         if inputs[:1] != outputs[:1] or inputs[:1] in tuple(kernel):
             raise ValueError("A self-tuning EinsumDense must leave the first axis of its inputs, that of the examples, "
@@ -38,12 +47,12 @@ class EinsumDense(Affine, keras.layers.EinsumDense):
         super().build(input_shape)
 
     @property
-    def gate_axes(self):
+    def gate_axes(self) -> dict[str, tuple[int, ...]]:
         _, kernel, outputs = self._labels()
         axes = {"kernel": tuple(axis for axis, label in enumerate(kernel) if label in outputs)}
         return axes if self.bias is None else {**axes, "bias": tuple(range(len(self.bias.shape)))}
 
-    def linear(self, inputs, response):
+    def linear(self, inputs: Tensor, response: Response) -> Tensor:
         _, labels, outputs = self._labels()
         left, _, right = outputs.partition("...")
         places = {label: axis for axis, label in enumerate(left)}
@@ -52,7 +61,7 @@ class EinsumDense(Affine, keras.layers.EinsumDense):
         return response.linear("kernel", lambda kernel: keras.ops.einsum(self.equation, inputs, kernel),
                                [places[label] for label in labels if label in places])
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         response = self.response()
         outputs = self.linear(inputs, response)
         if "bias" in response:
@@ -70,7 +79,7 @@ class _Attention(SelfTuningParts):
     parts = dict.fromkeys(["_query_dense", "_key_dense", "_value_dense", "_gate_dense", "_output_dense"], EinsumDense)
     rates = ("dropout",)
 
-    def __init__(self, *arguments, **kwargs):
+    def __init__(self, *arguments: Any, **kwargs: Any) -> None:
         rate = kwargs.get("dropout")
         object.__setattr__(self, "_rate", rate if isinstance(rate, OuterVariable) else None)
         if self._rate is not None:
@@ -83,12 +92,12 @@ class _Attention(SelfTuningParts):
             value = Dropout(self._rate, seed=value.seed, name=value.name, dtype=value.dtype_policy)
         super().__setattr__(name, value)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         return config if self._rate is None else {**config, "dropout": serialized(self._rate)}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return super().from_config(deserialized(config, "dropout"))
 
 

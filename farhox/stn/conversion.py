@@ -1,10 +1,14 @@
 """From a Keras model to a self-tuning one and back: `convert`, `bake`, `summary`."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
+from farhox._core.types import Initializer
 from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.regularizers import L1L2
 from farhox.stn import attention, convolutions, layers, recurrent
@@ -20,7 +24,9 @@ _LAYERS = (layers.Dense, layers.Embedding, convolutions.Conv1D, convolutions.Con
            recurrent.GRU, attention.EinsumDense, attention.MultiHeadAttention, attention.GroupQueryAttention)
 
 
-def convert(model, hyperparameters=None, gate_initializer="zeros", twins=None, strengths=None):
+def convert(model: keras.Model, hyperparameters: Sequence[OuterVariable] | None = None,
+            gate_initializer: Initializer = "zeros", twins: Mapping[type, type] | None = None,
+            strengths: Mapping[Any, Any] | None = None) -> keras.Model:
     """A self-tuning copy of a functional or Sequential Keras model.
 
     Dense, Embedding, Conv1D, Conv2D, Conv3D, Conv2DTranspose, DepthwiseConv2D, SeparableConv2D, LSTM, GRU, EinsumDense,
@@ -92,7 +98,7 @@ def convert(model, hyperparameters=None, gate_initializer="zeros", twins=None, s
     return converted
 
 
-def bake(model):
+def bake(model: keras.Model) -> keras.Model:
     """A plain Keras model with the weights that a self-tuning one has at the current hyperparameters.
 
     Needs no farhox, neither to run nor to load. Dropout and noise become the Keras layers of the current strengths, and
@@ -132,7 +138,7 @@ def bake(model):
     return baked
 
 
-def summary(model):
+def summary(model: keras.Model) -> str:
     """What of a model responds to hyperparameters, as text.
 
     Args:

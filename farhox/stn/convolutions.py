@@ -1,37 +1,47 @@
 """Self-tuning convolutions: one gate per output channel of every kernel and bias; see `farhox.stn.layers`."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
+from farhox._core.types import Initializer, Shape, Tensor
+from farhox.outer.outer_variable import OuterVariable
 from farhox.stn.gates import FanInUniform
 from farhox.stn.layers import Affine
+
+if TYPE_CHECKING:
+    from farhox.stn.self_tuning import Response
 
 
 class _Channels(Affine):
     """A layer with `data_format`."""
 
     @property
-    def channel_axis(self):
+    def channel_axis(self) -> int:
         return 1 if self.data_format == "channels_first" else -1
 
 
 class _Convolution(_Channels):
     """What convolutions with one kernel have in common."""
 
-    def __init__(self, filters, kernel_size, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 bias_initializer=None, **kwargs):
+    def __init__(self, filters: int, kernel_size: Shape, hyperparameters: Sequence[OuterVariable],
+                 gate_initializer: Initializer | None = None, kernel_initializer: Initializer | None = None,
+                 bias_initializer: Initializer | None = None, **kwargs: Any) -> None:
         super().__init__(filters, kernel_size, hyperparameters=hyperparameters, gate_initializer=gate_initializer,
                          kernel_initializer=kernel_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         fan_in = math.prod(self.kernel_size) * input_shape[self.channel_axis] // self.groups
         self.set_fan_in(fan_in, "kernel_initializer", "bias_initializer")
         super().build(input_shape)
 
-    def linear(self, inputs, response):
+    def linear(self, inputs: Tensor, response: Response) -> Tensor:
         padding = self.padding
         if padding == "causal":
             amount = self.dilation_rate[0] * (self.kernel_size[0] - 1)
@@ -95,10 +105,11 @@ class Conv2DTranspose(_Channels, keras.layers.Conv2DTranspose):
     plain = keras.layers.Conv2DTranspose
     gate_axes = {"kernel": (-2,), "bias": (-1,)}
 
-    def __init__(self, filters, kernel_size, hyperparameters, **kwargs):
+    def __init__(self, filters: int, kernel_size: Shape, hyperparameters: Sequence[OuterVariable],
+                 **kwargs: Any) -> None:
         super().__init__(filters, kernel_size, hyperparameters=hyperparameters, **kwargs)
 
-    def linear(self, inputs, response):
+    def linear(self, inputs: Tensor, response: Response) -> Tensor:
         return response.linear("kernel", lambda kernel: keras.ops.conv_transpose(
             inputs, kernel, strides=list(self.strides), padding=self.padding, output_padding=self.output_padding,
             dilation_rate=self.dilation_rate, data_format=self.data_format), [self.channel_axis])
@@ -117,17 +128,18 @@ class DepthwiseConv2D(_Channels, keras.layers.DepthwiseConv2D):
     plain = keras.layers.DepthwiseConv2D
     gate_axes = {"kernel": (-2, -1), "bias": (-1,)}
 
-    def __init__(self, kernel_size, hyperparameters, gate_initializer=None, depthwise_initializer=None,
-                 bias_initializer=None, **kwargs):
+    def __init__(self, kernel_size: Shape, hyperparameters: Sequence[OuterVariable],
+                 gate_initializer: Initializer | None = None, depthwise_initializer: Initializer | None = None,
+                 bias_initializer: Initializer | None = None, **kwargs: Any) -> None:
         super().__init__(kernel_size, hyperparameters=hyperparameters, gate_initializer=gate_initializer,
                          depthwise_initializer=depthwise_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.set_fan_in(math.prod(self.kernel_size), "depthwise_initializer", "bias_initializer")
         super().build(input_shape)
 
-    def linear(self, inputs, response):
+    def linear(self, inputs: Tensor, response: Response) -> Tensor:
         return response.linear("kernel", lambda kernel: keras.ops.depthwise_conv(
             inputs, kernel, strides=self.strides, padding=self.padding, dilation_rate=self.dilation_rate,
             data_format=self.data_format), [self.channel_axis])
@@ -146,10 +158,11 @@ class SeparableConv2D(_Channels, keras.layers.SeparableConv2D):
     plain = keras.layers.SeparableConv2D
     gate_axes = {"depthwise_kernel": (-2, -1), "pointwise_kernel": (-1,), "bias": (-1,)}
 
-    def __init__(self, filters, kernel_size, hyperparameters, **kwargs):
+    def __init__(self, filters: int, kernel_size: Shape, hyperparameters: Sequence[OuterVariable],
+                 **kwargs: Any) -> None:
         super().__init__(filters, kernel_size, hyperparameters=hyperparameters, **kwargs)
 
-    def linear(self, inputs, response):
+    def linear(self, inputs: Tensor, response: Response) -> Tensor:
         depthwise = response.linear("depthwise_kernel", lambda kernel: keras.ops.depthwise_conv(
             inputs, kernel, strides=self.strides, padding=self.padding, dilation_rate=self.dilation_rate,
             data_format=self.data_format), [self.channel_axis])

@@ -1,11 +1,15 @@
 """Perturbed hyperparameters: one draw per example around the current values, with scales that can be learned."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core.types import Tensor
+from farhox.outer.outer_variable import OuterVariable
 from farhox.stn.gates import num_entries, unconstrained
 from farhox.stn.saved_names import check_names, save_names
 
@@ -25,7 +29,8 @@ class Draws(keras.layers.Layer):
         raw_scales: `keras.Variable` [n].
     """
 
-    def __init__(self, hyperparameters, initial_scale, one_draw=()):
+    def __init__(self, hyperparameters: Sequence[OuterVariable], initial_scale: float,
+                 one_draw: Sequence[OuterVariable] = ()) -> None:
         super().__init__(name="draws")
         self._hyperparameters = tuple(hyperparameters)
         self.variables_of = [entry.variable for entry in hyperparameters]
@@ -37,32 +42,32 @@ class Draws(keras.layers.Layer):
             initializer=keras.initializers.Constant(initial_scale + math.log(-math.expm1(-initial_scale))))
         self.built = True
 
-    def scales(self):
+    def scales(self) -> Tensor:
         """Standard deviations [n] of the draws."""
         return tf.nn.softplus(tf.convert_to_tensor(self.raw_scales))
 
-    def entropy(self, scales):
+    def entropy(self, scales: Tensor) -> Tensor:
         """Entropy of the draws, the sum of log(scale sqrt(2 pi e))."""
         return tf.reduce_sum(tf.math.log(scales) + 0.5 * math.log(2 * math.pi * math.e))
 
-    def centre(self):
+    def centre(self) -> Tensor:
         """Current unconstrained values as a vector [n], differentiable."""
         return tf.cast(unconstrained(self._hyperparameters), self.raw_scales.dtype)
 
-    def noise(self, batch_size):
+    def noise(self, batch_size: Any) -> Tensor:
         """Standard normal numbers [batch, n], the same in all rows for hyperparameters with one draw."""
         # The state of a generator of Keras' is a variable: a training can go on with the draws it would have had.
         return self.same_rows(keras.random.normal(
             [batch_size, sum(self._sizes)], dtype=self.raw_scales.dtype, seed=self.seed_generator))
 
-    def same_rows(self, noise):
+    def same_rows(self, noise: Tensor) -> Tensor:
         """The noise with its first row in the place of all others, for hyperparameters with one draw."""
         if not any(self._one_draw):
             return noise
         same = np.repeat(self._one_draw, self._sizes)
         return tf.where(same, noise[:1], noise)
 
-    def values_of(self, draws):
+    def values_of(self, draws: Tensor) -> list[tuple[keras.Variable, Tensor]]:
         """What takes the place of each hyperparameter's variable, without derivative.
 
         Args:
@@ -75,20 +80,20 @@ class Draws(keras.layers.Layer):
         return [(variable, tf.reshape(part[0] if one else part, ([] if one else [-1]) + list(variable.shape)))
                 for variable, part, one in zip(self.variables_of, parts, self._one_draw)]
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         # Keras leaves the state of generators out.
         store["seed"] = self.seed_generator.state
         save_names(store, self._hyperparameters)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         check_names(store, self._hyperparameters, self.name)
         variables = [*self._trainable_variables, *self._non_trainable_variables]
         for i, variable in enumerate(variables):
             variable.assign(store[str(i)])
         self.seed_generator.state.assign(store["seed"])
 
-    def columns_of(self, hyperparameters):
+    def columns_of(self, hyperparameters: Sequence[OuterVariable]) -> list[int]:
         """Indices into [n] of the entries of some of the hyperparameters, in their order."""
         starts = np.cumsum([0] + self._sizes)
         places = {id(entry): range(starts[i], starts[i + 1]) for i, entry in enumerate(self._hyperparameters)}

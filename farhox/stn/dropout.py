@@ -1,10 +1,13 @@
 """Dropout and noise with a strength per example; on one strength for all they draw what Keras' layers draw."""
 
 import math
+from typing import Any
 
 import keras
 import tensorflow as tf
 
+from farhox._core.types import Config, Shape, Tensor
+from farhox.outer.outer_variable import Strength
 from farhox.stn.perturbations import PerturbationLayer, checked_data_format
 
 
@@ -22,41 +25,41 @@ class Dropout(PerturbationLayer):
     STRENGTHS = {"rate": (0.0, 1.0)}
     plain = keras.layers.Dropout
 
-    def __init__(self, rate, noise_shape=None, seed=None, **kwargs):
+    def __init__(self, rate: Strength, noise_shape: Shape = None, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(seed=seed, rate=rate, **kwargs)
         self.noise_shape = keras.layers.Dropout(0.0, noise_shape=noise_shape).noise_shape  # Keras checks it.
 
-    def perturb(self, inputs):
+    def perturb(self, inputs: Tensor) -> Tensor:
         rate = self.strength("rate", inputs)
         keep = tf.cast(self.uniform(self.mask_shape(inputs), inputs) >= rate, inputs.dtype)
         return inputs * tf.math.divide_no_nan(keep, 1.0 - rate)
 
-    def mask_shape(self, inputs):
+    def mask_shape(self, inputs: Tensor) -> Any:
         """Sizes of the axes of a mask."""
         shape = tf.shape(inputs)
         if self.noise_shape is None:
             return shape
         return [shape[axis] if size is None else size for axis, size in enumerate(self.noise_shape)]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "noise_shape": self.noise_shape}
 
 
 class _SpatialDropout(Dropout):
     """What drops whole channels."""
 
-    def __init__(self, rate, seed=None, **kwargs):
+    def __init__(self, rate: Strength, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(rate, seed=seed, **kwargs)
 
-    def mask_shape(self, inputs):
+    def mask_shape(self, inputs: Tensor) -> Any:
         shape = tf.shape(inputs)
         channels = 1 if self._channels_first() else inputs.shape.rank - 1
         return [shape[axis] if axis in (0, channels) else 1 for axis in range(inputs.shape.rank)]
 
-    def to_keras(self):
+    def to_keras(self) -> Any:
         return self.plain(self.current("rate"), seed=self.seed, name=self.name, dtype=self.dtype_policy)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         config.pop("noise_shape")
         return config
@@ -79,15 +82,15 @@ class SpatialDropout1D(_SpatialDropout):
 
 class _SpatialDropoutOfImages(_SpatialDropout):
 
-    def __init__(self, rate, data_format=None, seed=None, **kwargs):
+    def __init__(self, rate: Strength, data_format: str | None = None, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(rate, seed=seed, **kwargs)
         self.data_format = checked_data_format(data_format, self.name)
 
-    def to_keras(self):
+    def to_keras(self) -> Any:
         return self.plain(self.current("rate"), data_format=self.data_format, seed=self.seed, name=self.name,
                           dtype=self.dtype_policy)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "data_format": self.data_format}
 
     def _channels_first(self):
@@ -132,10 +135,10 @@ class GaussianNoise(PerturbationLayer):
     STRENGTHS = {"stddev": (0.0, math.inf)}
     plain = keras.layers.GaussianNoise
 
-    def __init__(self, stddev, seed=None, **kwargs):
+    def __init__(self, stddev: Strength, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(seed=seed, stddev=stddev, **kwargs)
 
-    def perturb(self, inputs):
+    def perturb(self, inputs: Tensor) -> Tensor:
         return inputs + self.strength("stddev", inputs) * self.normal(inputs)
 
 
@@ -151,10 +154,10 @@ class GaussianDropout(PerturbationLayer):
     STRENGTHS = {"rate": (0.0, 1.0)}
     plain = keras.layers.GaussianDropout
 
-    def __init__(self, rate, seed=None, **kwargs):
+    def __init__(self, rate: Strength, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(seed=seed, rate=rate, **kwargs)
 
-    def perturb(self, inputs):
+    def perturb(self, inputs: Tensor) -> Tensor:
         rate = self.strength("rate", inputs)
         return inputs * (1.0 + tf.sqrt(tf.math.divide_no_nan(rate, 1.0 - rate)) * self.normal(inputs))
 
@@ -177,7 +180,7 @@ class AlphaDropout(Dropout):
     # alpha and scale of SELU: a unit far below zero has the value -alpha * scale.
     _LEAST = -1.6732632423543772848170429916717 * 1.0507009873554804934193349852946
 
-    def perturb(self, inputs):
+    def perturb(self, inputs: Tensor) -> Tensor:
         rate = self.strength("rate", inputs)
         keep = tf.cast(self.uniform(self.mask_shape(inputs), inputs) >= rate, inputs.dtype)
         variance = (1.0 - rate) * (1.0 + rate * self._LEAST ** 2)

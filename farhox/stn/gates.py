@@ -12,11 +12,15 @@ Reference:
     [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), section 3.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Config, DType, Initializer, Shape, Tensor, Tensors
 from farhox.outer.outer_variable import OuterVariable
 from farhox.stn.saved_names import check_names, save_names
 
@@ -42,7 +46,8 @@ class GateInput:
         ValueError: If there is none, one comes twice, or the reference has another length.
     """
 
-    def __init__(self, hyperparameters, owner, centred=False, reference=None):
+    def __init__(self, hyperparameters: Sequence[OuterVariable], owner: str, centred: bool = False,
+                 reference: Any = None) -> None:
         self.hyperparameters = as_hyperparameters(hyperparameters, owner)
         self.size = sum(num_entries(entry) for entry in self.hyperparameters)
         self.centred = bool(centred)
@@ -54,7 +59,7 @@ class GateInput:
         self.variable = keras.Variable(np.zeros([self.size]), dtype=keras.config.floatx(), trainable=False,
                                        name="gate_input")
 
-    def __call__(self):
+    def __call__(self) -> Tensor:
         """Tensor [n], or [batch, n] while examples have draws of their own."""
         value = tf.convert_to_tensor(self.variable)
         if value.shape.rank == 2:
@@ -63,7 +68,7 @@ class GateInput:
             return tf.zeros_like(value)
         return tf.cast(self.relative(unconstrained(self.hyperparameters)), value.dtype)
 
-    def relative(self, u):
+    def relative(self, u: Tensor) -> Tensor:
         """Unconstrained values [..., n] less the reference."""
         return u - tf.constant(self.reference, u.dtype)
 
@@ -78,30 +83,31 @@ class Gate(keras.layers.Layer):
         centred, reference: See `GateInput`.
     """
 
-    def __init__(self, hyperparameters, initializer, owner, centred=False, reference=None, **kwargs):
+    def __init__(self, hyperparameters: Sequence[OuterVariable], initializer: Initializer, owner: str,
+                 centred: bool = False, reference: Any = None, **kwargs: Any) -> None:
         super().__init__(name="gate", **kwargs)
         self.input_of_gates = GateInput(hyperparameters, owner, centred, reference)
         # An initializer object gives the same numbers again, so that a default must not be shared between layers.
         self.initializer = keras.initializers.get(initializer) or keras.initializers.RandomNormal(stddev=0.01)
 
-    def build(self, units):
+    def build(self, units: Any) -> None:
         """Makes the map for a list of numbers of units, one per weight."""
         self._units = list(units)
         self.kernel = self.add_weight(
             shape=(self.input_of_gates.size, sum(units)), initializer=self.initializer, name="kernel")
         self.built = True
 
-    def values(self, dtype):
+    def values(self, dtype: DType) -> Tensors:
         """List of gates, one tensor [units] or [batch, units] per weight, of the type in which the layer computes."""
         u, kernel = tf.cast(self.input_of_gates(), dtype), tf.cast(tf.convert_to_tensor(self.kernel), dtype)
         gates = tf.matmul(u, kernel) if u.shape.rank == 2 else tf.linalg.matvec(kernel, u, transpose_a=True)
         return tf.split(gates, self._units, axis=-1)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         store["kernel"] = self.kernel
         save_names(store, self.input_of_gates.hyperparameters)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         check_names(store, self.input_of_gates.hyperparameters, self.path)
         self.kernel.assign(store["kernel"])
 
@@ -115,23 +121,23 @@ class FanInUniform(keras.initializers.Initializer):
         seed: Int, `keras.random.SeedGenerator` or None.
     """
 
-    def __init__(self, fan_in=None, seed=None):
+    def __init__(self, fan_in: int | None = None, seed: int | None = None) -> None:
         self.fan_in = None if fan_in is None else checks.positive_integer("fan_in", fan_in)
         self.seed = seed
 
-    def __call__(self, shape, dtype=None, **kwargs):
+    def __call__(self, shape: Shape, dtype: DType | None = None, **kwargs: Any) -> Tensor:
         return self.to_keras()(shape, dtype)
 
-    def to_keras(self):
+    def to_keras(self) -> Any:
         """The initializer of Keras that does the same."""
         limit = 1.0 / float(np.sqrt(self.fan_in))
         return keras.initializers.RandomUniform(-limit, limit, seed=self.seed)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {"fan_in": self.fan_in, "seed": self.seed}
 
 
-def as_hyperparameters(hyperparameters, owner):
+def as_hyperparameters(hyperparameters: Any, owner: str) -> tuple[OuterVariable, ...]:
     """The hyperparameters as a tuple; errors name `owner`."""
     if isinstance(hyperparameters, OuterVariable):
         hyperparameters = [hyperparameters]
@@ -149,11 +155,11 @@ def as_hyperparameters(hyperparameters, owner):
     return tuple(hyperparameters)
 
 
-def num_entries(hyperparameter):
+def num_entries(hyperparameter: OuterVariable) -> int:
     """Number of entries of an array of hyperparameters, 1 for a scalar."""
     return int(np.prod(hyperparameter.variable.shape, dtype=int))
 
 
-def unconstrained(hyperparameters):
+def unconstrained(hyperparameters: Sequence[OuterVariable]) -> Tensor:
     """The unconstrained values as one vector [n], differentiable."""
     return tf.concat([tf.reshape(tf.convert_to_tensor(entry.variable), [-1]) for entry in hyperparameters], axis=0)

@@ -1,9 +1,15 @@
 """Updates that would leave values which are not finite: not made, counted, and an error when they go on."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import tensorflow as tf
 
 from farhox._core import tree
+from farhox._core.types import Logs
 from farhox.data.finite import first_not_finite, place_in_words
 
 _ADVICE = "Try a smaller learning rate, clipnorm on the optimizer, or tighter bounds on the hyperparameters."
@@ -20,7 +26,7 @@ class UpdateGuard(keras.layers.Layer):
         skipped: Integer variable, the updates skipped, of all kinds.
     """
 
-    def __init__(self, kinds, max_skipped_updates):
+    def __init__(self, kinds: Any, max_skipped_updates: int) -> None:
         super().__init__(name="update_guard", trainable=False)
         self._kinds = {kind: list(parts) for kind, parts in kinds.items()}
         self._most = max_skipped_updates
@@ -30,7 +36,8 @@ class UpdateGuard(keras.layers.Layer):
         self._place = {kind: self._counter(f"{kind}_place", (3,)) for kind in kinds}
         self.built = True
 
-    def update(self, kind, batch, parts, apply, variables, values=dict):
+    def update(self, kind: str, batch: Any, parts: Any, apply: Callable[..., Any], variables: Any,
+               values: Any = dict) -> Any:
         """Calls `apply` if all parts are finite, and takes back what it did if a variable is not finite afterwards.
 
         Args:
@@ -75,12 +82,12 @@ class UpdateGuard(keras.layers.Layer):
             lambda: tf.cast(first_not_finite([part for part in batch if part is not None]), tf.int32)))
         return done
 
-    def start_counting(self):
+    def start_counting(self) -> None:
         """Starts the count of updates skipped in a row anew, so that a run goes on after a cause was removed."""
         for in_a_row in self._in_a_row.values():
             in_a_row.assign(0)
 
-    def raise_if_diverged(self):
+    def raise_if_diverged(self) -> None:
         """Raises a RuntimeError that names what is not finite if too many updates of a kind in a row were skipped."""
         for kind, parts in self._kinds.items():
             in_a_row = int(keras.ops.convert_to_numpy(self._in_a_row[kind]))
@@ -108,12 +115,12 @@ class StopWhenDiverged(keras.callbacks.Callback):
         guard: `UpdateGuard`.
     """
 
-    def __init__(self, guard):
+    def __init__(self, guard: UpdateGuard) -> None:
         super().__init__()
         self._guard = guard
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         self._guard.start_counting()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: Any, logs: Logs | None = None) -> None:
         self._guard.raise_if_diverged()

@@ -1,5 +1,8 @@
 """Which hyperparameters layers, losses and optimizers hold, and that a copy holds the same ones."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
 from farhox.outer.outer_variable import OuterVariable
@@ -9,7 +12,7 @@ _HOLDERS = (keras.regularizers.Regularizer, keras.losses.Loss, keras.optimizers.
             keras.optimizers.schedules.LearningRateSchedule)
 
 
-def hyperparameters_in(objects):
+def hyperparameters_in(objects: Sequence[Any]) -> list[OuterVariable]:
     """List of the hyperparameters that objects, or the regularizers, losses, ... in them, hold as settings, each once.
 
     Those that weights respond to are no settings. Layers inside layers are not looked into: they are among the layers.
@@ -34,7 +37,7 @@ def hyperparameters_in(objects):
     return list(found.values())
 
 
-def layers_of(model):
+def layers_of(model: keras.Model) -> list[keras.Layer]:
     """The layers a person has put in, each once, those of nested models among them, without what they are made of."""
     found = {}
     for layer in model.layers:
@@ -43,7 +46,7 @@ def layers_of(model):
     return list(found.values())
 
 
-def share_hyperparameters(layer, copy):
+def share_hyperparameters(layer: keras.Layer, copy: Any) -> None:
     """Gives a copy that was made from a configuration the hyperparameters of the layer in the place of its own."""
     for key, value in vars(layer).items():
         if key in vars(copy) and isinstance(value, (OuterVariable, keras.regularizers.Regularizer)):

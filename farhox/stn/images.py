@@ -5,10 +5,14 @@ Keras draws a transformation per image between bounds, and applies it. Here the 
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
 
+from farhox._core.types import Config, DType, Shape, Tensor
+from farhox.outer.outer_variable import Strength
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.perturbations import PerturbationLayer, checked_data_format
 from farhox.stn.strengths import checked_strength
@@ -42,7 +46,7 @@ _FACTORS = {
 }
 
 
-def augmentation_strengths(layer):
+def augmentation_strengths(layer: keras.Layer) -> Any:
     """Dictionary from the factors of a Keras augmentation layer that have a value to (value, greatest value)."""
     found = {}
     for name, factor in _FACTORS.get(type(layer), {}).items():
@@ -69,7 +73,8 @@ class Augmentation(PerturbationLayer):
         ValueError: If it has no such factor, or a strength can leave its range.
     """
 
-    def __init__(self, layer, name=None, dtype=None, trainable=True, **strengths):
+    def __init__(self, layer: keras.Layer, name: str | None = None, dtype: DType | None = None, trainable: bool = True,
+                 **strengths: Strength) -> None:
         factors = _FACTORS.get(type(layer))
         if factors is None:
             raise TypeError(f"layer must be one of {', '.join(kind.__name__ for kind in _FACTORS)} of Keras. "
@@ -90,18 +95,18 @@ class Augmentation(PerturbationLayer):
             self._factors[key] = dataclasses.replace(factor, direction=tuple(direction))
 
     @classmethod
-    def from_plain(cls, layer, strengths):
+    def from_plain(cls, layer: keras.Layer, strengths: Mapping[str, Any]) -> Any:
         return cls(type(layer).from_config(layer.get_config()), **strengths)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.layer.build(input_shape)
         self.built = True
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         # As Keras' augmentation layers, on integers too.
         return super().call(tf.cast(tf.convert_to_tensor(inputs), self.compute_dtype), training=training)
 
-    def perturb(self, inputs):
+    def perturb(self, inputs: Tensor) -> Tensor:
         # A stand-in that shares everything but the bounds with the layer, which keeps its own.
         bounded = object.__new__(type(self.layer))
         vars(bounded).update(vars(self.layer))
@@ -114,21 +119,21 @@ class Augmentation(PerturbationLayer):
         transformation = bounded.get_random_transformation(inputs, training=True)
         return tf.cast(bounded.transform_images(inputs, transformation, training=True), inputs.dtype)
 
-    def to_keras(self):
+    def to_keras(self) -> Any:
         config = self.layer.get_config()
         for name, factor in self._factors.items():
             bounds = tuple(bound * self.current(name) for bound in factor.direction)
             config[name] = bounds if isinstance(config[name], (tuple, list)) else bounds[1]
         return type(self.layer).from_config(config)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         config.pop("seed")  # The layer has its own.
         return {**config, "layer": keras.saving.serialize_keras_object(self.layer),
                 **{name: serialized(getattr(self, name)) for name in self._factors}}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return cls(**deserialized(config, *config))
 
 
@@ -137,18 +142,18 @@ class _Named(Augmentation):
 
     _settings = ()
 
-    def to_keras(self):
+    def to_keras(self) -> Any:
         # A network that was written with this layer does nothing where it is not told that this is training; Keras'
         # augmentation layers do.
         return None
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = PerturbationLayer.get_config(self)
         return {**config, "seed": self.layer.seed, "factor": serialized(self.factor),
                 **{name: getattr(self.layer, name) for name in self._settings}}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return cls(**deserialized(config, "factor"))
 
 
@@ -164,7 +169,8 @@ class RandomBrightness(_Named):
 
     _settings = ("value_range",)
 
-    def __init__(self, factor, value_range=(0, 255), seed=None, **kwargs):
+    def __init__(self, factor: Strength, value_range: tuple[float, float] = (0, 255), seed: int | None = None,
+                 **kwargs: Any) -> None:
         layer = keras.layers.RandomBrightness(0.0, value_range=_range(value_range), seed=seed, **_dtype(kwargs))
         super().__init__(layer, factor=factor, **kwargs)
 
@@ -182,7 +188,8 @@ class RandomContrast(_Named):
 
     _settings = ("value_range", "data_format")
 
-    def __init__(self, factor, value_range=(0, 255), seed=None, data_format=None, **kwargs):
+    def __init__(self, factor: Strength, value_range: tuple[float, float] = (0, 255), seed: int | None = None,
+                 data_format: str | None = None, **kwargs: Any) -> None:
         layer = keras.layers.RandomContrast(
             (1.0, 1.0), value_range=_range(value_range), seed=seed, data_format=data_format, **_dtype(kwargs))
         super().__init__(layer, factor=factor, **kwargs)
@@ -200,14 +207,15 @@ class RandomTranslation(_Named):
 
     _settings = ("fill_mode", "interpolation", "data_format")
 
-    def __init__(self, factor, fill_mode="constant", interpolation="bilinear", seed=None, data_format=None, **kwargs):
+    def __init__(self, factor: Strength, fill_mode: str = "constant", interpolation: str = "bilinear",
+                 seed: int | None = None, data_format: str | None = None, **kwargs: Any) -> None:
         layer = keras.layers.RandomTranslation(
             0.0, 0.0, fill_mode=fill_mode, interpolation=interpolation, seed=seed, data_format=data_format,
             **_dtype(kwargs))
         super().__init__(layer, height_factor=factor, width_factor=factor, **kwargs)
 
     @property
-    def factor(self):
+    def factor(self) -> Strength:
         return self.height_factor
 
 
@@ -223,7 +231,8 @@ class RandomRotation(_Named):
 
     _settings = ("fill_mode", "interpolation", "data_format")
 
-    def __init__(self, factor, fill_mode="constant", interpolation="bilinear", seed=None, data_format=None, **kwargs):
+    def __init__(self, factor: Strength, fill_mode: str = "constant", interpolation: str = "bilinear",
+                 seed: int | None = None, data_format: str | None = None, **kwargs: Any) -> None:
         layer = keras.layers.RandomRotation(
             0.0, fill_mode=fill_mode, interpolation=interpolation, seed=seed, data_format=data_format, **_dtype(kwargs))
         super().__init__(layer, factor=factor, **kwargs)
@@ -232,18 +241,19 @@ class RandomRotation(_Named):
 class _Colour(PerturbationLayer):
     """A change of colours by a Keras layer that computes on values between 0 and 1."""
 
-    def __init__(self, factor, value_range=(0, 255), seed=None, data_format=None, **kwargs):
+    def __init__(self, factor: Strength, value_range: tuple[float, float] = (0, 255), seed: int | None = None,
+                 data_format: str | None = None, **kwargs: Any) -> None:
         super().__init__(seed=seed, factor=factor, **kwargs)
         self.value_range = _range(value_range)
         self.data_format = checked_data_format(data_format, self.name)
         self._full = self._keras((0.0, 1.0), value_range=(0, 1), seed=seed, data_format=self.data_format,
                                  dtype=self.dtype_policy)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self._full.build(input_shape)
         self.built = True
 
-    def perturb(self, inputs):
+    def perturb(self, inputs: Tensor) -> Tensor:
         low, high = self.value_range
         factor = self.strength("factor", inputs)
         factor = tf.reshape(factor, [-1]) if factor.shape.rank else factor
@@ -251,7 +261,7 @@ class _Colour(PerturbationLayer):
             (inputs - low) / (high - low), {"factor": self._drawn(inputs, factor)}, training=True)
         return low + (high - low) * tf.cast(changed, inputs.dtype)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "data_format": self.data_format, "value_range": self.value_range}
 
 

@@ -1,9 +1,13 @@
 """The strengths of a Keras model's own dropout, noise and augmentation layers, as hyperparameters."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import keras
 import numpy as np
 
 from farhox.outer.hyperparameters import Hyperparameter
+from farhox.outer.outer_variable import OuterVariable
 from farhox.stn import dropout
 from farhox.stn.attention import GroupQueryAttention, MultiHeadAttention
 from farhox.stn.held import layers_of
@@ -19,7 +23,8 @@ _WITH_RATES = {layer.plain: layer.rates for layer in (LSTM, GRU, MultiHeadAttent
 _GREATEST_RATE = 0.9
 
 
-def strengths_of(model, shared=False, skip=()):
+def strengths_of(model: keras.Model, shared: bool = False,
+                 skip: Sequence[Any] = ()) -> dict[keras.Layer, dict[str, OuterVariable]]:
     """Hyperparameters for the strengths of a Keras model's own layers that perturb, for `stn.convert(strengths=)`.
 
     Of `Dropout`, `SpatialDropout1D` to `3D`, `GaussianDropout` and `AlphaDropout` the rate, in [0, 0.9]; of
@@ -65,7 +70,7 @@ def strengths_of(model, shared=False, skip=()):
     return strengths
 
 
-def find_layer(model, entry):
+def find_layer(model: keras.Model, entry: Any) -> keras.Layer:
     """A layer of a model, by itself or by its name.
 
     Raises:
@@ -78,7 +83,7 @@ def find_layer(model, entry):
     return matching[0]
 
 
-def checked_strengths(layer, strengths):
+def checked_strengths(layer: keras.Layer, strengths: Mapping[str, Any]) -> dict[str, Any]:
     """Dictionary from arguments of a Keras layer to strengths.
 
     Args:
@@ -102,7 +107,7 @@ def checked_strengths(layer, strengths):
     return strengths
 
 
-def perturbing_twin(layer, strengths):
+def perturbing_twin(layer: keras.Layer, strengths: Mapping[str, Any]) -> Any:
     """The layer that perturbs as a Keras layer does, with strengths in the place of its numbers, or None.
 
     None for layers that respond themselves, which take the strengths as settings.

@@ -14,14 +14,23 @@ weights always do. Regularizers apply to the weights as they respond: to those o
 example has a draw of its own. Outside of a `SelfTuningModel` weights respond to the hyperparameters' current values.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 import tensorflow as tf
 
-from farhox.outer.outer_variable import OuterVariable
+from farhox._core.types import Config, Initializer, Shape, Tensor
+from farhox.outer.outer_variable import OuterVariable, Strength
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform
 from farhox.stn.self_tuning import SelfTuning, on_axes
 from farhox.stn.strengths import checked_strength, strength_value
+
+if TYPE_CHECKING:
+    from farhox.stn.self_tuning import Response
 
 
 class Affine(SelfTuning):
@@ -29,22 +38,22 @@ class Affine(SelfTuning):
 
     gate_axes = {"kernel": (-1,), "bias": (-1,)}
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         response = self.response()
         outputs = self.linear(inputs, response)
         if "bias" in response:
             outputs = response.added("bias", outputs, [self.channel_axis])
         return outputs if self.activation is None else self.activation(outputs)
 
-    def linear(self, inputs, response):
+    def linear(self, inputs: Tensor, response: Response) -> Tensor:
         """Outputs without their bias."""
         raise NotImplementedError
 
     @property
-    def channel_axis(self):
+    def channel_axis(self) -> int:
         return -1
 
-    def set_fan_in(self, fan_in, *names):
+    def set_fan_in(self, fan_in: int, *names: str) -> None:
         """Tells initializers of the paper, at attributes of those names, the number of inputs of a unit."""
         for name in names:
             initializer = getattr(self, name)
@@ -70,17 +79,18 @@ class Dense(Affine, keras.layers.Dense):
 
     plain = keras.layers.Dense
 
-    def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None, bias_initializer=None,
-                 **kwargs):
+    def __init__(self, units: int, hyperparameters: Sequence[OuterVariable],
+                 gate_initializer: Initializer | None = None, kernel_initializer: Initializer | None = None,
+                 bias_initializer: Initializer | None = None, **kwargs: Any) -> None:
         super().__init__(units, hyperparameters=hyperparameters, gate_initializer=gate_initializer,
                          kernel_initializer=kernel_initializer or FanInUniform(),
                          bias_initializer=bias_initializer or FanInUniform(), **kwargs)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.set_fan_in(input_shape[-1], "kernel_initializer", "bias_initializer")
         super().build(input_shape)
 
-    def linear(self, inputs, response):
+    def linear(self, inputs: Tensor, response: Response) -> Tensor:
         return response.linear("kernel", lambda kernel: (
             tf.matmul(inputs, kernel) if inputs.shape.rank == 2 else tf.tensordot(inputs, kernel, axes=1)))
 
@@ -111,8 +121,9 @@ class Embedding(SelfTuning, keras.layers.Embedding):
     gate_axes = {"embeddings": (-1,)}
     own_settings = (*SelfTuning.own_settings, "dropout", "seed")
 
-    def __init__(self, input_dim, output_dim, hyperparameters, gate_initializer=None, embeddings_initializer=None,
-                 dropout=0.0, seed=None, **kwargs):
+    def __init__(self, input_dim: int, output_dim: int, hyperparameters: Sequence[OuterVariable],
+                 gate_initializer: Initializer | None = None, embeddings_initializer: Initializer | None = None,
+                 dropout: Strength = 0.0, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(input_dim, output_dim, hyperparameters=hyperparameters, gate_initializer=gate_initializer,
                          embeddings_initializer=embeddings_initializer or _uniform(), **kwargs)
         self.dropout = checked_strength(dropout, f"dropout of {self.name!r}", 0.0, 1.0)
@@ -120,13 +131,13 @@ class Embedding(SelfTuning, keras.layers.Embedding):
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     @property
-    def hyperparameters_with_one_draw(self):
+    def hyperparameters_with_one_draw(self) -> list[OuterVariable]:
         return [self.dropout] if isinstance(self.dropout, OuterVariable) else []
 
-    def hyper_initializer(self, name):
+    def hyper_initializer(self, name: str) -> Initializer:
         return _uniform()
 
-    def call(self, inputs, training=None, reverse=False):
+    def call(self, inputs: Tensor, training: bool | None = None, reverse: bool = False) -> Tensor:
         if reverse:
             self._check_reverse()
             return tf.tensordot(tf.cast(inputs, self.compute_dtype),
@@ -143,7 +154,8 @@ class Embedding(SelfTuning, keras.layers.Embedding):
             outputs *= tf.gather(kept, indices)[..., tf.newaxis]
         return outputs
 
-    def compute_output_spec(self, inputs, training=None, reverse=False):
+    def compute_output_spec(self, inputs: Tensor, training: bool | None = None,
+                            reverse: bool = False) -> keras.KerasTensor:
         if not reverse:
             return super().compute_output_spec(inputs)
         self._check_reverse()
@@ -154,21 +166,21 @@ class Embedding(SelfTuning, keras.layers.Embedding):
             raise ValueError("An embedding must not mask zeros if it is called with reverse=True: what it is called on "
                              f"then is no index. Received: {self.name!r} with mask_zero=True")
 
-    def to_keras(self):
+    def to_keras(self) -> Any:
         if any(node.arguments.kwargs.get("reverse") for node in self._inbound_nodes):
             raise ValueError("stn.bake needs layers that have a plain twin. Received: "
                              f"{self.name!r}, called with reverse=True")
         return super().to_keras()
 
     @classmethod
-    def settings_of_plain(cls, layer):
+    def settings_of_plain(cls, layer: keras.Layer) -> Config:
         return {key: value for key, value in super().settings_of_plain(layer).items() if key != "weights"}
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "seed": self.seed, "dropout": serialized(self.dropout)}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return super().from_config(deserialized(config, "dropout"))
 
 

@@ -1,8 +1,13 @@
 """Losses of a self-tuning model: the training loss may depend on hyperparameters, the validation loss does not."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import tensorflow as tf
 
+from farhox._core.types import Config, Loss, Tensor
+from farhox.outer.outer_variable import Strength
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.strengths import checked_strength, strength_value
 
@@ -10,15 +15,15 @@ from farhox.stn.strengths import checked_strength, strength_value
 class FunctionLoss(keras.losses.Loss):
     """A function (targets, predictions) -> losses of the examples, or one loss, as a Keras loss."""
 
-    def __init__(self, function, dtype):
+    def __init__(self, function: Callable[..., Any], dtype: Any) -> None:
         super().__init__(name="loss", dtype=dtype)
         self._function = function
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         return self._function(y_true, y_pred)
 
 
-def as_loss(loss, dtype):
+def as_loss(loss: Loss, dtype: Any) -> keras.losses.Loss:
     """The name of a Keras loss, a loss or a function as a Keras loss that computes in `dtype`."""
     if not isinstance(loss, (str, keras.losses.Loss)) and not callable(loss):
         raise TypeError("A loss must be the name of a Keras loss, a keras.losses.Loss or a function (targets, "
@@ -46,7 +51,8 @@ class LabelSmoothing(keras.losses.Loss):
         ValueError: If the smoothing can leave [0, 1], or the loss leaves out a class.
     """
 
-    def __init__(self, smoothing, sparse=True, loss=None, name="label_smoothing", **kwargs):
+    def __init__(self, smoothing: Strength, sparse: bool = True, loss: Loss | None = None,
+                 name: str = "label_smoothing", **kwargs: Any) -> None:
         if loss is None:
             kind = keras.losses.SparseCategoricalCrossentropy if sparse else keras.losses.CategoricalCrossentropy
             loss = kind(from_logits=True, **kwargs)
@@ -68,7 +74,7 @@ class LabelSmoothing(keras.losses.Loss):
         else:
             self._hard = type(loss).from_config({**config, "label_smoothing": 0.0, "reduction": None})
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         y_pred = tf.convert_to_tensor(y_pred)
         axis = self._hard.get_config().get("axis", -1)
         targets = tf.convert_to_tensor(y_true)
@@ -84,19 +90,19 @@ class LabelSmoothing(keras.losses.Loss):
         classes = 2 if isinstance(self._hard, _BINARY) else y_pred.shape[axis]
         return self._hard.call(targets * (1.0 - smoothing) + smoothing / classes, y_pred)
 
-    def to_keras(self):
+    def to_keras(self) -> Any:
         """The Keras loss with the current smoothing; without any for labels that are numbers of classes."""
         config = self.loss.get_config()
         if self.sparse:
             return type(self.loss).from_config(config)
         return type(self.loss).from_config({**config, "label_smoothing": float(strength_value(self.smoothing))})
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {"name": self.name, "smoothing": serialized(self.smoothing),
                 "loss": keras.losses.serialize(self.loss)}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return cls(**deserialized(config, "smoothing", "loss"))
 
 

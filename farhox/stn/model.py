@@ -1,13 +1,17 @@
 """The self-tuning model: weights on perturbed hyperparameters and hyperparameters on validation data, in turn."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.logs import log_values, unique_names
+from farhox._core.types import Array, Batch, Callbacks, Config, Data, Logs, Loss, Metrics, Nest, Optimizer
 from farhox.dynamics.base import check_keras_optimizer
+from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn import conversion
 from farhox.stn.alternation import alternate, as_dataset, training_data, unpack
@@ -82,9 +86,10 @@ class SelfTuningModel(keras.Model):
         [Bae and Grosse, 2020](https://arxiv.org/abs/2010.13514).
     """
 
-    def __init__(self, model, hyperparameters=None, training_steps=2, validation_steps=1, warmup_steps=0,
-                 initial_scale=0.5, entropy_weight=1e-3, method="stn", one_draw=(),
-                 max_skipped_updates=10, **kwargs):
+    def __init__(self, model: keras.Model, hyperparameters: Sequence[OuterVariable] | None = None,
+                 training_steps: int = 2, validation_steps: int = 1, warmup_steps: int = 0, initial_scale: float = 0.5,
+                 entropy_weight: float = 1e-3, method: str = "stn", one_draw: Sequence[OuterVariable] = (),
+                 max_skipped_updates: int = 10, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(model, keras.Model) or not model.built:
             raise TypeError(f"A SelfTuningModel needs a built keras.Model. Received: {model!r}")
@@ -136,8 +141,10 @@ class SelfTuningModel(keras.Model):
         self._functions = {}
         self.built = True
 
-    def compile(self, optimizer="sgd", hyper_optimizer="adam", scale_optimizer=None, loss=None, validation_loss=None,
-                response_optimizer=None, metrics=None, weighted_metrics=None, **kwargs):
+    def compile(self, optimizer: Optimizer = "sgd", hyper_optimizer: Optimizer = "adam",
+                scale_optimizer: Optimizer | None = None, loss: Loss | None = None, validation_loss: Loss | None = None,
+                response_optimizer: Optimizer | None = None, metrics: Metrics | None = None,
+                weighted_metrics: Metrics | None = None, **kwargs: Any) -> None:
         """Sets optimizers and losses.
 
         Args:
@@ -194,8 +201,10 @@ class SelfTuningModel(keras.Model):
             self.optimizer.scale_loss, self.entropy_weight)
         self._functions = {}
 
-    def fit(self, x=None, y=None, batch_size=None, epochs=1, validation_data=None, sample_weight=None, shuffle=True,
-            validation_batch_size=None, callbacks=None, **kwargs):
+    def fit(self, x: Data = None, y: Data = None, batch_size: int | None = None, epochs: int = 1,
+            validation_data: Data = None, sample_weight: Data = None, shuffle: bool = True,
+            validation_batch_size: int | None = None, callbacks: Callbacks | None = None,
+            **kwargs: Any) -> keras.callbacks.History:
         """Trains and tunes. One step of an epoch is one training step or one validation step.
 
         The logs of an epoch have the names that those of a `HyperOptimizer` have: `loss` and `outer_loss` are the
@@ -247,14 +256,14 @@ class SelfTuningModel(keras.Model):
             alternate(train, validation, self.training_steps, self.validation_steps), epochs=epochs, shuffle=False,
             validation_data=validation, callbacks=[StopWhenDiverged(self.guard), *callbacks], **kwargs)
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Any:
         if self.train_function is None or force:
             super().make_train_function(force)
             train = self.train_function
             self.train_function = lambda iterator: self._measured(train(iterator))
         return self.train_function
 
-    def train_step(self, data):
+    def train_step(self, data: Data) -> Logs:
         if len(data) != 2 or getattr(data[0], "dtype", None) != tf.bool:
             raise ValueError("A SelfTuningModel takes training and validation batches in turn, with fit(), or step by "
                              "step with training_step() and validation_step(). Received: train_on_batch()")
@@ -269,7 +278,7 @@ class SelfTuningModel(keras.Model):
             lambda: _done(self._training_step, x, y, sample_weight, noise))
         return self._logs()
 
-    def test_step(self, data):
+    def test_step(self, data: Data) -> Logs:
         x, y, sample_weight, batch_size = unpack(data)
         predictions = self.model(x, training=False)
         loss = self._validation_objective(x, y, predictions, sample_weight)
@@ -277,16 +286,16 @@ class SelfTuningModel(keras.Model):
         logs = self.compute_metrics(x, y, predictions, sample_weight)
         return {name: value for name, value in logs.items() if name not in ("outer_loss", "inner_loss")}
 
-    def summary(self, *args, **kwargs):
+    def summary(self, *args: Any, **kwargs: Any) -> None:
         """Keras' summary, with what of the network responds to hyperparameters under it."""
         super().summary(*args, **kwargs)
         text = conversion.summary(self)
         (kwargs.get("print_fn") or (lambda line: sys.stdout.write(line + "\n")))(text)
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: Nest, training: bool | None = None, mask: Any = None) -> Any:
         return self.model(inputs, training=training, mask=mask)
 
-    def training_step(self, batch, noise=None):
+    def training_step(self, batch: Batch, noise: Array = None) -> Any:
         """One training step by hand; compiled unless the model runs eagerly.
 
         Args:
@@ -298,7 +307,7 @@ class SelfTuningModel(keras.Model):
         """
         return self._by_hand("training", self._training_step, batch, noise)
 
-    def validation_step(self, batch, noise=None):
+    def validation_step(self, batch: Batch, noise: Array = None) -> Any:
         """One validation step by hand, whatever `warmup_steps`; compiled unless the model runs eagerly.
 
         Args:
@@ -309,19 +318,19 @@ class SelfTuningModel(keras.Model):
         """
         return self._by_hand("validation", self._validation_step, batch, noise)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         save_names(store, self.hyperparameters)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         # Layers check them too; an error of the model's own is the one that Keras shows.
         check_names(store, self.hyperparameters, self.name)
 
     @property
-    def metrics(self):
+    def metrics(self) -> list[keras.metrics.Metric]:
         # Keras' own tracker of a loss stays empty: losses are weighted by examples, those of evaluation differ.
         return [metric for metric in super().metrics if metric.name != "loss" or metric is self._evaluated_loss]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "model": keras.saving.serialize_keras_object(self.model),
                 "hyperparameters": serialized(self.hyperparameters), "training_steps": self.training_steps,
                 "validation_steps": self.validation_steps, "warmup_steps": self.warmup_steps,
@@ -329,10 +338,10 @@ class SelfTuningModel(keras.Model):
                 "one_draw": serialized(self.one_draw), "max_skipped_updates": self.max_skipped_updates}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return cls(**deserialized(config, "model", "hyperparameters", "one_draw"))
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> Any:
         if not self.compiled:
             return {}
         loss, validation_loss = self._losses_given
@@ -341,7 +350,7 @@ class SelfTuningModel(keras.Model):
             "scale_optimizer": self.scale_optimizer, "response_optimizer": self.response_optimizer,
             "loss": loss, "validation_loss": validation_loss, **self._metrics_given})
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: Config) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
 
     def _training_step(self, x, y, sample_weight, noise):

@@ -1,13 +1,21 @@
 """A Keras model as a pure function of its weights, of the draws its layers read, and of what its gates see."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from farhox._core import functional
+from farhox._core.types import Nest
+from farhox.outer.outer_variable import OuterVariable
 from farhox.stn.held import hyperparameters_in
 from farhox.stn.self_tuning import SelfTuning, Twin
+
+if TYPE_CHECKING:
+    from farhox.stn.gates import GateInput
 
 
 class Pass(NamedTuple):
@@ -35,7 +43,7 @@ class Network:
         general, response: Lists of its trainable variables: hyper weights and gates are the response.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model) -> None:
         self.model = model
         self.layers = list(model._flatten_layers())
         self.gated = [layer for layer in self.layers if isinstance(layer, SelfTuning)]
@@ -44,18 +52,19 @@ class Network:
         self.response = [v for v in model.trainable_variables if id(v) in response]
 
     @property
-    def gate_inputs(self):
+    def gate_inputs(self) -> list[GateInput]:
         """List of `GateInput`, one per self-tuning layer."""
         return [layer.gate.input_of_gates for layer in self.gated]
 
-    def hyperparameters_with_one_draw(self):
+    def hyperparameters_with_one_draw(self) -> list[OuterVariable]:
         """Hyperparameters that layers or regularizers apply to a batch as a whole."""
         found = hyperparameters_in([value for layer in self.layers for value in vars(layer).values()
                                     if isinstance(value, keras.regularizers.Regularizer)])
         return found + [entry for layer in self.layers if isinstance(layer, Twin)
                         for entry in layer.hyperparameters_with_one_draw]
 
-    def run(self, function, x, training, weights=(), draws=(), gates=None):
+    def run(self, function: Callable[..., Any], x: Nest, training: bool, weights: Any = (), draws: Any = (),
+            gates: Any = None) -> Pass:
         """Calls `function(predictions)`, which may read `model.losses`.
 
         Args:

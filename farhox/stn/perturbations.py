@@ -7,12 +7,15 @@ goes back to a strength: the gates of other layers learn the response to it.
 
 import abc
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox.outer.outer_variable import OuterVariable
+from farhox._core.types import Config, DType, Shape, Tensor
+from farhox.outer.outer_variable import OuterVariable, Strength
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.strengths import checked_strength, strength_value
 
@@ -32,7 +35,8 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
     STRENGTHS = {}
     plain = None
 
-    def __init__(self, seed=None, name=None, dtype=None, trainable=True, **strengths):
+    def __init__(self, seed: int | None = None, name: str | None = None, dtype: DType | None = None,
+                 trainable: bool = True, **strengths: Strength) -> None:
         super().__init__(name=name, dtype=dtype, trainable=trainable)
         self.supports_masking = True
         self.seed = seed
@@ -41,53 +45,53 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
             setattr(self, key, checked_strength(strengths[key], f"{key} of {self.name!r}", least, greatest))
 
     @abc.abstractmethod
-    def perturb(self, inputs):
+    def perturb(self, inputs: Tensor) -> Tensor:
         """The inputs, perturbed."""
 
     @classmethod
-    def from_plain(cls, layer, strengths):
+    def from_plain(cls, layer: keras.Layer, strengths: Mapping[str, Any]) -> Any:
         """A layer that does what a Keras layer does, with some of its strengths in the place of its numbers."""
         return cls.from_config({**layer.get_config(), **strengths})
 
-    def to_keras(self):
+    def to_keras(self) -> Any:
         """A Keras layer with the current strengths that does the same in training and nothing otherwise, or None."""
         if self.plain is None:
             return None
         config = {**self.get_config(), **{name: self.current(name) for name in self.STRENGTHS}}
         return self.plain.from_config(config)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         return self.perturb(tf.convert_to_tensor(inputs)) if training else inputs
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def strength(self, name, inputs):
+    def strength(self, name: str, inputs: Tensor) -> Tensor:
         """A strength without derivative, in a shape that broadcasts to the inputs: one value, or one per example."""
         value = tf.cast(strength_value(getattr(self, name)), inputs.dtype)
         return tf.reshape(value, [-1] + [1] * (inputs.shape.rank - 1)) if value.shape.rank else value
 
-    def uniform(self, shape, inputs, low=0.0, high=1.0):
+    def uniform(self, shape: Any, inputs: Tensor, low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> Tensor:
         return keras.random.uniform(shape, low, high, dtype=inputs.dtype.name, seed=self.seed_generator)
 
-    def normal(self, inputs):
+    def normal(self, inputs: Tensor) -> Tensor:
         return keras.random.normal(tf.shape(inputs), dtype=inputs.dtype.name, seed=self.seed_generator)
 
-    def current(self, name):
+    def current(self, name: str) -> float:
         """The current strength as a float."""
         return float(strength_value(getattr(self, name)))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         strengths = {name: getattr(self, name) for name in self.STRENGTHS}
         return {**super().get_config(), "seed": self.seed, **{
             name: serialized(value) for name, value in strengths.items()}}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return cls(**deserialized(config, *cls.STRENGTHS))
 
 
-def checked_data_format(data_format, name):
+def checked_data_format(data_format: str | None, name: str) -> str:
     """Keras' default for None."""
     if data_format not in (None, "channels_last", "channels_first"):
         raise ValueError(f'data_format of {name!r} must be "channels_last", "channels_first" or None. '
@@ -109,10 +113,10 @@ class RandomScale(PerturbationLayer):
 
     STRENGTHS = {"scale": (0.0, math.inf)}
 
-    def __init__(self, scale, seed=None, **kwargs):
+    def __init__(self, scale: Strength, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(seed=seed, scale=scale, **kwargs)
 
-    def perturb(self, inputs):
+    def perturb(self, inputs: Tensor) -> Tensor:
         greatest = 1.0 + self.strength("scale", inputs)
         uniform = self.uniform([tf.shape(inputs)[0]] + [1] * (inputs.shape.rank - 1), inputs)
         return inputs * (1.0 / greatest + uniform * (greatest - 1.0 / greatest))
@@ -131,10 +135,10 @@ class ActivityRegularization(PerturbationLayer):
 
     STRENGTHS = {"l1": (0.0, math.inf), "l2": (0.0, math.inf), "temporal": (0.0, math.inf)}
 
-    def __init__(self, l1=0.0, l2=0.0, temporal=0.0, **kwargs):
+    def __init__(self, l1: Strength = 0.0, l2: Strength = 0.0, temporal: bool = 0.0, **kwargs: Any) -> None:
         super().__init__(l1=l1, l2=l2, temporal=temporal, **kwargs)
 
-    def perturb(self, inputs):
+    def perturb(self, inputs: Tensor) -> Tensor:
         values = tf.cast(inputs, self.variable_dtype)
         if self._acts("l1"):
             self._add("l1", tf.abs(values))
@@ -171,7 +175,8 @@ class Cutout(PerturbationLayer):
 
     STRENGTHS = {"length": (0.0, math.inf), "holes": (0.0, math.inf)}
 
-    def __init__(self, length, holes=1, seed=None, data_format=None, **kwargs):
+    def __init__(self, length: Strength, holes: Strength = 1, seed: int | None = None, data_format: str | None = None,
+                 **kwargs: Any) -> None:
         super().__init__(seed=seed, length=length, holes=holes, **kwargs)
         for name in self.STRENGTHS:
             value = getattr(self, name)
@@ -184,7 +189,7 @@ class Cutout(PerturbationLayer):
         self._most_holes = math.ceil(most)
         self.data_format = checked_data_format(data_format, self.name)
 
-    def perturb(self, inputs):
+    def perturb(self, inputs: Tensor) -> Tensor:
         rows, columns = (2, 3) if self.data_format == "channels_first" else (1, 2)
         length, holes = self.strength("length", inputs), self.strength("holes", inputs)
         keep = tf.ones_like(inputs[:1, :1, :1, :1])
@@ -203,5 +208,5 @@ class Cutout(PerturbationLayer):
         from_start = tf.cast(place, inputs.dtype) - (centre - tf.floor(length / 2))
         return tf.cast((from_start >= 0) & (from_start < length), inputs.dtype)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "data_format": self.data_format}

@@ -12,10 +12,14 @@ A layer computes gates and input projections once per call, for all steps. The p
 Keras' has one.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import tensorflow as tf
 
-from farhox.outer.outer_variable import OuterVariable
+from farhox._core.types import Config, Initializer, Shape, Tensor
+from farhox.outer.outer_variable import OuterVariable, Strength
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform
 from farhox.stn.layers import Affine
@@ -29,9 +33,11 @@ class _Cell(Affine):
     own_settings = (*Twin.own_settings, "recurrent_dropconnect")
     rates = ("dropout", "recurrent_dropout")
 
-    def __init__(self, units, hyperparameters, gate_initializer=None, kernel_initializer=None,
-                 recurrent_initializer=None, bias_initializer=None, dropout=0.0, recurrent_dropout=0.0,
-                 recurrent_dropconnect=0.0, **kwargs):
+    def __init__(self, units: int, hyperparameters: Sequence[OuterVariable],
+                 gate_initializer: Initializer | None = None, kernel_initializer: Initializer | None = None,
+                 recurrent_initializer: Initializer | None = None, bias_initializer: Initializer | None = None,
+                 dropout: Strength = 0.0, recurrent_dropout: Strength = 0.0, recurrent_dropconnect: Strength = 0.0,
+                 **kwargs: Any) -> None:
         # Keras cuts off what is out of range without a word.
         checked_strength(dropout, "dropout", 0.0, 1.0)
         checked_strength(recurrent_dropout, "recurrent_dropout", 0.0, 1.0)
@@ -46,38 +52,38 @@ class _Cell(Affine):
         self._prepared = None
 
     @property
-    def hyperparameters_with_one_draw(self):
+    def hyperparameters_with_one_draw(self) -> list[OuterVariable]:
         rate = self.recurrent_dropconnect
         return [rate] if isinstance(rate, OuterVariable) else []
 
     @property
-    def gate_axes(self):
+    def gate_axes(self) -> dict[str, tuple[int, ...]]:
         axes = {"kernel": (-1,), "recurrent_kernel": (-1,)}
         return axes if self.bias is None else {**axes, "bias": tuple(range(len(self.bias.shape)))}
 
-    def hyper_initializer(self, name):
+    def hyper_initializer(self, name: str) -> Initializer:
         return FanInUniform(self.kernel.shape[0] if name == "kernel" else self.units)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.set_fan_in(input_shape[-1], "kernel_initializer")
         self.set_fan_in(self.units, "recurrent_initializer", "bias_initializer")
         super().build(input_shape)
 
-    def prepare(self, sequences, training):
+    def prepare(self, sequences: Tensor, training: bool) -> Any:
         """Sequences [batch, steps, features] projected, and gates and masks kept, for the steps up to `release`."""
         projected, self._prepared = self._project(sequences, self.response(), training)
         return projected
 
-    def release(self):
+    def release(self) -> None:
         self._prepared = None
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "dropout": serialized(self.input_rate),
                 "recurrent_dropout": serialized(self.state_rate),
                 "recurrent_dropconnect": serialized(self.recurrent_dropconnect)}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return super().from_config(deserialized(config, "recurrent_dropconnect", *cls.rates))
 
     def _projected(self, inputs, states, training):
@@ -179,7 +185,7 @@ class LSTMCell(_Cell, keras.layers.LSTMCell):
 
     plain = keras.layers.LSTMCell
 
-    def call(self, inputs, states, training=False):
+    def call(self, inputs: Tensor, states: Any, training: bool = False) -> tuple[Tensor, Any]:
         projected, hidden, recurrent, _ = self._projected(inputs, states[0], training)
         entry, forget, candidate, output = tf.split(projected + _product(hidden, *recurrent), 4, axis=1)
         carry = self.recurrent_activation(forget) * states[1]
@@ -200,7 +206,7 @@ class GRUCell(_Cell, keras.layers.GRUCell):
 
     plain = keras.layers.GRUCell
 
-    def call(self, inputs, states, training=False):
+    def call(self, inputs: Tensor, states: Any, training: bool = False) -> tuple[Tensor, Any]:
         previous = states[0] if isinstance(states, (list, tuple)) else states
         projected, hidden, recurrent, bias = self._projected(inputs, previous, training)
         update_x, reset_x, candidate_x = tf.split(projected, 3, axis=1)
@@ -224,7 +230,7 @@ class _Recurrent(Twin, keras.layers.RNN):
     own_settings, rates = _Cell.own_settings, _Cell.rates
     _own = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
 
-    def __init__(self, units, hyperparameters, **kwargs):
+    def __init__(self, units: int, hyperparameters: Sequence[OuterVariable], **kwargs: Any) -> None:
         use_cudnn = kwargs.pop("use_cudnn", "auto")
         own = {key: kwargs.pop(key) for key in list(kwargs) if key in self._own + (
             "name", "activity_regularizer", "dtype", "trainable")}
@@ -235,18 +241,18 @@ class _Recurrent(Twin, keras.layers.RNN):
         self.use_cudnn = use_cudnn  # Of no use here: kept for the plain twin.
 
     @property
-    def units(self):
+    def units(self) -> int:
         return self.cell.units
 
 
-    def inner_loop(self, sequences, initial_state, mask, training=False):
+    def inner_loop(self, sequences: Tensor, initial_state: Any, mask: Any, training: bool = False) -> Any:
         projected = self.cell.prepare(sequences, training)
         try:
             return super().inner_loop(projected, initial_state, mask, training=training)
         finally:
             self.cell.release()
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         cell = self.cell.get_config()
         for key in ("name", "dtype", "trainable"):
@@ -256,7 +262,7 @@ class _Recurrent(Twin, keras.layers.RNN):
                 "activity_regularizer": keras.regularizers.serialize(self.activity_regularizer)}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return cls(**deserialized(config, "hyperparameters", "recurrent_dropconnect", *cls.rates))
 
 

@@ -1,19 +1,23 @@
 """Names of hyperparameters beside weights that are saved by position, so that no value lands in another's place."""
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from farhox.outer.outer_variable import OuterVariable
 
 _KEY = "hyperparameter_names"
 
 
-def save_names(store, hyperparameters):
+def save_names(store: Any, hyperparameters: Sequence[OuterVariable]) -> None:
     """Puts the names, in their order, into what Keras saves of a layer."""
     text = json.dumps([entry.name for entry in hyperparameters])
     store[_KEY] = np.frombuffer(text.encode("utf-8"), "uint8")
 
 
-def check_names(store, hyperparameters, owner):
+def check_names(store: Any, hyperparameters: Sequence[OuterVariable], owner: str) -> None:
     """Checks the saved names against a layer's.
 
     Raises:

@@ -1,12 +1,17 @@
 """The schedule of hyperparameters that a self-tuning model found: recorded, saved, replayed in plain training."""
 
 import json
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from farhox._core import checks
 from farhox._core.resumable import Resumable
+from farhox._core.types import Logs
+from farhox.outer.outer_variable import OuterVariable
 from farhox.stn.gates import as_hyperparameters
 
 
@@ -26,12 +31,12 @@ class ScheduleRecorder(keras.callbacks.Callback, Resumable):
             hyperparameters have one name.
     """
 
-    def __init__(self, every=1, path=None):
+    def __init__(self, every: int = 1, path: str | os.PathLike | None = None) -> None:
         super().__init__()
         self.every, self.path = checks.positive_integer("every", every), path
         self.schedule = {"steps": [], "values": {}}
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         hyperparameters = getattr(self.model, "hyperparameters", None)
         if hyperparameters is None:
             raise ValueError("A ScheduleRecorder needs a SelfTuningModel, which has hyperparameters. "
@@ -41,23 +46,23 @@ class ScheduleRecorder(keras.callbacks.Callback, Resumable):
             self.schedule["values"] = {name: [] for name in self._hyperparameters}
         self._record()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         if self._steps() == self.schedule["steps"][-1] or self._steps() >= self.schedule["steps"][-1] + self.every:
             self._record()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         if self.path is not None:
             self.save(self.path)
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> None:
         """Writes the schedule as JSON."""
         with open(path, "w", encoding="utf-8") as file:
             json.dump(self.schedule, file)
 
-    def resume_state(self):
+    def resume_state(self) -> Any:
         return self.schedule
 
-    def resume_from(self, state):
+    def resume_from(self, state: Any) -> None:
         self.schedule = state
 
     def _steps(self):
@@ -87,7 +92,7 @@ class ScheduleReplay(keras.callbacks.Callback):
         ValueError: If a hyperparameter is not in the schedule, or the schedule, or its file, is damaged.
     """
 
-    def __init__(self, schedule, hyperparameters):
+    def __init__(self, schedule: Any, hyperparameters: Sequence[OuterVariable]) -> None:
         super().__init__()
         schedule = _checked(schedule)
         self._hyperparameters = _by_name(as_hyperparameters(hyperparameters, "ScheduleReplay"))
@@ -99,11 +104,11 @@ class ScheduleReplay(keras.callbacks.Callback):
         self._values = schedule["values"]
         self._place = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         self._place = None
         self._set()
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
         self._set()
 
     def _set(self):

@@ -23,13 +23,18 @@ A layer that is made of other layers is a class with `SelfTuningParts` in front 
 are parts, and what makes them respond: `parts = {"query_dense": stn.EinsumDense}`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from farhox._core.types import Config, DType, Initializer, Shape, Tensor, Variables
+from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform, Gate
 from farhox.stn.held import share_hyperparameters
@@ -48,13 +53,13 @@ class Elementary(NamedTuple):
         regularizer: Keras regularizer of the weight as it responds, or None.
     """
 
-    weight: Any
-    hyper_weight: Any
-    gate_axes: tuple
+    weight: keras.Variable
+    hyper_weight: keras.Variable
+    gate_axes: tuple[int, ...]
     regularizer: Any
 
     @property
-    def gate_shape(self):
+    def gate_shape(self) -> tuple[int, ...]:
         """Sizes of the axes with gates."""
         return tuple(self.weight.shape[axis] for axis in self.gate_axes)
 
@@ -66,25 +71,25 @@ class Response:
         per_example: Bool, whether every example has weights of its own.
     """
 
-    def __init__(self, elementary, gates, dtype):
+    def __init__(self, elementary: Any, gates: Any, dtype: DType) -> None:
         self._elementary, self._gates, self._dtype = elementary, gates, dtype
         self.per_example = any(gate.shape.rank == 2 for gate in gates.values())
 
     def __contains__(self, name):
         return name in self._elementary
 
-    def weight(self, name):
+    def weight(self, name: str) -> Tensor:
         """W(u) of the weight's own shape, or with an axis of examples in front: for weights that are small."""
         gates = self._gates[name]
         return self._realized(name, tf.reshape(gates, self._beside_weight(name, gates)))
 
-    def of_first_example(self, name):
+    def of_first_example(self, name: str) -> Tensor:
         """W(u) of the weight's own shape: of the first example, if every one has weights of its own."""
         gates = self._gates[name]
         gates = gates[0] if gates.shape.rank == 2 else gates
         return self._realized(name, tf.reshape(gates, self._beside_weight(name, gates)))
 
-    def parts(self, name, realize=True):
+    def parts(self, name: str, realize: bool = True) -> Any:
         """(W, V, gates [batch, ...]) if every example has weights of its own, otherwise (W(u), None, None).
 
         With `realize=False` otherwise (W, V, gates [1, ...]), for functions that read a small part of the weight.
@@ -95,7 +100,7 @@ class Response:
         return (tf.cast(entry.weight, self._dtype), tf.cast(entry.hyper_weight, self._dtype),
                 tf.reshape(self._gates[name], [-1, *entry.gate_shape]))
 
-    def linear(self, name, function, output_axes=(-1,)):
+    def linear(self, name: str, function: Callable[..., Any], output_axes: tuple[int, ...] = (-1,)) -> Tensor:
         """function(W(u)) of every example, for a function linear in the weight: function(W) + gates function(V).
 
         Args:
@@ -112,7 +117,7 @@ class Response:
         response = function(hyper_weight)
         return outputs + on_axes(gates, response.shape.rank, output_axes) * response
 
-    def added(self, name, outputs, output_axes=(-1,)):
+    def added(self, name: str, outputs: Tensor, output_axes: tuple[int, ...] = (-1,)) -> Tensor:
         """The outputs plus W(u), with the axes of the weight on the given axes of the outputs; for a bias."""
         weight = self.weight(name)
         weight = weight if self.per_example else weight[tf.newaxis]
@@ -145,39 +150,39 @@ class Twin:
     own_settings = ("hyperparameters", "gate_initializer", "centred", "reference")
 
     @classmethod
-    def from_plain(cls, layer, **settings):
+    def from_plain(cls, layer: keras.Layer, **settings: Mapping[str, Any]) -> Any:
         """A layer like the plain one, not built, without its weights."""
         twin = cls.from_config({**cls.settings_of_plain(layer), **settings})
         share_hyperparameters(layer, twin)
         return twin
 
     @classmethod
-    def settings_of_plain(cls, layer):
+    def settings_of_plain(cls, layer: keras.Layer) -> Config:
         """The configuration of the plain layer, without settings that do not say what it computes."""
         return {key: value for key, value in layer.get_config().items() if key not in _STORAGE}
 
-    def to_keras(self):
+    def to_keras(self) -> Any:
         """The plain layer, not built, without its weights."""
         config = self.get_config()
         config.update({rate: float(strength_value(deserialized(config, rate)[rate])) for rate in self.rates})
         return self.plain.from_config({
             key: _in_keras(value) for key, value in config.items() if key not in self.own_settings})
 
-    def elementary_weights(self):
+    def elementary_weights(self) -> dict[str, keras.Variable]:
         """Dictionary by name of the variables that a plain twin has too, without those of parts."""
         return {}
 
-    def realized_weights(self):
+    def realized_weights(self) -> dict[str, Tensor]:
         """Dictionary of tensors by name: those weights at the current hyperparameters, or of the first example."""
         return {}
 
     @property
-    def response_variables(self):
+    def response_variables(self) -> Variables:
         """Hyper weights and gates, without those of parts."""
         return []
 
     @property
-    def hyperparameters_with_one_draw(self):
+    def hyperparameters_with_one_draw(self) -> list[OuterVariable]:
         """List of the hyperparameters that the layer applies to a batch as a whole."""
         return []
 
@@ -198,16 +203,18 @@ class SelfTuning(Twin):
 
     gate_axes = {}
 
-    def __init__(self, *arguments, hyperparameters, gate_initializer=None, centred=False, reference=None, **kwargs):
+    def __init__(self, *arguments: Any, hyperparameters: Sequence[OuterVariable],
+                 gate_initializer: Initializer | None = None, centred: bool = False, reference: Any = None,
+                 **kwargs: Any) -> None:
         super().__init__(*arguments, **kwargs)
         self.gate = Gate(hyperparameters, gate_initializer, self.name, centred, reference, dtype=self.dtype_policy)
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Shape = None) -> None:
         if not self.built:
             super().build(input_shape)
             self.add_response()
 
-    def add_response(self):
+    def add_response(self) -> None:
         """Adds a hyper weight and gates for every weight in `gate_axes` that the built layer has."""
         self._elementary = {}
         for name, axes in self.gate_axes.items():
@@ -222,7 +229,7 @@ class SelfTuning(Twin):
             self._elementary[name] = Elementary(weight, hyper_weight, axes, regularizer)
         self.gate.build([math.prod(entry.gate_shape) for entry in self._elementary.values()])
 
-    def hyper_initializer(self, name):
+    def hyper_initializer(self, name: str) -> Initializer:
         """Keras initializer of a hyper weight: uniform within 1 / sqrt(fan_in), of a bias as of the first weight."""
         for weight, axes in ((getattr(self, each), self.gate_axes[each]) for each in (name, *self.gate_axes)):
             axes = {axis % len(weight.shape) for axis in axes}
@@ -231,7 +238,7 @@ class SelfTuning(Twin):
                 return FanInUniform(math.prod(shared))
         return FanInUniform(1)
 
-    def response(self):
+    def response(self) -> Response:
         """The weights as they respond, for one call; adds the penalties of their regularizers to the layer's losses."""
         gates = self.gate.values(self.compute_dtype)
         gates = dict(zip(self._elementary, gates))
@@ -244,40 +251,40 @@ class SelfTuning(Twin):
         return Response(self._elementary, gates, self.compute_dtype)
 
     @property
-    def hyperparameters(self):
+    def hyperparameters(self) -> tuple[OuterVariable, ...]:
         """Tuple of the hyperparameters that the weights respond to."""
         return self.gate.input_of_gates.hyperparameters
 
     @property
-    def response_variables(self):
+    def response_variables(self) -> Variables:
         return [entry.hyper_weight for entry in self._elementary.values()] + [self.gate.kernel]
 
-    def elementary_weights(self):
+    def elementary_weights(self) -> dict[str, keras.Variable]:
         return {name: entry.weight for name, entry in self._elementary.items()}
 
-    def realized_weights(self):
+    def realized_weights(self) -> dict[str, Tensor]:
         gates = dict(zip(self._elementary, self.gate.values(self.variable_dtype)))
         response = Response(self._elementary, gates, self.variable_dtype)
         return {name: response.of_first_example(name) for name in self._elementary}
 
-    def enable_lora(self, *args, **kwargs):
+    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(f"A self-tuning layer cannot have LoRA weights. Received: enable_lora() of {self.name!r}")
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = {key: value for key, value in super().get_config().items() if key not in _STORAGE}
         return {**config, "hyperparameters": serialized(self.hyperparameters),
                 "gate_initializer": keras.initializers.serialize(self.gate.initializer),
                 "centred": self.gate.input_of_gates.centred, "reference": self.gate.input_of_gates.reference}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return super().from_config(deserialized(config, "hyperparameters"))
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         # The Keras layers store the weights they know by name.
         keras.layers.Layer.save_own_variables(self, store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         keras.layers.Layer.load_own_variables(self, store)
 
 
@@ -301,7 +308,9 @@ class SelfTuningParts(Twin):
         hyperparameters, gate_initializer, centred, reference: See `SelfTuning`.
     """
 
-    def __init__(self, *arguments, hyperparameters, gate_initializer=None, centred=False, reference=None, **kwargs):
+    def __init__(self, *arguments: Any, hyperparameters: Sequence[OuterVariable],
+                 gate_initializer: Initializer | None = None, centred: bool = False, reference: Any = None,
+                 **kwargs: Any) -> None:
         # Keras tracks attributes from its constructor on, which may make parts.
         object.__setattr__(self, "_responds", _Responds(hyperparameters, gate_initializer, centred, reference))
         super().__init__(*arguments, **kwargs)
@@ -312,18 +321,18 @@ class SelfTuningParts(Twin):
             value = part.from_plain(value, **vars(self._responds))
         super().__setattr__(name, value)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), **vars(self._responds),
                 "hyperparameters": serialized(self._responds.hyperparameters),
                 "gate_initializer": keras.initializers.serialize(
                     keras.initializers.get(self._responds.gate_initializer))}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return super().from_config(deserialized(config, "hyperparameters"))
 
 
-def on_axes(values, rank, axes):
+def on_axes(values: Tensor, rank: int, axes: tuple[int, ...]) -> Tensor:
     """Values [batch or 1, ...] in a shape that broadcasts to outputs of a rank, with what follows on the given axes.
 
     Args:

@@ -4,13 +4,17 @@
 hyperparameters and linear in the gates.
 """
 
+from __future__ import annotations
+
 import abc
 import dataclasses
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from farhox._core import autodiff
+from farhox._core.types import Nest, Tensor, Tensors
 
 
 class TrainingStep(NamedTuple):
@@ -24,7 +28,7 @@ class TrainingStep(NamedTuple):
         read: Set of the ids of the variables that layers and loss read.
     """
 
-    loss: Any
+    loss: Tensor
     predictions: Any
     general: list
     response: list
@@ -41,8 +45,8 @@ class ValidationStep(NamedTuple):
         raw_scales: Gradient of the scales' variable, or None if nothing was perturbed.
     """
 
-    loss: Any
-    hyperparameters: list
+    loss: Tensor
+    hyperparameters: Tensors
     raw_scales: Any
 
 
@@ -67,14 +71,15 @@ class Method(abc.ABC):
     entropy_weight: float
 
     @abc.abstractmethod
-    def training(self, x, targets, sample_weight, noise):
+    def training(self, x: Nest, targets: Tensor, sample_weight: Tensor, noise: Tensor) -> TrainingStep:
         """A `TrainingStep` on draws with the noise [batch, n]."""
 
     @abc.abstractmethod
-    def predictions(self, x, u, draws):
+    def predictions(self, x: Nest, u: Tensor, draws: Any) -> Tensor:
         """Predictions for validation at the unconstrained values `u` [n], or at one row of `draws` per example."""
 
-    def validation(self, x, targets, sample_weight, noise=None):
+    def validation(self, x: Nest, targets: Tensor, sample_weight: Tensor,
+                   noise: Tensor | None = None) -> ValidationStep:
         """A `ValidationStep`, on draws if there is noise [batch, n] and at the current values otherwise."""
         variables = [tf.convert_to_tensor(v) for v in self.draws.variables_of]
 
@@ -93,22 +98,23 @@ class Method(abc.ABC):
         _, loss, gradients = autodiff.gradients(function, variables + scales)
         return ValidationStep(loss, gradients[:len(variables)], None if noise is None else gradients[-1])
 
-    def drawn(self, noise):
+    def drawn(self, noise: Tensor) -> Tensor:
         return tf.stop_gradient(self.draws.centre() + self.draws.scales() * noise)
 
-    def gates(self, matrix):
+    def gates(self, matrix: Tensor) -> Any:
         """What each gate input sees of a matrix [batch or 1, n] over all hyperparameters, as it is."""
         def columns(gate_input):
             indices = self.draws.columns_of(gate_input.hyperparameters)
             return matrix if indices == list(range(matrix.shape[-1])) else tf.gather(matrix, indices, axis=-1)
         return columns
 
-    def gates_at(self, draws):
+    def gates_at(self, draws: Any) -> Callable[..., Any]:
         """What each gate input sees of draws of the hyperparameters."""
         columns = self.gates(draws)
         return lambda gate_input: gate_input.relative(columns(gate_input))
 
-    def weight_gradients(self, x, targets, sample_weight, weights, draws, gates):
+    def weight_gradients(self, x: Nest, targets: Tensor, sample_weight: Tensor, weights: Any, draws: Any,
+                         gates: Any) -> Any:
         """Loss, predictions, the pass, and gradients of the training loss with respect to a list of weights."""
         def function(tensors):
             result = self.network.run(
@@ -128,7 +134,7 @@ class STN(Method):
         [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), Algorithm 1.
     """
 
-    def training(self, x, targets, sample_weight, noise):
+    def training(self, x: Nest, targets: Tensor, sample_weight: Tensor, noise: Tensor) -> TrainingStep:
         draws, general = self.drawn(noise), self.network.general
         loss, predictions, result, gradients = self.weight_gradients(
             x, targets, sample_weight, general + self.network.response, self.draws.values_of(draws),
@@ -136,7 +142,7 @@ class STN(Method):
         return TrainingStep(loss, predictions, gradients[:len(general)], gradients[len(general):], result.updates,
                             result.read)
 
-    def predictions(self, x, u, draws):
+    def predictions(self, x: Nest, u: Tensor, draws: Any) -> Tensor:
         values = () if draws is None else self.draws.values_of(draws)
         gates = self.gates_at(u[tf.newaxis] if draws is None else draws)
         return self.network.run(lambda predictions: predictions, x, False, (), values, gates).value
@@ -153,7 +159,7 @@ class DeltaSTN(Method):
         [Bae and Grosse, 2020](https://arxiv.org/abs/2010.13514), Algorithm 1.
     """
 
-    def training(self, x, targets, sample_weight, noise):
+    def training(self, x: Nest, targets: Tensor, sample_weight: Tensor, noise: Tensor) -> TrainingStep:
         network = self.network
         zero = tf.zeros_like(self.draws.centre())[tf.newaxis]
         current = tf.repeat(tf.stop_gradient(self.draws.centre())[tf.newaxis], tf.shape(noise)[0], axis=0)
@@ -178,7 +184,7 @@ class DeltaSTN(Method):
         updates.update({id(v): (v, value) for v, value in later if not v.dtype.startswith("float")})
         return TrainingStep(loss, predictions, general, response, list(updates.values()), result.read)
 
-    def predictions(self, x, u, draws):
+    def predictions(self, x: Nest, u: Tensor, draws: Any) -> Tensor:
         if draws is None:
             # Zero with the derivative of u.
             gates = self.gates((u - tf.stop_gradient(u))[tf.newaxis])

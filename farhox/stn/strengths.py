@@ -2,18 +2,20 @@
 
 import math
 import numbers
+from typing import Any
 
 import tensorflow as tf
 
-from farhox.outer.outer_variable import OuterVariable, value_of
+from farhox._core.types import Tensor
+from farhox.outer.outer_variable import OuterVariable, Strength, value_of
 
 
-def strength_value(strength):
+def strength_value(strength: Strength) -> Tensor:
     """A hyperparameter's value without derivative, or the number."""
     return tf.stop_gradient(value_of(strength))
 
 
-def checked_strength(strength, name, least, greatest):
+def checked_strength(strength: Any, name: str, least: float, greatest: float) -> Strength:
     """The strength, if it is a scalar that stays within its range."""
     if isinstance(strength, OuterVariable):
         low, high, shape = strength.low, strength.high, tuple(strength.variable.shape)

@@ -1,8 +1,14 @@
 """Self-tuned hyperparameters in a `BilevelProblem`, beside others that hypergradients tune."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Tensor
+from farhox.outer.outer_variable import OuterVariable
 from farhox.stn.draws import Draws
 from farhox.stn.gates import as_hyperparameters
 from farhox.stn.network import Network
@@ -47,7 +53,7 @@ class TrainingDraws:
         [MacKay et al., 2019](https://arxiv.org/abs/1903.03088), Algorithm 1.
     """
 
-    def __init__(self, model, initial_scale=0.5, one_draw=()):
+    def __init__(self, model: keras.Model, initial_scale: float = 0.5, one_draw: Sequence[OuterVariable] = ()) -> None:
         self._network = Network(model)
         found = [entry for layer in self._network.gated for entry in layer.hyperparameters]
         if not found:
@@ -59,7 +65,7 @@ class TrainingDraws:
                             [*one_draw, *self._network.hyperparameters_with_one_draw()])
         self.state_variables = [self._draws.seed_generator.state]
 
-    def objective(self, x, function):
+    def objective(self, x: Tensor, function: Callable[..., Any]) -> Any:
         """The training objective on new draws, which has no derivative with respect to the hyperparameters.
 
         Args:

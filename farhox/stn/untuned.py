@@ -1,14 +1,18 @@
 """Hyperparameters that a self-tuning model reads and would never tune: named in a warning, or refused."""
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 from farhox._core import functional
+from farhox.outer.outer_variable import OuterVariable
 from farhox.stn.held import hyperparameters_in
 
 
-def warn_of_untuned(read, reader, tuned):
+def warn_of_untuned(read: Any, reader: str, tuned: Sequence[OuterVariable]) -> None:
     """Warns of every hyperparameter that a reader reads and that is not among the tuned ones."""
     own = {id(entry) for entry in tuned}
     for entry in read:
@@ -19,7 +23,7 @@ def warn_of_untuned(read, reader, tuned):
                 stacklevel=4)
 
 
-def check_settings(name, optimizer, tuned):
+def check_settings(name: str, optimizer: keras.optimizers.Optimizer, tuned: Sequence[OuterVariable]) -> None:
     """Checks that no setting of an optimizer is a hyperparameter.
 
     Raises:

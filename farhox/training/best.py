@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from farhox._core import functional
 from farhox._core.logs import log_names
+from farhox._core.types import Data, Logs
 from farhox.training.hyper_optimizer import HyperOptimizer
 from farhox.training.trained import known_model, model_at, trained_copy
 
@@ -46,7 +47,8 @@ class BestModel(keras.callbacks.Callback):
         TypeError: When training begins, if the model is no `HyperOptimizer`.
     """
 
-    def __init__(self, path=None, data=None, monitor="outer_loss", mode="min"):
+    def __init__(self, path: str | os.PathLike | None = None, data: Data = None, monitor: str = "outer_loss",
+                 mode: str = "min") -> None:
         super().__init__()
         if path is not None and not os.fspath(path).endswith(".keras"):
             raise ValueError(f'path must end in ".keras". Received: {path!r}')
@@ -59,7 +61,7 @@ class BestModel(keras.callbacks.Callback):
         self._state = None
         self._is_written = True
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         if not isinstance(self.model, HyperOptimizer):
             raise TypeError(f"A BestModel needs a farhox.HyperOptimizer. Received: {self.model!r}")
         if self.path is not None:
@@ -68,15 +70,15 @@ class BestModel(keras.callbacks.Callback):
                 raise ValueError("A BestModel with a path needs data to train the model on: inner batches. "
                                  "Received: data=None")
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
         if self.monitor == "outer_loss":
             self._before = self._outer_values(), self.model.hyper_iterations
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         if self.monitor == "outer_loss":
             self._look(float(self.model.last_outer_loss.numpy()), *self._before)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         if self.monitor != "outer_loss":
             if self.monitor not in (logs or {}):
                 raise ValueError(f"monitor must be a value in the logs of an epoch, one of {sorted(logs or {})}. "

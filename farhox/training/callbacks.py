@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ import tensorflow as tf
 from farhox._core import checks
 from farhox._core.logs import log_names, log_values
 from farhox._core.resumable import Resumable
+from farhox._core.types import Arrays, Logs
 from farhox.training.hyper_optimizer import HyperOptimizer
 
 _COUNT = "hyper_iteration"
@@ -47,7 +49,8 @@ class HyperparameterTrace(keras.callbacks.Callback, Resumable):
         ImportError: If `log_dir` is given and tensorboard is not installed.
     """
 
-    def __init__(self, csv_path=None, log_dir=None, every=1):
+    def __init__(self, csv_path: str | os.PathLike | None = None, log_dir: str | os.PathLike | None = None,
+                 every: int = 1) -> None:
         super().__init__()
         if every != "epoch" and not (checks.is_integer(every) and every >= 1):
             raise ValueError(f'every must be a positive integer or "epoch". Received: every={every!r}')
@@ -62,7 +65,7 @@ class HyperparameterTrace(keras.callbacks.Callback, Resumable):
         self._begun = False
 
     @property
-    def history(self):
+    def history(self) -> Arrays:
         """Dictionary: the number of hyper-iterations done at each record, and by name the values, [records, *shape].
 
         Arrays are whole. Only this object's own records are here; `read_trace` reads those of a file.
@@ -71,7 +74,7 @@ class HyperparameterTrace(keras.callbacks.Callback, Resumable):
         return {_COUNT: counts, **{name: np.stack([values[name] for _, values in self._records])
                                    for name in (self._records[0][1] if self._records else {})}}
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         if not isinstance(self.model, HyperOptimizer):
             raise TypeError("A HyperparameterTrace needs a farhox.HyperOptimizer, which has hyperparameters. "
                             f"Received: {self.model!r}")
@@ -84,28 +87,28 @@ class HyperparameterTrace(keras.callbacks.Callback, Resumable):
             _checked_rows(self.csv_path, self._columns())
         self._writer = None if self.log_dir is None else tf.summary.create_file_writer(self.log_dir)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         if not self._begun:
             # Only now have all callbacks begun: one after this one may have set the model back.
             self._begun = True
             self._forget_from(self.model.hyper_iterations)
         self._record_if_due(between_epochs=True)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         self._record_if_due(between_epochs=False)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         self._record_if_due(between_epochs=True)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs | None = None) -> None:
         if self._writer is not None:
             self._writer.close()
 
-    def resume_state(self):
+    def resume_state(self) -> Any:
         # Records stay in the file: in a state, which is written again and again, they would be ever more.
         return self._last
 
-    def resume_from(self, state):
+    def resume_from(self, state: Any) -> None:
         self._begun = True
         self._forget_from(0 if state is None else state + 1)
 
@@ -158,7 +161,7 @@ class HyperparameterTrace(keras.callbacks.Callback, Resumable):
         return [_COUNT, *log_values(self._named)]
 
 
-def read_trace(csv_path):
+def read_trace(csv_path: str | os.PathLike) -> Arrays:
     """Reads the file of a `HyperparameterTrace`.
 
     Args:

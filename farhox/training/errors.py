@@ -1,5 +1,7 @@
 """Errors of compiled hyper-iterations, said as they would be outside of a graph."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from farhox.problem.losses import LABEL_RULE
@@ -13,7 +15,7 @@ class DivergedError(RuntimeError):
         losses: Array [T], the inner objective before each step.
     """
 
-    def __init__(self, message, losses):
+    def __init__(self, message: str, losses: Any) -> None:
         super().__init__(message)
         self.losses = losses
 

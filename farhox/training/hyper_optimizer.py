@@ -1,6 +1,10 @@
 """HyperOptimizer: a bilevel problem as a `keras.Model` that is trained with `fit`. The only mutable object."""
 
+from __future__ import annotations
+
+import os
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -10,10 +14,12 @@ import tensorflow as tf
 from farhox._core import checks, tree
 from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
+from farhox._core.types import Batch, Callbacks, Data, InnerBatches, Metrics, Optimizer, Tensor, Tensors
 from farhox.data.batches import as_inner_batches, as_tensors, examples_of
 from farhox.data.datasets import as_hyper_iterations, pair, raise_if_endless
 from farhox.dynamics.base import check_keras_optimizer
-from farhox.hypergradients import EpisodesHG, HyperGradient, ReverseHG
+from farhox.hypergradients import HyperGradient, ReverseHG
+from farhox.hypergradients.base import HyperGradientResult
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
 from farhox.training.errors import DivergedError, clear_errors
@@ -69,7 +75,8 @@ class HyperOptimizer(keras.Model):
             matters: with learned initial values or a proximal term.
     """
 
-    def __init__(self, problem, hypergradient=None, online=False, max_skipped_updates=10, name="hyper_optimizer"):
+    def __init__(self, problem: BilevelProblem, hypergradient: HyperGradient | None = None, online: bool = False,
+                 max_skipped_updates: int = 10, name: str = "hyper_optimizer") -> None:
         super().__init__(name=name)
         hypergradient = ReverseHG() if hypergradient is None else hypergradient
         if not isinstance(problem, BilevelProblem):
@@ -77,16 +84,6 @@ class HyperOptimizer(keras.Model):
         if not isinstance(hypergradient, HyperGradient):
             raise TypeError("hypergradient must be one of farhox' methods, for example farhox.ReverseHG(). "
                             f"Received: {hypergradient!r}")
-        if isinstance(hypergradient, EpisodesHG):
-            problem, hypergradient = problem.over_episodes(hypergradient.aggregation), hypergradient.hypergradient
-        if hypergradient.takes_episodes and not problem.has_episodes:
-            problem = problem.over_episodes()
-        if online and problem.has_episodes:
-            raise ValueError("Episodes start anew in every hyper-iteration: a problem over episodes cannot be used with "
-                             "online=True.")
-        if hypergradient.needs_online and not online:
-            raise ValueError(f"{type(hypergradient).__name__} makes sense where the inner state goes on from one "
-                             "hyper-iteration to the next. Use online=True.")
         if online and (problem.learns_initialization or problem.proximal is not None):
             raise ValueError("online=True goes on from the last inner state, so the initial state must not matter. "
                              "Received a problem with "
@@ -114,7 +111,8 @@ class HyperOptimizer(keras.Model):
         self._step_function = None
         self._inner_function = None
 
-    def compile(self, optimizer="adam", metrics=None, jit_compile=False, **kwargs):
+    def compile(self, optimizer: Optimizer = "adam", metrics: Metrics | None = None, jit_compile: bool = False,
+                **kwargs: Any) -> None:
         """Configures the outer optimizer and metrics.
 
         Args:
@@ -141,13 +139,13 @@ class HyperOptimizer(keras.Model):
         self._step_function = self._inner_function = None
 
     @property
-    def metrics(self):
+    def metrics(self) -> list[keras.metrics.Metric]:
         # Those of this class are tracked by Keras among the others too.
         own = [self._outer_loss, self._inner_loss, *self._solver_metrics.values()]
         return own + [metric for metric in super().metrics if not any(metric is m for m in own)]
 
     @property
-    def metrics_names(self):
+    def metrics_names(self) -> list[str]:
         """The names of what `evaluate` returns, in its order."""
         names = [self._outer_loss.name] + ([] if self.online else [self._inner_loss.name])
         if self._compile_metrics is not None and self._compile_metrics.built:
@@ -155,12 +153,13 @@ class HyperOptimizer(keras.Model):
         return names
 
     @property
-    def hyper_iterations(self):
+    def hyper_iterations(self) -> int:
         """Int, the hyper-iterations that the compiled optimizer has done, skipped updates included."""
         done = int(self.optimizer.iterations.numpy()) if self.compiled else 0
         return done + int(self._watch.skipped.numpy())
 
-    def fit(self, x=None, callbacks=None, validation_data=None, **kwargs):
+    def fit(self, x: Data = None, callbacks: Callbacks | None = None, validation_data: Data = None,
+            **kwargs: Any) -> keras.callbacks.History:
         """Runs hyper-iterations, one per element of the data set; arguments and callbacks are those of Keras.
 
         Args:
@@ -197,7 +196,7 @@ class HyperOptimizer(keras.Model):
         history.history = Logs(history.history)
         return history
 
-    def evaluate(self, x=None, **kwargs):
+    def evaluate(self, x: Data = None, **kwargs: Any) -> Any:
         """The outer loss and metrics with the current outer variables; nothing is updated.
 
         Each element's inner batches train the inner variables from their initial state before the outer batch is
@@ -228,7 +227,7 @@ class HyperOptimizer(keras.Model):
         values = [logs[name] for name in names] + [value for name, value in logs.items() if name not in names]
         return values if len(values) > 1 else values[0]
 
-    def step(self, inner_batches, outer_batch):
+    def step(self, inner_batches: InnerBatches, outer_batch: Batch) -> HyperGradientResult:
         """One hyper-iteration by hand: compiled, with the same update as in `fit`.
 
         Args:
@@ -256,7 +255,7 @@ class HyperOptimizer(keras.Model):
         self._watch.warn_once(0.0 if gap is None else float(tf.reduce_mean(gap)))
         return result
 
-    def train_inner(self, inner_batches):
+    def train_inner(self, inner_batches: InnerBatches) -> Tensor:
         """Trains the inner variables with the current outer variables and keeps the result in the model.
 
         Args:
@@ -272,7 +271,7 @@ class HyperOptimizer(keras.Model):
         self._kept.train_to(run.state)
         return run.losses
 
-    def trained_model(self, data):
+    def trained_model(self, data: Data) -> keras.Model:
         """A new Keras model, trained with the current outer variables; nothing else changes.
 
         Args:
@@ -289,7 +288,7 @@ class HyperOptimizer(keras.Model):
         """
         return trained_copy(self, data)
 
-    def predict(self, x, **kwargs):
+    def predict(self, x: Any, **kwargs: Any) -> np.ndarray:
         """Predictions of the problem's model with its current weights, as `keras.Model.predict`.
 
         Between hyper-iterations these are the initial values, or online the weights trained so far. `train_inner` and
@@ -297,7 +296,7 @@ class HyperOptimizer(keras.Model):
         """
         return known_model(self.problem).predict(x, **kwargs)
 
-    def summary(self, *args, print_fn=None, **kwargs):
+    def summary(self, *args: Any, print_fn: Callable[..., Any] | None = None, **kwargs: Any) -> None:
         """Prints what is learned, and the summary of the problem's model where it is known.
 
         Args:
@@ -309,7 +308,7 @@ class HyperOptimizer(keras.Model):
         if self.problem.model is not None:
             self.problem.model.summary(*args, print_fn=print_fn, **kwargs)
 
-    def load_weights(self, filepath, skip_mismatch=False, **kwargs):
+    def load_weights(self, filepath: str | os.PathLike, skip_mismatch: bool = False, **kwargs: Any) -> None:
         """Loads what `save_weights` wrote, after checking that it is of this problem.
 
         Raises:
@@ -319,18 +318,18 @@ class HyperOptimizer(keras.Model):
         with unchanged_on_error(self, filepath):
             super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         write_names(self, store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(read_names(self, store))
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> Logs:
         inner_batches, outer_batch = self._hyper_iteration_data(data, training=True)
         result = self._hyper_iteration(inner_batches, outer_batch)
         self._inner_loss.update_state(result.inner_losses[..., -1])
-        logs = self._logs(result.outer_loss, lambda: self.problem.predictions(result.state, outer_batch))
+        logs = self._logs(result.outer_loss, result.state, outer_batch)
         if "solver_failed" in result.diagnostics:
             for name, metric in self._solver_metrics.items():
                 metric.update_state(tf.cast(result.diagnostics[name], tf.float32))
@@ -339,23 +338,23 @@ class HyperOptimizer(keras.Model):
         logs["skipped_updates"] = tf.convert_to_tensor(self._watch.skipped)
         return logs
 
-    def test_step(self, data):
+    def test_step(self, data: Data) -> Logs:
         inner_batches, outer_batch = self._hyper_iteration_data(data)
         if self.online:
             state = self._kept.state_now()
-            loss, predictions = self.problem.judged(state, self.problem.outer_values(), outer_batch)
-            logs = self._logs(loss, lambda: predictions)
+            loss = self.problem.outer_loss(state, self.problem.outer_values(), outer_batch)
+            logs = self._logs(loss, state, outer_batch)
             del logs["inner_loss"]  # No inner training has been measured.
             return logs
-        evaluation = self.problem.evaluate(inner_batches, outer_batch)
+        evaluation = self.hypergradient.evaluate(self.problem, inner_batches, outer_batch)
         self._inner_loss.update_state(evaluation.inner_losses[..., -1])
-        return self._logs(evaluation.outer_loss, lambda: evaluation.predictions)
+        return self._logs(evaluation.outer_loss, evaluation.state, outer_batch)
 
-    def raise_if_diverged(self):
+    def raise_if_diverged(self) -> None:
         """Raises a RuntimeError that says what diverged if too many updates in a row were skipped."""
         self._watch.raise_if_diverged()
 
-    def kept_state(self):
+    def kept_state(self) -> InnerState | None:
         """The inner state that an online training goes on from, as an `InnerState`.
 
         Raises:
@@ -365,15 +364,15 @@ class HyperOptimizer(keras.Model):
             raise ValueError("Only with online=True an inner state is kept. Received: online=False")
         return self._kept.state_now()
 
-    def start_counting_skips(self):
+    def start_counting_skips(self) -> None:
         """Starts the count of updates skipped in a row anew, so that a run goes on after a cause was removed."""
         self._watch.start_counting()
 
-    def reset_inner_state(self):
+    def reset_inner_state(self) -> None:
         """Starts the optimizer's slots, the step count and the carried memory anew; variables stay as they are."""
         self._kept.reset()
 
-    def save(self, *args, **kwargs):
+    def save(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(_SAVE_RULE)
 
     def _hyper_iteration_data(self, data, training=False):
@@ -388,8 +387,7 @@ class HyperOptimizer(keras.Model):
 
     def _hyper_iteration(self, inner_batches, outer_batch):
         result = self.hypergradient.compute(
-            self.problem, inner_batches, outer_batch, state=self._kept.state_now(), carry=self._kept.carry_now(),
-            iteration=tf.cast(self.optimizer.iterations, tf.int64) + tf.cast(self._watch.skipped, tf.int64))
+            self.problem, inner_batches, outer_batch, state=self._kept.state_now(), carry=self._kept.carry_now())
         new_state, new_carry = self._kept.of(result)
         flags = [tf.logical_not(tree.is_finite(part)) for part in [
             result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]]
@@ -438,7 +436,8 @@ class HyperOptimizer(keras.Model):
         self.optimizer.apply(gradients, self._outer)
         return tf.no_op()
 
-    def trained_state(self, inner_batches, outer=None, state=None):
+    def trained_state(self, inner_batches: InnerBatches, outer: Tensors | None = None,
+                      state: InnerState | None = None) -> _Trained:
         """Inner training without keeping it: nothing changes.
 
         Args:
@@ -480,17 +479,16 @@ class HyperOptimizer(keras.Model):
         if self.compiled and self.jit_compile:
             self.problem.data_checks(examples_of(inner_batches), outer_batch)
 
-    def warn_once(self):
+    def warn_once(self) -> None:
         """Warns, once each, of what a person should know about the hyper-iterations since the epoch began."""
         self._watch.warn_once(float(self._solver_metrics[GAP].result()))
 
-    def _logs(self, outer_loss, outer_predictions):
-        """The logs; `outer_predictions()` is called where there are metrics."""
+    def _logs(self, outer_loss, state, outer_batch):
         self._outer_loss.update_state(outer_loss)
         outer_mean = self._outer_loss.result()
         logs = {"loss": outer_mean, "outer_loss": outer_mean, "inner_loss": self._inner_loss.result()}
         if self._compile_metrics is not None:
-            targets, predictions, weights = outer_predictions()
+            targets, predictions, weights = self.hypergradient.predict(self.problem, state, outer_batch)
             values = self.compute_metrics(None, targets, predictions, sample_weight=weights)
             own = {self._outer_loss.name, self._inner_loss.name, "loss", *self._solver_metrics}
             logs.update({name: value for name, value in values.items() if name not in own})
@@ -508,7 +506,8 @@ class HyperOptimizer(keras.Model):
         batch = tf.nest.map_structure(lambda leaf: strategy.experimental_local_results(leaf)[0], batch)
 
         def predictions(inner_batches, outer_batch):
-            return self.problem.evaluate(inner_batches, outer_batch).predictions
+            state = self.hypergradient.evaluate(self.problem, inner_batches, outer_batch).state
+            return self.hypergradient.predict(self.problem, state, outer_batch)
 
         # Traced for its shapes and never run.
         traced = tf.function(predictions, autograph=False).get_concrete_function(*self._hyper_iteration_data(batch))
@@ -543,4 +542,4 @@ class _Trained(NamedTuple):
     """See `HyperOptimizer.trained_state`."""
 
     state: InnerState
-    losses: Any
+    losses: Tensor

@@ -1,11 +1,15 @@
 """What a `HyperOptimizer` keeps from one hyper-iteration to the next: the inner state, online, and the memory."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
 from farhox._core import tree
 from farhox._core.inner_state import InnerState
-from farhox.hypergradients.base import Memory
+from farhox._core.types import Carry, Tensor
+from farhox.hypergradients.base import HyperGradient
+from farhox.problem.bilevel import BilevelProblem
 
 
 class Kept:
@@ -20,19 +24,17 @@ class Kept:
         slots, carry: Lists of `keras.Variable`, for the owner to track; empty where nothing is kept.
     """
 
-    def __init__(self, problem, hypergradient, online):
+    def __init__(self, problem: BilevelProblem, hypergradient: HyperGradient, online: bool) -> None:
         self._problem, self._hypergradient, self._online = problem, hypergradient, online
         self._inner = list(problem.inner_variables) + list(problem.state_variables)
         initial = problem.initial_state()
         self._slot_structure = [initial.slots, initial.step]
         self.slots = [_variable(leaf) for leaf in tf.nest.flatten(self._slot_structure)] if online else []
-        one_by_one = problem.has_episodes and not hypergradient.takes_episodes  # Episodes start anew.
-        self._has_carry = not one_by_one and (hypergradient.remembers is Memory.ALWAYS or (
-            online and hypergradient.remembers is Memory.WITH_STATE))
+        self._has_carry = online or hypergradient.carry_outlives_state
         self._carry_structure = hypergradient.initial_carry(problem) if self._has_carry else []
         self.carry = [_variable(leaf) for leaf in tf.nest.flatten(self._carry_structure)]
 
-    def state_now(self):
+    def state_now(self) -> InnerState | None:
         """The `InnerState` to go on from, or None where each hyper-iteration starts anew."""
         if not self._online:
             return None
@@ -42,19 +44,19 @@ class Kept:
             self._slot_structure, [tf.convert_to_tensor(variable) for variable in self.slots])
         return InnerState(values[:count], values[count:], slots, step)
 
-    def carry_now(self):
+    def carry_now(self) -> Carry:
         """The memory to go on from, or None where there is none."""
         if not self._has_carry:
             return None
         return tf.nest.pack_sequence_as(
             self._carry_structure, [tf.convert_to_tensor(variable) for variable in self.carry])
 
-    def of(self, result):
+    def of(self, result: Any) -> Any:
         """What is to be kept of a result: two lists of tensors, of the state and of the memory."""
         return (_leaves(result.state) if self._online else [],
                 tf.nest.flatten(result.carry) if self._has_carry else [])
 
-    def keep(self, inner_losses, state, carry):
+    def keep(self, inner_losses: Tensor, state: InnerState, carry: Carry) -> None:
         """Keeps what is finite of the state and of the memory, whatever became of the hypergradient."""
         good_state = tree.is_finite([inner_losses, *state])
         for variable, value in zip(self._inner + self.slots, state):
@@ -70,13 +72,13 @@ class Kept:
             value = tf.where(good_carry, value, first)
             variable.assign(tf.where(goes_on, value, tf.convert_to_tensor(variable)))
 
-    def train_to(self, state):
+    def train_to(self, state: InnerState) -> None:
         """Makes a trained inner state the model's, and online the one to go on from."""
         finished = self._problem.dynamics.finished(state.variables, state.slots)
         for variable, value in zip(self._inner + self.slots, _leaves(state._replace(variables=finished))):
             variable.assign(value)
 
-    def reset(self):
+    def reset(self) -> None:
         """Starts the optimizer's slots, the step count and the memory anew."""
         initial = self._problem.initial_state()
         fresh = tf.nest.flatten([initial.slots, initial.step]) if self._online else []

@@ -1,7 +1,11 @@
 """OptimizerGroups: a Keras optimizer that gives outer variables optimizers of their own."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
+from farhox._core.types import Tensors, Variables
 from farhox.dynamics.base import check_keras_optimizer
 from farhox.outer.outer_variable import OuterVariable
 
@@ -29,7 +33,9 @@ class OptimizerGroups(keras.optimizers.Optimizer):
             variable that is not optimised.
     """
 
-    def __init__(self, default, groups, name="optimizer_groups"):
+    def __init__(self, default: keras.optimizers.Optimizer,
+                 groups: Sequence[tuple[keras.optimizers.Optimizer, Sequence[keras.Variable | OuterVariable]]],
+                 name: str = "optimizer_groups") -> None:
         if not isinstance(groups, (list, tuple)) or not all(
                 isinstance(group, (list, tuple)) and len(group) == 2 and isinstance(group[1], (list, tuple))
                 for group in groups):
@@ -55,14 +61,14 @@ class OptimizerGroups(keras.optimizers.Optimizer):
         self._named = [variable for variables in named for variable in variables]
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Any:
         return self.optimizers[0].learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, value):
+    def learning_rate(self, value: Any) -> Any:
         self.optimizers[0].learning_rate = value
 
-    def build(self, variables):
+    def build(self, variables: Variables) -> None:
         for variable in self._named:
             if not any(variable is v for v in variables):
                 raise ValueError(f"Groups may name optimised variables only. Received: {variable.path!r}")
@@ -71,7 +77,7 @@ class OptimizerGroups(keras.optimizers.Optimizer):
             if members:
                 optimizer.build([variables[i] for i in members])
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Tensors, trainable_variables: Variables | None = None) -> None:
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
         if not self.built:
             self.build(variables)

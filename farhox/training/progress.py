@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any
 
 import keras
 
@@ -21,7 +22,7 @@ class Logs(dict):
         logs: Dictionary of numbers, or of lists of numbers.
     """
 
-    def __init__(self, logs):
+    def __init__(self, logs: Any) -> None:
         quiet = {name for name, value in logs.items() if _is_quiet(name, value, logs)}
         super().__init__({name: value for name, value in logs.items() if name not in quiet})
         self._quiet = {name: logs[name] for name in quiet}
@@ -29,7 +30,7 @@ class Logs(dict):
     def __missing__(self, name):
         return self._quiet[name]
 
-    def get(self, name, default=None):
+    def get(self, name: str, default: Any = None) -> Any:
         """The value under a name, those that are not listed included."""
         return self[name] if name in self or name in self._quiet else default
 
@@ -48,15 +49,15 @@ class Progress(keras.callbacks.ProgbarLogger):
     80 columns is left out from the end: the outer loss, metrics, validation and the inner loss come first.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._head, self._began, self._shown = "", 0.0, 0.0
         self._length = 0
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._start(f"Epoch {epoch + 1}/{self.epochs}")
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Any = None) -> None:
         if not self._called_in_fit:
             self._start("Evaluation")
 
@@ -85,7 +86,7 @@ class Progress(keras.callbacks.ProgbarLogger):
         sys.stdout.flush()
 
 
-def line(head, logs):
+def line(head: Any, logs: Any) -> str:
     """The head and as many of the logs as fit in 80 columns."""
     logs = Logs(dict(logs))
     first = [name for prefix in ("", "val_") for name in (f"{prefix}outer_loss",)]
@@ -101,7 +102,7 @@ def line(head, logs):
     return text
 
 
-def add_progress(callbacks, verbose):
+def add_progress(callbacks: Any, verbose: Any) -> None:
     """Adds the line that is shown, unless nothing is to be shown or something else shows it."""
     if verbose and not any(isinstance(callback, keras.callbacks.ProgbarLogger) for callback in callbacks):
         callbacks.append(Progress())

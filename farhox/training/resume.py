@@ -3,14 +3,17 @@
 import contextlib
 import copy
 import inspect
+import os
 import re
 import time
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.resumable import Resumable
+from farhox._core.types import Logs
 from farhox.training.saved_states import SavedStates
 from farhox.training.signals import Signals
 
@@ -58,7 +61,8 @@ class Resume(keras.callbacks.Callback):
         OSError: When training begins or a state is saved, with the path, if it cannot be written. The last state stays.
     """
 
-    def __init__(self, directory, every="epoch", seconds=0.0, replay=True):
+    def __init__(self, directory: str | os.PathLike, every: int | None = "epoch", seconds: float | None = 0.0,
+                 replay: bool = True) -> None:
         super().__init__()
         self.every = every if every == "epoch" else checks.positive_integer("every, where it is not \"epoch\",", every)
         self.seconds = checks.non_negative_number("seconds", seconds)
@@ -71,12 +75,12 @@ class Resume(keras.callbacks.Callback):
         self._list, self._others = None, []
 
     @property
-    def initial_epoch(self):
+    def initial_epoch(self) -> int:
         """Int, the number of epochs that are done in the last state of the folder."""
         state = self._states.load()
         return 0 if state is None else state["epoch"]
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         self._list = _callback_list(self)
         self._others = [callback for callback in self._list.callbacks if callback is not self]
         self._check()
@@ -100,7 +104,7 @@ class Resume(keras.callbacks.Callback):
                 self._start_with(self._state["epoch"])
         self._signals.start()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         self._epoch, self._batch = epoch, 0
         if self._state is None or epoch < self._state["epoch"]:
             return
@@ -114,7 +118,7 @@ class Resume(keras.callbacks.Callback):
         if not in_the_middle:
             self._go_on()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         self._batch += 1
         if self._state is not None:
             if self._signals.received is not None:
@@ -132,7 +136,7 @@ class Resume(keras.callbacks.Callback):
         if self.every != "epoch" and self._unsaved >= self.every and self._is_time():
             self._save(logs)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         if self._state is not None:
             if epoch == self._state["epoch"]:
                 batches = self._state["batch"]
@@ -148,7 +152,7 @@ class Resume(keras.callbacks.Callback):
         if self._signals.received is not None:
             self._end(self._epoch, 0)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs | None = None) -> None:
         if self._finished:
             self._start_with(None)
             self._restore_callbacks()
@@ -269,12 +273,12 @@ class Resume(keras.callbacks.Callback):
             self.model.optimizer.build(self.model.trainable_variables)
 
 
-def variables_with_names(model):
+def variables_with_names(model: Any) -> dict[str, Any]:
     """All that a training changes in a model: by owner, the model or one of its optimizers, lists [name, variable]."""
     return {owner: _named(variables) for owner, variables in _owners(model).items()}
 
 
-def assign_variables(model, saved, path, all_built=True):
+def assign_variables(model: Any, saved: Any, path: str, all_built: bool = True) -> None:
     """Gives the variables of a model the values that `variables_with_names` had when they were saved.
 
     Args:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -40,7 +41,7 @@ class SavedStates:
         ValueError: If `directory` is an address.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory: str | os.PathLike) -> None:
         if "://" in os.fspath(directory):
             raise ValueError("States are saved in a folder of a file system of this machine, where renaming a file is "
                              f"one step. Received: {os.fspath(directory)!r}")
@@ -48,7 +49,7 @@ class SavedStates:
         self.path = None
         self._good = []  # Numbers of the states that this object has read or written.
 
-    def load(self):
+    def load(self) -> Any:
         """The last state that is whole, or None if there is none.
 
         Damaged ones are named in a warning, and left where they are.
@@ -75,7 +76,7 @@ class SavedStates:
                              f"{', '.join(damaged)}. Move them elsewhere to start anew.")
         return None
 
-    def save(self, value):
+    def save(self, value: Any) -> Any:
         """Saves a state and returns its path.
 
         Args:
@@ -105,7 +106,7 @@ class SavedStates:
         self.path = path
         return path
 
-    def check_writable(self):
+    def check_writable(self) -> None:
         """Makes the folder and an empty file, which it takes away: an error comes before the work, not after it.
 
         Raises:

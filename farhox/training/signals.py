@@ -5,6 +5,8 @@ import inspect
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 _NUMBERS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP")]
 
@@ -16,7 +18,7 @@ class Interrupted(KeyboardInterrupt, SystemExit):
     traceback. It is a `KeyboardInterrupt` for code that catches Ctrl-C.
     """
 
-    def __init__(self, number):
+    def __init__(self, number: int) -> None:
         super().__init__(number)
         self.code = 128 + number
 
@@ -33,12 +35,12 @@ class Signals:
         received: The `signal.Signals` noted, or None.
     """
 
-    def __init__(self, is_running=lambda frame: True):
+    def __init__(self, is_running: Callable[..., Any] = lambda frame: True) -> None:
         self.received = None
         self._is_running = is_running
         self._before = {}
 
-    def start(self):
+    def start(self) -> None:
         self.received = None
         if self._before or threading.current_thread() is not threading.main_thread():
             return  # Python tells signals to the main thread alone.
@@ -53,12 +55,12 @@ class Signals:
                 signal.signal(number, self._note)
                 self._before[number] = handler
 
-    def stop(self):
+    def stop(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
-    def end(self, line=None):
+    def end(self, line: str | None = None) -> None:
         """Says in one line what was done about the signal, and ends the training.
 
         Args:

@@ -1,16 +1,25 @@
 """From a `HyperOptimizer` to models: a trained copy, and a description of what is learned."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import keras
 import tensorflow as tf
 
 from farhox._core.copies import copy_of
+from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
+from farhox._core.types import Data, Tensors
 from farhox.data.datasets import pair
+from farhox.problem.bilevel import BilevelProblem
+
+if TYPE_CHECKING:
+    from farhox.training.hyper_optimizer import HyperOptimizer
 
 
-def trained_copy(optimizer, data, outer=None):
+def trained_copy(optimizer: HyperOptimizer, data: Data, outer: Tensors | None = None) -> keras.Model:
     """A new Keras model whose inner variables were trained; see `HyperOptimizer.trained_model`.
 
     Args:
@@ -30,7 +39,7 @@ def trained_copy(optimizer, data, outer=None):
     return model_at(problem, outer, state)
 
 
-def known_model(problem):
+def known_model(problem: BilevelProblem) -> keras.Model:
     """The Keras model of a problem.
 
     Raises:
@@ -42,7 +51,7 @@ def known_model(problem):
     return problem.model
 
 
-def model_at(problem, outer, state):
+def model_at(problem: BilevelProblem, outer: Tensors, state: InnerState) -> keras.Model:
     """A copy of the problem's model with the outer values and the inner state as weights."""
     state = state._replace(variables=problem.dynamics.finished(state.variables, state.slots))
     values = {id(variable): value for variable, value in zip(problem.outer_variables, outer)}
@@ -54,7 +63,7 @@ def model_at(problem, outer, state):
     return copy
 
 
-def describe(optimizer):
+def describe(optimizer: HyperOptimizer) -> str:
     """A few lines on what a `HyperOptimizer` learns, and how."""
     problem, method = optimizer.problem, optimizer.hypergradient
     rows = [f"{type(optimizer).__name__} {optimizer.name!r}: {type(method).__name__}, dynamics "

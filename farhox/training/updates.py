@@ -1,10 +1,15 @@
 """One update of the outer variables that cannot lose a value: what became of them is checked, and mended."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import functional
+from farhox._core.types import Tensor
+from farhox.problem.bilevel import BilevelProblem
 
 # Halvings in the search for the point at which a value is held: beyond them float64 tells no points apart.
 _HALVINGS = 52
@@ -28,14 +33,14 @@ class GuardedUpdate:
         held: int32 `keras.Variable` [outer variables], entries held at a bound at the last update.
     """
 
-    def __init__(self, problem):
+    def __init__(self, problem: BilevelProblem) -> None:
         self._variables = list(problem.outer_variables)
         entries = {id(entry.variable): entry for entry in problem.hyperparameters}
         self._entries = [entries.get(id(variable)) for variable in self._variables]
         self.lost = _flags(len(self._variables), "lost_values")
         self.held = _flags(len(self._variables), "held_values")
 
-    def apply(self, optimizer, update):
+    def apply(self, optimizer: keras.optimizers.Optimizer, update: Callable[[], Any]) -> Tensor:
         """Runs an update. Returns whether it stands, a scalar bool tensor.
 
         Args:
@@ -65,7 +70,7 @@ class GuardedUpdate:
         self.held.assign(tf.where(stands, tf.stack(held), 0))
         return stands
 
-    def forget(self):
+    def forget(self) -> None:
         """Sets what is said of the last update to nothing, for a hyper-iteration without one."""
         self.lost.assign(tf.zeros_like(self.lost))
         self.held.assign(tf.zeros_like(self.held))

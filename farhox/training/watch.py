@@ -1,15 +1,23 @@
 """What happened in hyper-iterations: updates that were skipped and why, and what a person should be warned of."""
 
+from __future__ import annotations
+
 import math
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core.types import Batch, InnerBatches, Logs, Tensor, Variables
 from farhox.data.finite import first_not_finite, place_in_words
-from farhox.hypergradients import ImplicitHG, ObjectivesHG
+from farhox.hypergradients import EpisodesHG, ImplicitHG, ObjectivesHG
+from farhox.hypergradients.base import HyperGradient
 from farhox.problem.bilevel import variable_names
+
+if TYPE_CHECKING:
+    from farhox.training.updates import GuardedUpdate
 
 GAP = "stationarity_gap"
 # A stationarity gap that is warned of.
@@ -33,7 +41,8 @@ class Watch:
         variables: List of all variables, for the owner to track.
     """
 
-    def __init__(self, outer_variables, hypergradient, update, max_skipped_updates):
+    def __init__(self, outer_variables: Variables, hypergradient: HyperGradient, update: GuardedUpdate,
+                 max_skipped_updates: int) -> None:
         self._outer = outer_variables
         self._update = update
         self._solver = _solver_name(hypergradient)
@@ -49,7 +58,7 @@ class Watch:
                           update.lost, update.held]
         self._warned = set()
 
-    def record(self, stands, flags, inner_batches, outer_batch):
+    def record(self, stands: Tensor, flags: Any, inner_batches: InnerBatches, outer_batch: Batch) -> None:
         """Takes down one hyper-iteration, in TensorFlow operations.
 
         Args:
@@ -66,16 +75,16 @@ class Watch:
             tf.reduce_all(flags == 0), lambda: tf.zeros([2, 3], tf.int32),
             lambda: tf.cast(tf.stack([first_not_finite(inner_batches), first_not_finite(outer_batch)]), tf.int32)))
 
-    def places_not_finite(self):
+    def places_not_finite(self) -> np.ndarray:
         """Where the inner batches and the outer batch of the last hyper-iteration skipped were not finite themselves: an
         array [2, 3] of array number (0 where all was finite), entry and example."""
         return self._not_finite_data.numpy()
 
-    def start_counting(self):
+    def start_counting(self) -> None:
         """Starts the count of updates skipped in a row anew."""
         self._in_a_row.assign(0)
 
-    def raise_if_diverged(self):
+    def raise_if_diverged(self) -> None:
         """Raises a RuntimeError that says what happened if too many updates in a row were skipped."""
         in_a_row = int(self._in_a_row.numpy())
         if in_a_row < self._max:
@@ -97,7 +106,7 @@ class Watch:
             f"Training stopped: {in_a_row} updates in a row were skipped because a value was not finite. At the last "
             f"one: {', '.join(causes)}. {advice}")
 
-    def warn_once(self, stationarity_gap):
+    def warn_once(self, stationarity_gap: Tensor) -> None:
         """Warns, once each, of implicit hypergradients far from a stationary point and of values held at a bound.
 
         Args:
@@ -121,22 +130,22 @@ class Watch:
 class SkipGuard(keras.callbacks.Callback):
     """Ends `fit` with an error when updates keep being skipped, and warns after an epoch."""
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         self.model.start_counting_skips()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         self.model.raise_if_diverged()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         self.model.warn_once()
 
 
-def counter(value, name):
+def counter(value: int, name: str) -> keras.Variable:
     """An int32 `keras.Variable` that is not trained."""
     return keras.Variable(value, dtype="int32", trainable=False, name=name, aggregation="only_first_replica")
 
 
 def _solver_name(hypergradient):
-    if isinstance(hypergradient, ObjectivesHG):
+    if isinstance(hypergradient, (EpisodesHG, ObjectivesHG)):
         return _solver_name(hypergradient.hypergradient)
     return type(hypergradient.linear_solver).__name__ if isinstance(hypergradient, ImplicitHG) else None

@@ -1,10 +1,17 @@
 """Files of weights: they hold the names of what they are of, and loading checks them before anything changes."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from farhox.training.hyper_optimizer import HyperOptimizer
 
 _KEY = "of_problem"
 _FORMAT = 1
@@ -12,13 +19,13 @@ _FORMAT = 1
 _MARK = "The weights do not fit: "
 
 
-def write_names(optimizer, store):
+def write_names(optimizer: HyperOptimizer, store: Any) -> None:
     """Adds the names and shapes of the variables of a `HyperOptimizer` to what it saves."""
     text = json.dumps({"format": _FORMAT, **_description(optimizer)})
     store[_KEY] = np.frombuffer(text.encode(), dtype="uint8")
 
 
-def read_names(optimizer, store):
+def read_names(optimizer: HyperOptimizer, store: Any) -> dict[str, Any]:
     """Checks the names in a store; returns what is saved without them.
 
     Raises:
@@ -45,7 +52,7 @@ def read_names(optimizer, store):
 
 
 @contextlib.contextmanager
-def unchanged_on_error(optimizer, path):
+def unchanged_on_error(optimizer: HyperOptimizer, path: str) -> Iterator[None]:
     """Loading in this context changes nothing where it fails; the error names the file and what does not fit."""
     variables = list(optimizer.variables) + (list(optimizer.optimizer.variables) if optimizer.compiled else [])
     before = [variable.numpy() for variable in variables]

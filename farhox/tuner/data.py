@@ -1,12 +1,14 @@
 """The data of a tuned training: rounds of about twenty steps, an outer batch each, and batches to evaluate on."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.types import Data
 from farhox.data import bilevel_dataset
 from farhox.data.streams import is_stream
 
@@ -15,7 +17,8 @@ _OUTER_BATCHES = 5  # An outer batch has the examples of so many training batche
 _MOST_EVALUATED = 256
 
 
-def rounds_of(train, validation, batch_size, steps_per_epoch, seed):
+def rounds_of(train: Data, validation: Data, batch_size: int | None, steps_per_epoch: int | None,
+              seed: int | None) -> Any:
     """Data as rounds of steps.
 
     Args:
@@ -71,7 +74,7 @@ def _validation(data, batch_size):
 class _PyBatches:
     """The batches of a `PyDataset` in their order."""
 
-    def __init__(self, data):
+    def __init__(self, data: Data) -> None:
         self._data = data
 
     def __iter__(self):

@@ -1,9 +1,13 @@
 """Training and validation losses of a compiled model, with label smoothing and weights that can be tuned."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
+from farhox._core.types import Tensor
 from farhox.outer.outer_variable import value_of
 from farhox.tuner import tunables
 from farhox.tuner.tunables import Place
@@ -28,7 +32,7 @@ class Losses:
         ValueError: If the model has no loss, or a loss is an object of the user's own for several outputs.
     """
 
-    def __init__(self, model, choice):
+    def __init__(self, model: keras.Model, choice: Any) -> None:
         if model.loss is None:
             raise ValueError(f"The model must be compiled with a loss. Received: {model.name!r} with loss=None")
         self._names, self._losses = _by_output(model)
@@ -39,7 +43,7 @@ class Losses:
         self._loss_weights = self._of_outputs(choice)
         self._class_weights = self._of_classes(model, choice)
 
-    def training(self, targets, predictions, sample_weight=None):
+    def training(self, targets: Tensor, predictions: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss that the weights descend, a scalar."""
         total = 0.0
         for index, (loss, target, prediction, weight) in enumerate(self._parts(targets, predictions, sample_weight)):
@@ -55,7 +59,7 @@ class Losses:
             total += value_of(factor, dtype=prediction.dtype) * loss(target, prediction, sample_weight=weight)
         return total
 
-    def validation(self, targets, predictions, sample_weight=None):
+    def validation(self, targets: Tensor, predictions: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss on validation data, a scalar: no smoothing that is tuned, no weights of classes, no penalties."""
         total = 0.0
         for index, (loss, target, prediction, weight) in enumerate(self._parts(targets, predictions, sample_weight)):
@@ -107,7 +111,7 @@ class Losses:
         return row.hyperparameter
 
 
-def as_loss(loss):
+def as_loss(loss: Any) -> Any:
     """The name of a Keras loss, a loss or a function (targets, predictions) as a Keras loss."""
     loss = keras.losses.get(loss)
     return loss if isinstance(loss, keras.losses.Loss) or loss is None else _FunctionLoss(loss)
@@ -116,11 +120,11 @@ def as_loss(loss):
 class _FunctionLoss(keras.losses.Loss):
     """A function (targets, predictions) -> losses of the examples as a Keras loss."""
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(name="loss")
         self._function = function
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         return self._function(y_true, y_pred)
 
 

@@ -1,12 +1,14 @@
 """What is trained: a copy of the user's model with hyperparameters in it, its losses, its evaluation."""
 
 import dataclasses
+from typing import Any
 
 import keras
 import tensorflow as tf
 from keras.src.models.functional import Functional
 
 from farhox import stn
+from farhox._core.types import Variables
 from farhox.tuner.losses import Losses
 from farhox.tuner.penalties import Penalties
 from farhox.tuner.responses import Responses
@@ -46,7 +48,7 @@ class Objective:
         TypeError: If it is neither a name, a loss nor a metric.
     """
 
-    def __init__(self, objective, model):
+    def __init__(self, objective: Any, model: Any) -> None:
         self.loss = self.metric = None
         self.maximize = False
         if isinstance(objective, keras.losses.Loss):
@@ -106,7 +108,7 @@ class Network:
         ValueError: If it is not built or not compiled.
     """
 
-    def __init__(self, model, choice, objective):
+    def __init__(self, model: Any, choice: Any, objective: Any) -> None:
         check_model(model)
         self._original, self._objective = model, objective
         self.losses = Losses(model, choice)
@@ -118,7 +120,7 @@ class Network:
         self._mean = keras.metrics.Mean()
         self._evaluate = tf.function(self._evaluated, reduce_retracing=True, autograph=False)
 
-    def build(self, rows):
+    def build(self, rows: Any) -> None:
         """Makes the copy, once it is settled which hyperparameters are tuned.
 
         Args:
@@ -135,18 +137,18 @@ class Network:
         self.model.compile(loss=self._original.loss, **metrics_of(self._original))
 
     @property
-    def inner_variables(self):
+    def inner_variables(self) -> Variables:
         """The weights that training trains."""
         return list(self.model.trainable_variables)
 
     @property
-    def state_variables(self):
+    def state_variables(self) -> Variables:
         """Statistics and seeds: what is not trainable by nature, rather than frozen."""
         frozen = {id(v) for layer in self.model._flatten_layers() for v in layer._trainable_variables}
         own = [v for v in self.model.non_trainable_variables if id(v) not in frozen]
         return own + (self._draws.state_variables if self._draws is not None else [])
 
-    def inner_objective(self, batch):
+    def inner_objective(self, batch: Any) -> Any:
         """The training loss of a batch (x, y) or (x, y, sample_weight), penalties of layers included."""
         x, y, weight = unpacked(batch)
 
@@ -158,16 +160,16 @@ class Network:
 
         return loss(self.model(x, training=True)) if self._draws is None else self._draws.objective(x, loss)
 
-    def outer_objective(self, batch):
+    def outer_objective(self, batch: Any) -> Any:
         """The validation loss of a batch."""
         x, y, weight = unpacked(batch)
         return self._validation_loss(y, self.predict(x), weight)
 
-    def predict(self, x):
+    def predict(self, x: Any) -> Any:
         """Predictions at the current hyperparameters."""
         return self.model(x, training=False)
 
-    def evaluate(self, batches):
+    def evaluate(self, batches: Any) -> dict[str, float]:
         """Validation loss and metrics over batches, a dictionary of floats with "val_" in front."""
         if self.model._compile_metrics is not None and not self.model._compile_metrics.built:
             self._evaluated(next(iter(batches)))  # Metrics make their variables outside of a graph.
@@ -182,7 +184,7 @@ class Network:
         return {"val_loss": float(self._mean.result()),
                 **{f"val_{name}": float(value) for name, value in values.items()}}
 
-    def plain_model(self, weights, values, optimizer):
+    def plain_model(self, weights: Any, values: Any, optimizer: Any) -> keras.Model:
         """A plain Keras model with these weights and hyperparameters, compiled as the original is.
 
         Args:
@@ -229,7 +231,7 @@ class Network:
             metric.update_state(y, predictions, weight)
 
 
-def check_model(model):
+def check_model(model: Any) -> None:
     """Raises unless the model is a functional or Sequential Keras model that is built and compiled."""
     if not isinstance(model, (keras.Sequential, Functional)):
         raise TypeError(f"A Tuner needs a functional or Sequential keras.Model. Received: {model!r}")
@@ -241,14 +243,14 @@ def check_model(model):
                          f"Received: {model.name!r}, which is not")
 
 
-def copy_of(model):
+def copy_of(model: Any) -> Any:
     """A copy of a model with its weights."""
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     return copy
 
 
-def metrics_of(model):
+def metrics_of(model: Any) -> dict[str, Any]:
     """The metrics of a compiled model, as new ones, as arguments of `compile`."""
     compiled = model._compile_metrics
     if compiled is None:
@@ -261,7 +263,7 @@ def metrics_of(model):
             "weighted_metrics": keras.tree.map_structure(new, compiled._user_weighted_metrics)}
 
 
-def unpacked(batch):
+def unpacked(batch: Any) -> tuple[Any, ...]:
     """(x, y, sample_weight or None) of a batch.
 
     Raises:

@@ -1,9 +1,12 @@
 """L1 and L2 penalties of a Keras model: found, put under hyperparameters, and written into a plain model."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core.types import Config, Tensor
 from farhox.outer import L1L2, OuterVariable, value_of
 from farhox.stn.held import layers_of
 from farhox.tuner import tunables
@@ -26,7 +29,7 @@ class Penalties:
         found: List of `Tunable`.
     """
 
-    def __init__(self, model, choice):
+    def __init__(self, model: keras.Model, choice: Any) -> None:
         places, own = {}, {}
         for key, layer, regularizer in _regularizers(model):
             for name in ("l1", "l2"):
@@ -51,11 +54,11 @@ class Penalties:
             for key, _ in entries:
                 self._settings.setdefault(key, {})[strength] = (hyperparameter, 1.0)
 
-    def install(self, model):
+    def install(self, model: keras.Model) -> None:
         """Puts the hyperparameters in the place of the strengths, in a copy of the model."""
         self._replace(model, lambda strengths: _Penalty(**strengths))
 
-    def write(self, model, values):
+    def write(self, model: keras.Model, values: Any) -> None:
         """Puts plain strengths into a copy of the model: those that hyperparameters have in `values`, by their name."""
         self._replace(model, lambda strengths: keras.regularizers.L1L2(**{
             name: float(values[hyperparameter.name]) * ratio for name, (hyperparameter, ratio) in strengths.items()}))
@@ -76,10 +79,10 @@ class Penalties:
 class _Penalty(keras.regularizers.Regularizer):
     """Adds sum(l1 |x| + l2 x^2) with strengths (hyperparameter, ratio). Saved, it is Keras' with their numbers."""
 
-    def __init__(self, l1=None, l2=None):
+    def __init__(self, l1: Any = None, l2: Any = None) -> None:
         self._l1, self._l2 = l1, l2
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         x = tf.convert_to_tensor(x)
         total = tf.zeros([], x.dtype)
         for strength, measure in ((self._l1, tf.abs), (self._l2, tf.square)):
@@ -87,12 +90,12 @@ class _Penalty(keras.regularizers.Regularizer):
                 total += strength[1] * value_of(strength[0], dtype=x.dtype) * tf.reduce_sum(measure(x))
         return total
 
-    def get_config(self):
+    def get_config(self) -> Config:
         strengths = {"l1": self._l1, "l2": self._l2}
         return {name: 0.0 if entry is None else float(entry[0]) * entry[1] for name, entry in strengths.items()}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Any:
         return keras.regularizers.L1L2(**config)
 
 

@@ -1,5 +1,7 @@
 """The learning rate of a tuned run: the sweep that finds it, and the annealing that ends it."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any
@@ -7,6 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+
+from farhox._core.types import Tensor
+from farhox.outer.outer_variable import OuterVariable
 
 
 class Rate:
@@ -20,27 +25,27 @@ class Rate:
         schedule: The optimizer's own `LearningRateSchedule`, or None.
     """
 
-    def __init__(self, hyperparameter, schedule):
+    def __init__(self, hyperparameter: OuterVariable, schedule: Any) -> None:
         self._hyperparameter, self._schedule = hyperparameter, schedule
         # Whether it sweeps, first, slope; steps in all, share of them that is annealed.
         self._sweep = keras.Variable(np.zeros(3), trainable=False, dtype="float32")
         self._annealing = keras.Variable([1.0, 0.0], trainable=False, dtype="float32")
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor) -> Tensor:
         step = tf.cast(step, tf.float32)
         sweeps, first, slope = tf.unstack(tf.convert_to_tensor(self._sweep))
         return tf.where(sweeps > 0, tf.exp(first + slope * step), self._of_training(step))
 
-    def sweep(self, low, high, steps):
+    def sweep(self, low: float, high: float, steps: int) -> None:
         """Lets the rate rise from `low` to `high` over the steps."""
         self._sweep.assign([1.0, math.log(low), math.log(high / low) / max(1, steps - 1)])
 
-    def train(self, steps, annealed):
+    def train(self, steps: Any, annealed: bool) -> None:
         """Lets the rate be that of a training of so many steps, of which the share `annealed` ends in a cosine."""
         self._sweep.assign([0.0, 0.0, 0.0])
         self._annealing.assign([float(steps), float(annealed)])
 
-    def at(self, steps):
+    def at(self, steps: Any) -> np.ndarray:
         """The values at an array of steps in training, as float64."""
         return np.asarray(self._of_training(tf.constant(steps, tf.float32)), "float64")
 
@@ -65,14 +70,14 @@ class Sweep:
         least: The least smoothed loss.
     """
 
-    rates: Any
-    losses: Any
+    rates: np.ndarray
+    losses: np.ndarray
     stop: float
     stopped: bool
     least: float
 
 
-def read_sweep(rates, losses, tolerance=1.5, smoothing=0.8):
+def read_sweep(rates: np.ndarray, losses: np.ndarray, tolerance: float = 1.5, smoothing: float = 0.8) -> Sweep:
     """Where a sweep stops: at the first smoothed loss above `tolerance` times the smallest so far, or not a number.
 
     Args:

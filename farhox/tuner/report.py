@@ -4,20 +4,23 @@ import dataclasses
 import importlib.util
 import sys
 import textwrap
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from farhox._core.types import Logs
 from farhox.tuner import tunables
 
 _WIDTH = 80
 
 
-def write(text):
+def write(text: str) -> None:
     """Writes lines to the screen."""
     sys.stdout.write(text + "\n")
 
 
-def number(value):
+def number(value: Any) -> str:
     """A number in at most eight characters, the mean of an array, "off" for None."""
     if value is None:
         return "off"
@@ -27,7 +30,7 @@ def number(value):
     return text.replace("e-0", "e-").replace("e+0", "e")
 
 
-def switched_off(row, sweeps, online):
+def switched_off(row: Any, sweeps: Sequence[Any], online: bool) -> Any:
     """The row with what is switched off fixed."""
     if row.tuned and row.kind.route == tunables.SWEEP and not sweeps:
         return dataclasses.replace(row, tuned=False, reason="the sweep is off")
@@ -36,7 +39,7 @@ def switched_off(row, sweeps, online):
     return row
 
 
-def table(rows, sweeps):
+def table(rows: Any, sweeps: Sequence[Any]) -> Any:
     """The table of hyperparameters."""
     del sweeps
     lines = [("hyperparameter", "where", "value", "range", "route", "tuned or fixed")]
@@ -49,14 +52,14 @@ def table(rows, sweeps):
     return _columns(lines, (16, 12, 8, 13, 8, 18))
 
 
-def results(rows, before, after):
+def results(rows: Any, before: Any, after: Any) -> Any:
     """The values at the start and at the best epoch."""
     lines = [("hyperparameter", "where", "start", "best", "route")]
     lines += [(row.name, row.where, number(before[row.name]), number(after[row.name]), row.route) for row in rows]
     return _columns(lines, (24, 24, 10, 10, 8))
 
 
-def epoch_line(epoch, epochs, logs, seconds):
+def epoch_line(epoch: int, epochs: int, logs: Logs, seconds: float) -> str:
     """One line on an epoch."""
     parts = [f"epoch {epoch + 1}/{epochs} {seconds:.0f} s"]
     parts += [f"{name} {number(value)}" for name, value in logs.items()]
@@ -68,12 +71,12 @@ def epoch_line(epoch, epochs, logs, seconds):
     return line
 
 
-def wrapped(lines):
+def wrapped(lines: list[str]) -> list[str]:
     """Lines broken at 80 columns."""
     return [part for line in lines for part in textwrap.wrap(line, _WIDTH, subsequent_indent="  ")]
 
 
-def plot(history, rows, objective, path):
+def plot(history: Any, rows: Any, objective: Any, path: Any) -> None:
     """Writes the picture of a run."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("plot needs the package matplotlib, which is not installed: pip install matplotlib")

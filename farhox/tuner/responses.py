@@ -1,6 +1,9 @@
 """Dropout, noise and augmentation in a tuned training: what there is, and a model with layers that respond to it."""
 
 import re
+from typing import Any
+
+import keras
 
 from farhox import stn
 from farhox.outer import OuterVariable
@@ -27,7 +30,7 @@ class Responses:
         [MacKay et al., 2019](https://arxiv.org/abs/1903.03088).
     """
 
-    def __init__(self, model, choice):
+    def __init__(self, model: keras.Model, choice: Any) -> None:
         self._layers, self._strengths, self.found = layers_of(model), {}, []
         rows = {}
         for layer, arguments in stn.strengths_of(model, shared=choice.granularity == "global").items():
@@ -46,11 +49,11 @@ class Responses:
                         own.setdefault(id(value), (value, []))[1].append(Place(layer.name, None))
         self.found += [choice.own(value, tunables.RESPONSE, places) for value, places in own.values()]
 
-    def tuned(self):
+    def tuned(self) -> list[OuterVariable]:
         """The hyperparameters that are tuned."""
         return [row.hyperparameter for row in self.found if row.tuned]
 
-    def converted(self, model):
+    def converted(self, model: keras.Model) -> Any:
         """A self-tuning model made of a copy of the original, and the draws of strengths that it is trained on.
 
         Raises:

@@ -1,12 +1,16 @@
 """One tuned training: rounds of inner steps, each with one update of the hyperparameters; states to go back to."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core.types import Batch, InnerBatches
 from farhox.dynamics import KerasDynamics
 from farhox.hypergradients import ReverseHG
 from farhox.problem import BilevelProblem
@@ -48,7 +52,8 @@ class Training:
         outer_rate: Float, the step of the outer optimizer in log space at the start.
     """
 
-    def __init__(self, network, optimizer, rows, truncation, outer_rate):
+    def __init__(self, network: keras.Model, optimizer: keras.optimizers.Optimizer, rows: Any, truncation: int | None,
+                 outer_rate: float) -> None:
         self.network = network
         self._rows = {row.name: row for row in rows}
         settings = {name: row.hyperparameter for name, row in self._rows.items()
@@ -87,7 +92,7 @@ class Training:
         self._kept = list({id(variable): variable for variable in self._kept}.values())
         self.steps = 0
 
-    def run(self, inner_batches, outer_batch, steps):
+    def run(self, inner_batches: InnerBatches, outer_batch: Batch, steps: int) -> Round:
         """One round: inner steps, a hypergradient, an update. Returns a `Round`."""
         result = self._engine.step(inner_batches, outer_batch)
         self.steps += steps
@@ -95,14 +100,14 @@ class Training:
         finite = bool(result.diagnostics["finite"]) and bool(np.all(np.isfinite(losses)))
         return Round(float(np.mean(losses)), float(losses[0]), outer_loss, finite)
 
-    def forward(self, inner_batches):
+    def forward(self, inner_batches: InnerBatches) -> Any:
         """Inner steps alone: the training loss before each, an array; not numbers where they diverged."""
         try:
             return self._engine.train_inner(inner_batches).numpy()
         except DivergedError as error:
             return error.losses
 
-    def anneal_outer_rate(self, progress):
+    def anneal_outer_rate(self, progress: float) -> None:
         """Lets the steps of the outer optimizer fall to .3 of their start over the first 40 % of training.
 
         Layers learn how they respond before strengths follow it: these wait for the first tenth.
@@ -112,17 +117,17 @@ class Training:
             self.outer_optimizer.learning_rate.assign(rate)
             self._response.learning_rate.assign(0.0 if progress < _WARM_UP else rate / _RESPONSE_SLOWER)
 
-    def state(self):
+    def state(self) -> Any:
         """All that training changes, as a list of tensors to go back to."""
         return [tf.identity(variable) for variable in self._kept], self.steps
 
-    def go_back(self, state):
+    def go_back(self, state: Any) -> None:
         """Goes back to what `state` returned."""
         values, self.steps = state
         for variable, value in zip(self._kept, values):
             variable.assign(value)
 
-    def restart(self, state):
+    def restart(self, state: Any) -> None:
         """Goes back to the initial weights with fresh slots; hyperparameters stay as they are."""
         values = [row.hyperparameter.variable.numpy() for row in self._rows.values() if row.hyperparameter is not None]
         self.go_back(state)
@@ -131,7 +136,7 @@ class Training:
             row.hyperparameter.variable.assign(value)
         self.steps = 0
 
-    def set_momentum(self, momentum=_SWEEP_MOMENTUM):
+    def set_momentum(self, momentum: Any = _SWEEP_MOMENTUM) -> list[float]:
         """Sets momentum or beta_1, for the sweep or back to their values. Returns the values before."""
         before = [float(entry.numpy()) for entry in self._momenta]
         after = momentum if isinstance(momentum, list) else [momentum] * len(before)
@@ -140,7 +145,7 @@ class Training:
             entry.assign(min(max(value, low + 1e-3 * (high - low)), high - 1e-3 * (high - low)))
         return before
 
-    def momentum(self):
+    def momentum(self) -> float:
         """The momentum that multiplies the effect of the rate, 0 without one: that of Adam's beta_1 does not."""
         row = self._rows.get("momentum")
         return 0.0 if row is None or row.hyperparameter is None else float(row.hyperparameter.numpy())
@@ -162,14 +167,14 @@ class Guard:
 
     factor, margin = 1.3, 0.1
 
-    def __init__(self, initial, reached=None, rounds=5, window=5):
+    def __init__(self, initial: Any, reached: float | None = None, rounds: int = 5, window: int = 5) -> None:
         self._losses, self._least, self._window = [], None, window
         self._initial, self._reached = initial, reached
         self._rounds, self._waited = max(1, rounds), 0
         self.good = initial
         self.fired = 0
 
-    def watch(self, done, state):
+    def watch(self, done: int, state: Any) -> bool:
         """Takes in one `Round`. Returns whether it is bad; `state` is called for what to keep where it is the best."""
         if self._least is None:
             self._least = done.first_loss if math.isfinite(done.first_loss) else math.inf

@@ -1,7 +1,10 @@
 """What of a compiled Keras model can be tuned: the settings, where they are, their ranges, and how each is reached."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -10,6 +13,7 @@ import numpy as np
 from farhox._core import checks
 from farhox.dynamics.keras_optimizers import learnable_settings
 from farhox.outer import Box, Hyperparameter
+from farhox.outer.outer_variable import OuterVariable
 
 SWEEP, PATH, RESPONSE = "sweep", "path", "response"
 
@@ -86,25 +90,25 @@ class Tunable:
 
     name: str
     kind: Kind
-    places: list
+    places: list[Place]
     hyperparameter: Any
-    ratios: list
+    ratios: list[float]
     low: float
     high: float
     tuned: bool
     reason: str
 
     @property
-    def route(self):
+    def route(self) -> str:
         """How the hyperparameter is reached."""
         return self.kind.route if self.tuned else "-"
 
     @property
-    def where(self):
+    def where(self) -> str:
         """The places, as a person reads them."""
         return ", ".join(place.where for place in self.places)
 
-    def value(self):
+    def value(self) -> Any:
         """The current value in natural units: a float, an array, or None if the setting is off."""
         if self.hyperparameter is None:
             return None
@@ -128,7 +132,7 @@ class Choice:
         TypeError: If an argument has the wrong type.
     """
 
-    def __init__(self, tune, fix, ranges, start, granularity):
+    def __init__(self, tune: Any, fix: Any, ranges: Any, start: Any, granularity: str) -> None:
         for name, value in (("tune", tune), ("fix", fix)):
             if value is not None and (not isinstance(value, (list, tuple)) or not all(
                     isinstance(entry, str) for entry in value)):
@@ -146,7 +150,7 @@ class Choice:
         self.granularity = granularity
         self._used = set()
 
-    def groups(self, kind, places):
+    def groups(self, kind: Kind, places: list[Place]) -> list[tuple[str, list[Place]]]:
         """(name, places) of each hyperparameter of a kind: one, or one per place."""
         if self.granularity == "global" or len(places) == 1 and kind.route == SWEEP:
             return [(kind.name, places)]
@@ -157,7 +161,8 @@ class Choice:
             groups.append((name if names[name] == 1 else f"{name}_{names[name]}", [place]))
         return groups
 
-    def tunable(self, name, kind, places, hyperparameter=None):
+    def tunable(self, name: str, kind: Kind, places: list[Place],
+                hyperparameter: OuterVariable | None = None) -> Tunable:
         """The `Tunable` of this choice.
 
         Raises:
@@ -189,7 +194,7 @@ class Choice:
         return Tunable(name, kind, places, hyperparameter, ratios, low, high, kind.tuned,
                        kind.reason if not kind.tuned else "")
 
-    def own(self, hyperparameter, route, places):
+    def own(self, hyperparameter: OuterVariable, route: str, places: list[Place]) -> Tunable:
         """The `Tunable` of a `Hyperparameter` of the user's own, as it is."""
         low = -math.inf if hyperparameter.low is None else hyperparameter.low
         high = math.inf if hyperparameter.high is None else hyperparameter.high
@@ -198,7 +203,7 @@ class Choice:
             hyperparameter.assign(self.start[hyperparameter.name])
         return self.tunable(hyperparameter.name, kind, places, hyperparameter)
 
-    def strength(self, hyperparameter, kind_name, places):
+    def strength(self, hyperparameter: OuterVariable, kind_name: str, places: list[Place]) -> Tunable:
         """The `Tunable` of the strength of layers that perturb, with its start and its range set."""
         kind = Kind(kind_name, hyperparameter.low, math.inf if hyperparameter.high is None else hyperparameter.high,
                     False, RESPONSE)
@@ -219,7 +224,7 @@ class Choice:
             hyperparameter.variable.constraint = Box(*ends)
         return self.tunable(hyperparameter.name, kind, places, hyperparameter)
 
-    def check_used(self, tunables):
+    def check_used(self, tunables: Sequence[Any]) -> None:
         """Raises a ValueError if a name is none of the model's. A trial may have others, of architectures."""
         given = {*(self.tune or []), *self.fix, *self.ranges, *(() if self._of_trial else self.start)}
         unknown = sorted(given - self._used)
@@ -257,7 +262,7 @@ class Choice:
         return Hyperparameter(np.clip(start, low + room, high - room), low=low, high=high, name=name)
 
 
-def optimizer_tunables(optimizer, choice):
+def optimizer_tunables(optimizer: keras.optimizers.Optimizer, choice: Any) -> list[Tunable]:
     """The rate and the other settings of a Keras optimizer.
 
     Raises:

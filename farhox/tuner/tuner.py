@@ -1,12 +1,16 @@
 """Tuner: from a compiled Keras model and its data to a tuned one, in one training."""
 
 import math
+import os
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from farhox._core import checks
+from farhox._core.types import Array, Arrays, Callbacks, Data
 from farhox.tuner import report
 from farhox.tuner.data import rounds_of
 from farhox.tuner.network import Network, Objective, check_model
@@ -73,8 +77,10 @@ class Tuner:
         [Loshchilov and Hutter, 2016](https://arxiv.org/abs/1608.03983) (cosine).
     """
 
-    def __init__(self, model, objective="val_loss", tune=None, fix=None, ranges=None, start=None, granularity="global",
-                 sweep=True, online=True, annealing=0.3, guard=True, truncation=1, outer_rate=0.3, seed=0):
+    def __init__(self, model: keras.Model, objective: Any = "val_loss", tune: Sequence[str] | None = None,
+                 fix: Sequence[str] | None = None, ranges: Mapping[str, Any] | None = None, start: Any = None,
+                 granularity: str = "global", sweep: bool = True, online: bool = True, annealing: float | None = 0.3,
+                 guard: bool = True, truncation: int | None = 1, outer_rate: float = 0.3, seed: int = 0) -> None:
         check_model(model)
         self._model = model
         choice = Choice(tune, fix, ranges, start, granularity)
@@ -93,12 +99,13 @@ class Tuner:
         self._values_before = self.get_hyperparameters()
         self.notes = [self._objective.note]
 
-    def summary(self):
+    def summary(self) -> None:
         """Prints the table of hyperparameters: where, value, range, route, tuned or fixed and why."""
         report.write(report.table(self._rows, self._sweeps))
 
-    def fit(self, x, y=None, batch_size=None, epochs=1, validation_data=None, callbacks=None, verbose="auto",
-            sample_weight=None, steps_per_epoch=None):
+    def fit(self, x: Data, y: Array = None, batch_size: int | None = None, epochs: int = 1,
+            validation_data: Data = None, callbacks: Callbacks | None = None, verbose: Any = "auto",
+            sample_weight: Array = None, steps_per_epoch: int | None = None) -> Any:
         """Trains and tunes.
 
         Args:
@@ -146,7 +153,7 @@ class Tuner:
             self._note(f"online: {moved}{more}")
         return history
 
-    def results_summary(self):
+    def results_summary(self) -> None:
         """Prints the best epoch, the hyperparameters there beside those of the start, and what each part did."""
         self._check_fitted()
         best = self._best
@@ -155,7 +162,7 @@ class Tuner:
             f"Best epoch: {best['epoch'] + 1}, {self._objective.name} {value:.4g}", "",
             report.results(self._rows, self._values_before, best["values"]), "", *report.wrapped(self.notes)]))
 
-    def plot(self, path):
+    def plot(self, path: str | os.PathLike) -> None:
         """Writes a picture of the values of the tuned hyperparameters and the validation loss over the epochs.
 
         Args:
@@ -167,19 +174,19 @@ class Tuner:
         self._check_fitted()
         report.plot(self._history, [row for row in self._rows if row.tuned], self._objective.name, path)
 
-    def get_model(self):
+    def get_model(self) -> keras.Model:
         """A plain Keras model with the weights and hyperparameters of the best epoch, compiled; it needs no farhox."""
         self._check_fitted()
         values = self._best["values"]
         return self._network.plain_model(self._best["weights"], values, self._plain_optimizer(values))
 
-    def get_hyperparameters(self):
+    def get_hyperparameters(self) -> dict[str, Any]:
         """Dictionary from names to values: those of the best epoch, or before `fit` those of the start."""
         if self._best is not None:
             return dict(self._best["values"])
         return {row.name: row.value() for row in self._rows}
 
-    def get_schedule(self):
+    def get_schedule(self) -> Arrays:
         """Dictionary from names to arrays [steps]: what each step was taken with, the annealed rate among them.
 
         With a guard that went back, what was taken back is not there: the steps are those that led to the result.
