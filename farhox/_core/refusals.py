@@ -58,8 +58,8 @@ def check_operations(graph: tf.Graph, outputs: Tensors, outer: Any = False) -> N
 def _check(operation, needed, name, outer):
     if operation.type in _ASSIGNMENTS:
         raise ValueError(
-            "An objective may assign Keras variables that are state variables, and nothing else: inner training runs it "
-            f"more than once. The operation {operation.type} at {name!r} assigns a tf.Variable. Make it a "
+            "An objective may assign Keras variables that are state variables, and nothing else: inner training runs "
+            f"it more than once. The operation {operation.type} at {name!r} assigns a tf.Variable. Make it a "
             "keras.Variable, and name it in state_variables.")
     if not needed or outer:
         return

@@ -1,7 +1,7 @@
 """The words of annotations: what functions of this package take and return.
 
-Nests are what `tf.nest` takes: tuples, lists, dictionaries and named tuples of tensors, or one tensor. No type says what
-is in them; docstrings do, with shapes.
+Nests are what `tf.nest` takes: tuples, lists, dictionaries and named tuples of tensors, or one tensor. No type says
+what is in them; docstrings do, with shapes.
 """
 
 from collections.abc import Callable

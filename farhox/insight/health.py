@@ -207,8 +207,8 @@ def _gradient_health(variable, gradient, finite_run, truncation):
     elif norm == 0:
         remark = (
             "zero: with truncation=0 only the explicit dependence of the outer objective counts" if truncation == 0 else
-            "zero: the value has an effect, but its derivative vanishes here (an outer objective that is flat, as signs "
-            "and counts are, a saturated bound, a dead unit, or examples that were in no batch)")
+            "zero: the value has an effect, but its derivative vanishes here (an outer objective that is flat, as "
+            "signs and counts are, a saturated bound, a dead unit, or examples that were in no batch)")
     elif 0 < np.count_nonzero(gradient) < gradient.size:
         remark = f"{gradient.size - np.count_nonzero(gradient)} of {gradient.size} entries are zero"
     return GradientHealth(variable.path, norm, remark)

@@ -52,8 +52,8 @@ class OuterVariable(abc.ABC):
         name, low, high: As given.
         log: Bool, whether the value is an exponential of the variable: a step multiplies it, and 0 has lost it.
         discrete: Bool, whether `value` is floored and has no derivative.
-        changes_with_step: Bool, whether `value` is a schedule, another one at each inner step. Keras optimizers that ask
-            whether their learning rate is one (Adafactor) are told so.
+        changes_with_step: Bool, whether `value` is a schedule, another one at each inner step. Keras optimizers that
+            ask whether their learning rate is one (Adafactor) are told so.
 
     Raises:
         ValueError: If the dtype is not floating-point, or cannot hold the value or a bound.

@@ -70,8 +70,8 @@ class TrainingDraws:
 
         Args:
             x: Inputs of the model, a nest of tensors [batch, ...].
-            function: Callable from predictions to the objective. It may read the hyperparameters, one value per example,
-                and `model.losses`.
+            function: Callable from predictions to the objective. It may read the hyperparameters, one value per
+                example, and `model.losses`.
         """
         draws = self._draws
         noise = draws.noise(tf.shape(tf.nest.flatten(x)[0])[0])

@@ -76,8 +76,8 @@ class Watch:
             lambda: tf.cast(tf.stack([first_not_finite(inner_batches), first_not_finite(outer_batch)]), tf.int32)))
 
     def places_not_finite(self) -> np.ndarray:
-        """Where the inner batches and the outer batch of the last hyper-iteration skipped were not finite themselves: an
-        array [2, 3] of array number (0 where all was finite), entry and example."""
+        """Where the inner batches and the outer batch of the last hyper-iteration skipped were not finite themselves:
+        an array [2, 3] of array number (0 where all was finite), entry and example."""
         return self._not_finite_data.numpy()
 
     def start_counting(self) -> None:
