@@ -191,5 +191,59 @@ def test_supervised_problem_takes_a_tolerance():
 
 @pytest.mark.parametrize("tolerance", [0.0, -1.0, float("inf"), True, "small"])
 def test_tolerance_must_be_a_positive_number(tolerance):
-    with pytest.raises(ValueError, match="stop_tolerance must be a positive number or None"):
+    with pytest.raises(ValueError, match="stop_tolerance must be a positive number, a callable"):
         scalar_quadratic(stop_tolerance=tolerance)
+
+
+def on_the_border(dynamics, constraint=None, stop_tolerance=1e-6):
+    """A minimum with an inner gradient of -0.5 in the first entry: by a bound, or an L1 penalty of 0.5."""
+    w, theta = (keras.Variable(value, dtype="float64", name=name)
+                for value, name in (([1.0, 1.0], "w"), (0.5, "theta")))
+    w.constraint = constraint
+    return farhox.BilevelProblem(
+        lambda batch: 0.5 * (w[0] + 0.5) ** 2 + 0.5 * (w[1] - 2.0 * theta) ** 2 + 0.0 * batch,
+        lambda batch: keras.ops.sum(w), [w], [theta], dynamics, stop_tolerance=stop_tolerance)
+
+
+@pytest.mark.parametrize("dynamics, constraint, end", [
+    (farhox.dynamics.ProximalGradient(0.5, farhox.dynamics.L1(0.5)), None, [0.0, 0.5]),
+    (farhox.dynamics.ProximalGradient(0.5, farhox.constraints.Box(low=0.0)), None, [0.0, 1.0]),
+    (farhox.GradientDescent(0.5), keras.constraints.NonNeg(), [0.0, 1.0]),
+    (farhox.Momentum(0.3, 0.3), farhox.constraints.Box(low=0.0), [0.0, 1.0]),
+    (farhox.KerasDynamics(keras.optimizers.SGD(0.5)), keras.constraints.NonNeg(), [0.0, 1.0])],
+    ids=["penalty", "projection", "constraint", "momentum", "keras"])
+def test_training_stops_at_a_minimum_where_the_gradient_is_not_zero(dynamics, constraint, end):
+    problem = on_the_border(dynamics, constraint)
+    result = farhox.ReverseHG().compute(problem, farhox.repeat(np.zeros([]), 200), np.zeros([]))
+    assert 1 < int(result.diagnostics["inner_steps"]) < 60 and result.diagnostics["inner_gradient_norm"] < 1e-6
+    np.testing.assert_allclose(result.state.variables[0], end, atol=1e-5)
+
+
+def test_a_tolerance_on_a_gradient_that_a_decoupled_decay_holds_up_is_refused():
+    decayed = farhox.KerasDynamics(keras.optimizers.SGD(0.5, weight_decay=0.1))
+    with pytest.raises(ValueError, match="KerasDynamics does not here, because of a weight decay"):
+        on_the_border(decayed)
+    on_the_border(decayed, stop_tolerance=None)
+
+
+def test_a_tolerance_may_follow_the_hyper_iterations():
+    tolerance = [3.5, 2.6, 2.1]
+    counts = [3, 4, 5]
+
+    def schedule(iteration):
+        return tf.gather(tf.constant(tolerance), iteration)
+
+    case = scalar_quadratic(outer=("target",), stop_tolerance=schedule)
+    assert int(case.problem.hyper_iteration.numpy()) == 0
+    optimizer = farhox.HyperOptimizer(case.problem)
+    optimizer.compile(keras.optimizers.SGD(0.0))
+    for count in counts:
+        result = optimizer.step(case.inner_batches, case.outer_batch)
+        assert int(result.diagnostics["inner_steps"]) == count
+    parts = farhox.hypergradients.ObjectivesHG(
+        farhox.ReverseHG(), [(case.problem.outer_objective, case.problem.outer_variables)])
+    assert int(parts.compute(*case[:3]).diagnostics["inner_steps"]) == 5
+    # The count is that of the optimizer: a training that goes on from saved weights goes on with it.
+    optimizer.optimizer.iterations.assign(1)
+    losses = optimizer.train_inner(case.inner_batches).numpy()
+    assert len(np.unique(losses)) == 4

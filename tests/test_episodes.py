@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import farhox
 from farhox.data import k_fold_dataset
-from farhox.hypergradients import EpisodesHG
+from farhox.hypergradients import EpisodesHG, ReptileHG
 
 EPISODES, STEPS = 3, 4
 
@@ -159,6 +159,9 @@ def test_folds_refuse_bad_input(arguments, message):
 def test_episodes_refuse_bad_input():
     with pytest.raises(TypeError, match="method for one episode"):
         EpisodesHG("reverse")
+    for method in (EpisodesHG(farhox.ReverseHG()), ReptileHG()):
+        with pytest.raises(TypeError, match=f"{type(method).__name__} averages over episodes itself: use it as it is"):
+            EpisodesHG(method)
     with pytest.raises(TypeError, match="aggregation must be a callable"):
         EpisodesHG(farhox.ReverseHG(), aggregation="mean")
     with pytest.raises(ValueError, match="Episodes start anew"):

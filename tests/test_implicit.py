@@ -275,6 +275,18 @@ def test_decoupled_weight_decay_is_refused_in_the_objective_with_advice():
         farhox.ImplicitHG().compute(*case)
 
 
+@pytest.mark.parametrize("dynamics", [
+    lambda rate: farhox.dynamics.ProximalGradient(rate, farhox.dynamics.L1(0.1)),
+    lambda rate: farhox.KerasDynamics(keras.optimizers.SGD(weight_decay=0.1), learning_rate=rate),
+    lambda rate: farhox.KerasDynamics(keras.optimizers.AdamW(weight_decay=0.1), learning_rate=rate)],
+    ids=["proximal", "decay", "AdamW"])
+def test_a_rate_that_scales_penalty_and_gradient_alike_is_not_seen(dynamics):
+    """It moves the variables where the inner gradient is zero, but no fixed point: its hypergradient would be zero."""
+    *case, _ = decayed_regression(0.1, dynamics)  # The outer variable is the rate here.
+    with pytest.raises(ValueError, match="(?s)depends on 'decay'.*as a learning rate.*use ReverseHG"):
+        farhox.ImplicitHG(FixedPoint()).compute(*case)
+
+
 def constrained_mean():
     """w* = max(theta, 0) at theta = -1: w stays at the border whatever theta does."""
     w, theta = variable([0.0], name="w"), variable([-1.0], name="theta")

@@ -196,6 +196,18 @@ def test_a_learned_l1_strength_under_other_dynamics_warns():
             dynamics.bound_to([w])
 
 
+def test_a_learned_l1_strength_that_an_objective_calls_by_itself_warns():
+    strength, w = farhox.Hyperparameter(0.1, low=0.0, name="alpha"), variable(np.ones(2), name="w")
+    penalty = farhox.L1L2(l1=strength)
+
+    def objective(batch):
+        return keras.ops.sum((w - batch) ** 2) + penalty(w)
+
+    problem = farhox.BilevelProblem(objective, objective, [w], [strength], farhox.GradientDescent(0.1))
+    with pytest.warns(UserWarning, match="l1 strength 'alpha'.*subgradient.*penalty=farhox.dynamics.L1"):
+        problem.inner_loss(*problem.initial_state()[:2], problem.outer_values(), tf.zeros([2], "float64"))
+
+
 def with_regularizer(regularizer, constraint=None):
     w = variable(np.ones(2), name="w")
     w.regularizer, w.constraint = regularizer, constraint

@@ -90,6 +90,11 @@ def call(function: Callable[..., Any], *arguments: Any, bindings: Any, draws: An
     return FunctionalResult(value, values, scope.assigned, read, scope.met)
 
 
+def is_running() -> bool:
+    """Whether a closure is called by `call`."""
+    return isinstance(get_stateless_scope(), _Scope)
+
+
 def is_taken_over(value: Any) -> bool:
     """Whether a Keras variable, or the tensor that it is bound to, is one of the `taken_over` of a call around."""
     scope = get_stateless_scope()

@@ -115,7 +115,7 @@ def _batches(name, data, size_name, batch_size, seed):
                              f"{batch_size} with batches, whose specification is {data.element_spec}")
         data = data.batch(batch_size)
         count = None if count is None else count // batch_size
-    elif not _is_batched(data.element_spec):
+    elif not is_batched(data.element_spec):
         if data.cardinality() == tf.data.INFINITE_CARDINALITY:
             raise ValueError(f"{name} must be finite for full batches. Received a tf.data.Dataset of single examples "
                              f"that repeats without end: give {size_name}, or batch(n)")
@@ -169,7 +169,7 @@ def _check_dense(name, spec):
             raise TypeError(f"The parts of {name} must be dense tensors. Received: {part}")
 
 
-def _is_batched(spec):
+def is_batched(spec):
     """Whether elements are batches: all parts have a leading axis, and one length as far as lengths are known."""
     shapes = [part.shape for part in tf.nest.flatten(spec)]
     if any(shape.rank == 0 for shape in shapes):

@@ -30,6 +30,7 @@ class InnerDynamics(abc.ABC):
             other dynamics the problem does, after each step.
         zero_gradient_is_stationary: Bool, whether the inner variables rest where the inner gradient is zero, which is
             what implicit differentiation of the inner objective takes for granted.
+        rests_at_minimum: Bool, whether `residuals` are zero where the inner variables come to rest.
         taken_over: Tuple of the inner variables, as `keras.Variable`s, of which `update` applies the penalty without a
             gradient that their Keras regularizer holds: in the inner objective it has a value and no gradient.
     """
@@ -39,6 +40,10 @@ class InnerDynamics(abc.ABC):
     applies_constraints = False
     zero_gradient_is_stationary = True
     taken_over = ()
+
+    @property
+    def rests_at_minimum(self) -> bool:
+        return self.zero_gradient_is_stationary
 
     @abc.abstractmethod
     def initial_slots(self, variables: Tensors) -> Nest:
@@ -64,6 +69,31 @@ class InnerDynamics(abc.ABC):
         Returns:
             New variables, new slots.
         """
+
+    def residuals(self, gradients: Tensors, variables: Tensors, new_variables: Tensors, step: Tensor) -> Tensors:
+        """What is zero where the inner variables are at a minimum: the inner gradient.
+
+        Args:
+            gradients, variables, step: As for `update`.
+            new_variables: List of tensors, what `update` made of them.
+
+        Returns:
+            List of tensors.
+        """
+        del variables, new_variables, step
+        return gradients
+
+    def at_learning_rate(self, learning_rate: float) -> "InnerDynamics":
+        """The same dynamics with another learning rate, where one scales the whole step and moves no fixed point.
+
+        Args:
+            learning_rate: Float.
+
+        Returns:
+            An `InnerDynamics`; itself where there is no such setting.
+        """
+        del learning_rate
+        return self
 
     def finished(self, variables: Tensors, slots: Nest) -> Tensors:
         """The inner variables as training leaves them when it ends: what a Keras optimizer does at the end of `fit`.

@@ -148,6 +148,15 @@ class KerasDynamics(InnerDynamics):
             new_slots.append(own_slots)
         return new_variables, new_slots
 
+    def at_learning_rate(self, learning_rate: float) -> "KerasDynamics":
+        # A rule of the user's own may use the rate for a part of the step.
+        other = copy.copy(self)
+        object.__setattr__(other, "_parts", [
+            dataclasses.replace(part, settings={**part.settings, "learning_rate": learning_rate})
+            if type(part.optimizer).update_step.__module__.startswith("keras.") else part
+            for part in self._bound_parts()])
+        return other
+
     def finished(self, variables: Tensors, slots: Nest) -> Tensors:
         finished = list(variables)
         for part, own_slots in zip(self._bound_parts(), slots):

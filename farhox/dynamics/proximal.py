@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from farhox._core.types import Nest, Tensor, Tensors, Variables
 from farhox.dynamics.base import InnerDynamics
@@ -110,6 +111,20 @@ class ProximalGradient(InnerDynamics):
                                  f"Received a learning rate of shape {tuple(rate.shape)}")
             new.append(moved if penalty is None else penalty.proximal(moved, rate, step))
         return new, slots
+
+    @property
+    def rests_at_minimum(self) -> bool:
+        return True
+
+    def residuals(self, gradients: Tensors, variables: Tensors, new_variables: Tensors, step: Tensor) -> Tensors:
+        rates = setting_per_variable(self.learning_rate, variables, step)
+        return [tf.math.divide_no_nan(w - new, rate * tf.ones_like(w))
+                for w, new, rate in zip(variables, new_variables, rates)]
+
+    def at_learning_rate(self, learning_rate: float) -> "ProximalGradient":
+        other = copy.copy(self)
+        object.__setattr__(other, "learning_rate", learning_rate)
+        return other
 
     def _given(self, variables):
         """The penalties as given, one or None for each variable."""

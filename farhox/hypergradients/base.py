@@ -104,6 +104,8 @@ class HyperGradient(abc.ABC):
 
     # Whether the carry is of use when the inner state starts anew.
     carry_outlives_state = False
+    # Whether batches have a leading axis of episodes, over which the method averages by itself.
+    averages_episodes = False
 
     def initial_carry(self, problem: BilevelProblem) -> Carry:
         """The memory before the first computation, of the structure of `result.carry`: a nest of tensors."""

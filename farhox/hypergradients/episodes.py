@@ -45,8 +45,14 @@ class EpisodesHG(HyperGradient):
     hypergradient: HyperGradient
     aggregation: Any = None
 
+    averages_episodes = True
+
     def __post_init__(self):
-        if not isinstance(self.hypergradient, HyperGradient) or isinstance(self.hypergradient, EpisodesHG):
+        if isinstance(self.hypergradient, HyperGradient) and self.hypergradient.averages_episodes:
+            raise TypeError("hypergradient must be a method for one episode, for example farhox.ReverseHG(). "
+                            f"{type(self.hypergradient).__name__} averages over episodes itself: use it as it is. "
+                            f"Received: {self.hypergradient!r}")
+        if not isinstance(self.hypergradient, HyperGradient):
             raise TypeError("hypergradient must be a method for one episode, for example farhox.ReverseHG(). "
                             f"Received: {self.hypergradient!r}")
         if self.aggregation is not None and not callable(self.aggregation):

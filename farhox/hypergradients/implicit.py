@@ -239,9 +239,11 @@ def _dynamics_system(training, run, damping):
 def _moves_the_fixed_point(problem, count):
     """Which outer values move the inner variables where the inner gradient is zero: a list of `count` bools.
 
-    A learning rate or a momentum acts on the step through the gradient alone. At a stationary point it changes nothing,
-    and its hypergradient would be a zero that says nothing of its effect on the path.
+    A learning rate or a momentum acts on the step through the gradient alone, or scales gradient, decay and threshold
+    alike. At a stationary point it changes nothing, and its hypergradient would be a zero that says nothing of its
+    effect on the path.
     """
+    dynamics = problem.dynamics.at_learning_rate(0.1)
     if problem.dynamics.needs_objective:
         return [False] * count  # A line search does not move where the gradient is zero.
     # Values, also while a graph is traced; they depend on no batch. Tapes do not record there.
@@ -255,7 +257,7 @@ def _moves_the_fixed_point(problem, count):
         zeros = [tf.zeros_like(leaf) for leaf in state.variables]
 
         def updated(values):
-            return tree.ravel(problem.updated(zeros, state, values, None)[0])
+            return tree.ravel(problem.updated(zeros, state, values, None, dynamics=dynamics)[0])
 
         here = updated(outer)
         moves = [bool(tf.reduce_any(tf.not_equal(here, updated([*outer[:i], value + 0.125, *outer[i + 1:]]))))

@@ -51,6 +51,10 @@ class ObjectivesHG(HyperGradient):
     def carry_outlives_state(self) -> bool:
         return self.hypergradient.carry_outlives_state
 
+    @property
+    def averages_episodes(self) -> bool:
+        return self.hypergradient.averages_episodes
+
     def _compute(self, problem, inner_batches, outer_batch, state, carry):
         parts = self._parts(problem)
         carries = list(carry) if carry else [None] * len(parts)

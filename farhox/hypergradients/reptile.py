@@ -45,6 +45,7 @@ class ReptileHG(HyperGradient):
     step_weights: Sequence[float] | None = None
 
     carry_outlives_state = True
+    averages_episodes = True
 
     def __post_init__(self):
         if self.step_weights is not None and (not isinstance(self.step_weights, tuple) or not all(

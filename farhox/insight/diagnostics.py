@@ -103,8 +103,11 @@ def compare_hypergradients(problem: BilevelProblem, inner_batches: InnerBatches,
 
     Raises:
         ValueError: If there is no method or `repeats` is not positive.
-        TypeError: If a method is not a `HyperGradient`.
+        TypeError: If `methods` is no list or dictionary, or a method not a `HyperGradient`.
     """
+    if not isinstance(methods, (list, tuple, dict)):
+        raise TypeError("methods must be a list or a dictionary of farhox' hypergradients, for example "
+                        f"[farhox.ReverseHG(), farhox.ImplicitHG()]. Received: {methods!r}")
     if not isinstance(methods, dict):
         methods = {_method_name(method): method for method in methods}
     if not methods:

@@ -339,6 +339,8 @@ def _staircase(axes, values, **style):
 
 
 def _checked_axis(name, pair, problem):
+    if not isinstance(problem, BilevelProblem):
+        raise TypeError(f"problem must be a farhox.BilevelProblem. Received: {problem!r}")
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], OuterVariable) or (
             pair[0].variable.shape != ()):
         raise TypeError(f"{name} must be a pair (scalar farhox.Hyperparameter, values). Received: {pair!r}")

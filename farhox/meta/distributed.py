@@ -7,6 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from farhox._core import checks
 from farhox.meta.episodes import EpisodeSource
 from farhox.meta.learner import Learner
 from farhox.training.resume import assign_variables, variables_with_names
@@ -46,15 +47,23 @@ def fit_distributed(learner: Learner, episodes: EpisodeSource, meta_batch_size: 
         List of floats, the outer loss of each meta-step, those before an interruption included.
 
     Raises:
-        TypeError: If `learner` is not a `Learner` or `episodes` not an `EpisodeSource`.
-        ValueError: If the learner was not compiled, `meta_batch_size` cannot be shared out evenly, or a saved state is
-            of another learner, or all of them are damaged.
+        TypeError: If `learner` is not a `Learner`, `episodes` not an `EpisodeSource`, `folder` no path or `report` not
+            callable.
+        ValueError: If a number is out of range, the learner was not compiled, `meta_batch_size` cannot be shared out
+            evenly, or a saved state is of another learner, or all of them are damaged.
         OSError: If a state cannot be saved.
         RuntimeError: If too many hypergradients in a row were not finite.
     """
     if not isinstance(learner, Learner) or not isinstance(episodes, EpisodeSource):
         raise TypeError("fit_distributed takes a farhox.meta.Learner and a farhox.meta.EpisodeSource. "
                         f"Received: {type(learner).__name__} and {type(episodes).__name__}")
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+        raise TypeError(f"folder must be the path of a folder that all processes see. Received: {folder!r}")
+    for name, value in (("meta_batch_size", meta_batch_size), ("meta_steps", meta_steps)):
+        checks.positive_integer(name, value)
+    checks.non_negative_number("save_every", save_every)
+    if report is not None and not callable(report):
+        raise TypeError(f"report must be a callable (meta-steps done, outer loss). Received: {report!r}")
     if not learner.compiled:
         raise ValueError("The learner must be compiled, in the scope of its strategy. Received one that is not.")
     strategy = learner.distribute_strategy

@@ -190,9 +190,14 @@ class ExampleWeights(OuterVariable):
         Raises:
             TypeError: If the indices are not integers.
         """
+        if indices is None:
+            raise TypeError(f"indices of {self.name!r} must be integers. Received: None")
         indices = tf.convert_to_tensor(indices)
         if not indices.dtype.is_integer:
             raise TypeError(f"indices of {self.name!r} must be integers. Received dtype: {indices.dtype.name}")
+        if tf.executing_eagerly() and not tf.reduce_all((indices >= 0) & (indices < self.num_examples)):
+            raise ValueError(f"indices of {self.name!r} must be from 0 to {self.num_examples - 1}. "
+                             f"Received: {indices.numpy()}")
         chosen = tf.gather(tf.convert_to_tensor(self.variable), indices)
         # XLA drops the check of `gather` and clamps: what was asked for is then not a number.
         inside = (indices >= 0) & (indices < self.num_examples)
@@ -286,6 +291,8 @@ def _number_array(value, name):
     if array.dtype.kind not in "iuf":
         raise TypeError(f"The value of {name!r} must be a number or an array of numbers. "
                         f"Received: {value!r} of type {type(value).__name__}")
+    if array.size == 0:
+        raise ValueError(f"The value of {name!r} must have at least one entry. Received shape: {array.shape}")
     return array.astype("float64")
 
 

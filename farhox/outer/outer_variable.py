@@ -129,7 +129,8 @@ class OuterVariable(abc.ABC):
 
     def __repr__(self):
         shape = tuple(self.variable.shape)
-        value = f"value={self.numpy():.6g}" if not shape else f"shape={shape}"
+        # In a graph, where errors are written too, there is no value.
+        value = f"value={self.numpy():.6g}" if not shape and tf.executing_eagerly() else f"shape={shape}"
         return f"<{type(self).__name__} {self.name!r}, {value}>"
 
     def __tf_tensor__(self, dtype=None, name=None):

@@ -59,7 +59,14 @@ class L1L2(keras.regularizers.Regularizer):
     def __call__(self, x: Array) -> Tensor:
         weights = tf.convert_to_tensor(x)
         # Proximal dynamics that have taken over the l1 part do what its subgradient would do.
-        kinked = tf.stop_gradient(weights) if self.has_l1 and functional.is_taken_over(x) else weights
+        taken_over = self.has_l1 and functional.is_taken_over(x)
+        kinked = tf.stop_gradient(weights) if taken_over else weights
+        if isinstance(self.l1, OuterVariable) and not taken_over and functional.is_running() and not (
+                isinstance(x, keras.Variable) and x.regularizer is self):  # Of which dynamics warn.
+            warnings.warn(
+                f"The l1 strength {self.l1.name!r} is an outer variable that acts by a subgradient, whose steps never "
+                "settle at zero: its hypergradient says little. Make it the regularizer of a layer under "
+                "farhox.dynamics.ProximalGradient, or give that penalty=farhox.dynamics.L1(strength).", stacklevel=2)
         return _penalty("l1", self.l1, tf.abs(kinked)) + _penalty("l2", self.l2, tf.square(weights))
 
     def get_config(self) -> Config:

@@ -62,7 +62,10 @@ class BilevelProblem:
             the hypergradient is the derivative of the training that happens; with "tensorflow" it is a constant for
             the hypergradient too, which is how some papers define theirs.
         stop_tolerance: Positive float: inner training ends after the first step at whose start the norm of the inner
-            gradient was below it, and T is the most it can take. Default: none, always T steps.
+            gradient was below it, and T is the most it can take. A proximal step counts instead of the gradient with
+            what it moved by, over the learning rate, and under a Keras constraint w - constraint(w - g), which are zero
+            at a minimum where the gradient is not. Or a callable `hyper-iteration -> number`, for a tolerance that
+            tightens: `HyperOptimizer` counts in `problem.hyper_iteration`. Default: none, always T steps.
         model: A `keras.Model` that the variables were taken from. Where other variables of it are trainable later on,
             the problem does not fit it any more, and its use is an error. Default: none.
         fixed: List of `OuterVariable` that are read and stay as they are. Of others that something reads and nobody
@@ -77,6 +80,7 @@ class BilevelProblem:
         inner_variables, state_variables, stop_tolerance, model, allow_unused: As given.
         outer_variables: Flat list of `keras.Variable`, the order of every list of hypergradients.
         hyperparameters: The entries of `outer_variables` that have natural units.
+        hyper_iteration: An integer `keras.Variable` where `stop_tolerance` is a callable, else None.
         dynamics: As given, bound to the inner variables.
 
     Raises:
@@ -91,7 +95,8 @@ class BilevelProblem:
                  inner_variables: Sequence[keras.Variable],
                  outer_variables: str | Sequence[keras.Variable | OuterVariable], dynamics: InnerDynamics | None = None,
                  state_variables: Sequence[keras.Variable] | None = None, proximal: float | OuterVariable | None = None,
-                 outer_predictions: Callable[..., Any] | None = None, stop_tolerance: float | None = None,
+                 outer_predictions: Callable[..., Any] | None = None,
+                 stop_tolerance: float | Callable[[Tensor], Any] | None = None,
                  features: Callable[[Batch], Nest] | None = None, model: keras.Model | None = None,
                  fixed: Sequence[OuterVariable] | None = None, example_batches: bool | None = None,
                  stop_gradient: str = "exact", allow_unused: bool = False,
@@ -111,8 +116,10 @@ class BilevelProblem:
             raise TypeError(f"proximal must be a float, a farhox.Hyperparameter or None. Received: {proximal!r}")
         if isinstance(proximal, numbers.Real) and not 0 <= proximal < float("inf"):
             raise ValueError(f"proximal must be finite and not negative. Received: {proximal}")
-        if stop_tolerance is not None and not (checks.is_number(stop_tolerance) and stop_tolerance > 0):
-            raise ValueError(f"stop_tolerance must be a positive number or None. Received: {stop_tolerance!r}")
+        if stop_tolerance is not None and not callable(stop_tolerance) and not (
+                checks.is_number(stop_tolerance) and 0 < stop_tolerance < float("inf")):
+            raise ValueError("stop_tolerance must be a positive number, a callable hyper-iteration -> number or None. "
+                             f"Received: {stop_tolerance!r}")
         if stop_gradient not in ("exact", "tensorflow"):
             raise ValueError(f"stop_gradient must be 'exact' or 'tensorflow'. Received: {stop_gradient!r}")
         self.inner_variables = _checked_variables("inner_variables", inner_variables)
@@ -130,6 +137,17 @@ class BilevelProblem:
         self.proximal = proximal
         self.outer_predictions = outer_predictions
         self.stop_tolerance = stop_tolerance
+        if stop_tolerance is not None and not self.dynamics.rests_at_minimum:
+            raise ValueError(
+                f"stop_tolerance needs dynamics that come to rest where the inner gradient is zero. "
+                f"{type(self.dynamics).__name__} does not here, because of a weight decay that is no part of the inner "
+                "objective: the gradient never falls below a tolerance. Make it a part, as farhox.L1L2(l2=...), or "
+                f"train without stop_tolerance. Received: stop_tolerance={stop_tolerance!r}")
+        self.hyper_iteration = None
+        if callable(stop_tolerance):
+            with tf.init_scope():
+                self.hyper_iteration = keras.Variable(
+                    0, dtype="int64", trainable=False, name="hyper_iteration", aggregation="only_first_replica")
         self.stop_gradient = stop_gradient
         self._compiled = {}
         self._inner_objective = inner_objective
@@ -147,6 +165,12 @@ class BilevelProblem:
             if id(variable) in outer_index or any(variable is v for v in self.inner_variables):
                 raise ValueError("A state variable must not be an inner or an outer variable. "
                                  f"Received: {variable.path!r}")
+
+    def tolerance(self) -> float | Tensor | None:
+        """The tolerance at which the inner training stops, a number or a scalar tensor, or None."""
+        if self.hyper_iteration is None:
+            return self.stop_tolerance
+        return self.stop_tolerance(tf.convert_to_tensor(self.hyper_iteration))
 
     @property
     def loss_dtype(self) -> tf.DType:
@@ -171,12 +195,15 @@ class BilevelProblem:
         Returns:
             A `BilevelProblem`.
         """
-        return BilevelProblem(
+        other = BilevelProblem(
             self._inner_objective, outer_objective, self.inner_variables, outer_variables, dynamics=self.dynamics,
             state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions,
-            stop_tolerance=self.stop_tolerance, features=self._features, model=self.model, check_data=self._check_data,
+            features=self._features, model=self.model, check_data=self._check_data,
             fixed=[*self.outer_variables, *self.fixed], stop_gradient=self.stop_gradient,
             allow_unused=self.allow_unused)
+        # With the same count, and no variable made in a graph.
+        other.stop_tolerance, other.hyper_iteration = self.stop_tolerance, self.hyper_iteration
+        return other
 
     def raise_if_model_changed(self) -> None:
         """Raises a ValueError that names the variables if others of the model are trainable than at the beginning."""
@@ -383,27 +410,46 @@ class BilevelProblem:
         loss, state_variables, gradients = self.inner_gradients(
             state.variables, state.state_variables, outer, batch, features)
         variables, slots = self.updated(gradients, state, outer, batch, features)
+        residuals = self._residuals(gradients, state, variables, outer)
         return StepResult(
             state=InnerState(variables, state_variables, slots, state.step + 1),
             loss=tf.cast(loss, self.loss_dtype),
-            gradient_norm=tf.cast(tree.norm(gradients), self.loss_dtype),
+            gradient_norm=tf.cast(tree.norm(residuals), self.loss_dtype),
             gradients=gradients)
 
+    def _residuals(self, gradients, state, variables, outer):
+        """What is zero at a minimum of the inner problem: the gradient, unless a penalty or constraint holds there."""
+        if not self.dynamics.zero_gradient_is_stationary:
+            return functional.call(
+                self.dynamics.residuals, gradients, state.variables, variables, state.step,
+                bindings=zip(self.outer_variables, outer)).value
+        if not self.constrained_variables:
+            return gradients
+        return functional.call(lambda: [
+            gradient if variable.constraint is None else w - tf.convert_to_tensor(variable.constraint(w - gradient))
+            for variable, gradient, w in zip(self.inner_variables, gradients, state.variables)],
+            bindings=zip(self.outer_variables, outer)).value
+
     def updated(self, gradients: Tensors, state: InnerState, outer: Tensors, batch: Batch,
-                features: Nest = None) -> Any:
-        """The second half of `step`: the inner variables and slots that the dynamics make of the gradients."""
-        if self.dynamics.first_order:
+                features: Nest = None, dynamics: InnerDynamics | None = None) -> Any:
+        """The second half of `step`: the inner variables and slots that the dynamics make of the gradients.
+
+        Args:
+            dynamics: Others than those of the problem.
+        """
+        dynamics = self.dynamics if dynamics is None else dynamics
+        if dynamics.first_order:
             gradients = [tf.stop_gradient(gradient) for gradient in gradients]
         objective = []
-        if self.dynamics.needs_objective:
+        if dynamics.needs_objective:
             objective = [
                 lambda variables: self.inner_loss(variables, state.state_variables, outer, batch, features)[0]]
 
         def update():
             with exact.finite_roots():
-                variables, slots = self.dynamics.update(
+                variables, slots = dynamics.update(
                     gradients, state.variables, state.slots, state.step, *objective)
-                return variables if self.dynamics.applies_constraints else self._constrained(variables), slots
+                return variables if dynamics.applies_constraints else self._constrained(variables), slots
 
         result = functional.call(update, bindings=zip(self.outer_variables, outer))
         warn_of_unnamed(result.read, self._known)

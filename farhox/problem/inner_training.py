@@ -80,6 +80,7 @@ class InnerTraining:
         self.steps = num_steps(self.inner_batches)
         self.from_initial_state = state is None
         self.start = problem.initial_state(self.outer) if state is None else state
+        self._tolerance = problem.tolerance()
         self._feature_graph = self._features = None
         if share_features and problem.has_features and isinstance(self.inner_batches, RepeatedBatch):
             batch = self.inner_batches.batch
@@ -135,7 +136,7 @@ class InnerTraining:
         if self.problem.stop_tolerance is None:
             return index < stop
         # What is not a number is not below.
-        return tf.logical_and(index < stop, tree.not_less(norm, tf.cast(self.problem.stop_tolerance, norm.dtype)))
+        return tf.logical_and(index < stop, tree.not_less(norm, tf.cast(self._tolerance, norm.dtype)))
 
     def step(self, state: Any, t: Tensor, kept: Nest = ()) -> Any:
         """The step t from `state`: the next state, the loss and the gradient norm before it, the tensors `kept`.
@@ -310,7 +311,8 @@ class InnerTraining:
         if missing and not self.problem.allow_unused:
             names = ", ".join(repr(variable.path) for variable in missing)
             raise ValueError("Every outer variable must have an effect that the method can see. Nothing that was "
-                             f"computed depends on {names}. {sees}")
+                             f"computed depends on {names}. {sees} With allow_unused=True of the problem such "
+                             "variables stay as they are.")
         return [tf.zeros_like(value) if part is None else part for value, part in zip(self.outer, own)]
 
     def _through_features(self, gradients):

@@ -33,7 +33,8 @@ def supervised_problem(model: keras.Model, loss: Any = "sparse_categorical_cross
                        representation: Sequence[keras.Layer] | None = None,
                        example_weights: ExampleWeights | None = None, learn_initialization: bool = False,
                        proximal: float | OuterVariable | None = None, training_at_outer: bool = False,
-                       class_weights: OuterVariable | None = None, stop_tolerance: float | None = None,
+                       class_weights: OuterVariable | None = None,
+                       stop_tolerance: float | Callable[[tf.Tensor], Any] | None = None,
                        outer_call: Callable[..., Any] | None = None, share_representation: bool = False,
                        loss_weights: Sequence[float] | Mapping[str, float] | None = None, outer_loss: Any = None,
                        inner_context: Callable[..., Any] | None = None, fixed: Sequence[OuterVariable] | None = None,
@@ -73,7 +74,7 @@ def supervised_problem(model: keras.Model, loss: Any = "sparse_categorical_cross
         class_weights: A `Hyperparameter` of shape [classes]: the inner loss of an example is multiplied by the weight
             of its class, as with `class_weight` in Keras' `fit`. Labels are class numbers or one-hot. It is added to
             the outer variables if not named there.
-        stop_tolerance: Positive float, see `BilevelProblem`.
+        stop_tolerance: Positive float or callable, see `BilevelProblem`.
         outer_call: Callable `x -> predictions` for outer batches (x, y), x being any nest. Default:
             `model(x, training=training_at_outer)`.
         share_representation: Bool. Where all inner steps have the same batch (`farhox.repeat`), compute its

@@ -47,6 +47,7 @@ class TrainingDraws:
         state_variables: List of the variables that are to be among those of the problem: the state of the draws.
 
     Raises:
+        TypeError: If the model is no built Keras model.
         ValueError: If the model has no self-tuning layer or the scale is not positive.
 
     Reference:
@@ -54,6 +55,8 @@ class TrainingDraws:
     """
 
     def __init__(self, model: keras.Model, initial_scale: float = 0.5, one_draw: Sequence[OuterVariable] = ()) -> None:
+        if not isinstance(model, keras.Model) or not model.built:
+            raise TypeError(f"TrainingDraws needs a built keras.Model. Received: {model!r}")
         self._network = Network(model)
         found = [entry for layer in self._network.gated for entry in layer.hyperparameters]
         if not found:

@@ -171,12 +171,16 @@ def read_trace(csv_path: str | os.PathLike) -> Arrays:
         Dictionary from the names of the columns to arrays [records]: "hyper_iteration" and the scalars.
 
     Raises:
-        ValueError: If the file is not that of a trace.
+        ValueError: If the file is not that of a trace, or a line is short of entries.
     """
     columns, rows = _read(csv_path)
     if not columns or columns[0] != _COUNT:
         raise ValueError(f"The file of a trace begins with the column {_COUNT}. Received: {os.fspath(csv_path)!r} with "
                          f"the columns {columns}")
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(columns):
+            raise ValueError(f"Every line of a trace must have an entry for each of its {len(columns)} columns. "
+                             f"Received: {os.fspath(csv_path)!r} with {len(row)} in line {number}")
     series = list(zip(*rows)) or [()] * len(columns)
     return {name: np.array(entries, dtype="int64" if name == _COUNT else "float64")
             for name, entries in zip(columns, series)}

@@ -338,8 +338,15 @@ class HyperOptimizer(keras.Model):
         logs["skipped_updates"] = tf.convert_to_tensor(self._watch.skipped)
         return logs
 
+    def _count_for_tolerance(self) -> None:
+        """Tells the problem the number of the hyper-iteration, where the tolerance of inner training goes by it."""
+        if self.problem.hyper_iteration is not None and self.compiled:
+            done = tf.cast(self.optimizer.iterations, tf.int64) + tf.cast(self._watch.skipped, tf.int64)
+            self.problem.hyper_iteration.assign(done)
+
     def test_step(self, data: Data) -> Logs:
         inner_batches, outer_batch = self._hyper_iteration_data(data)
+        self._count_for_tolerance()
         if self.online:
             state = self._kept.state_now()
             loss = self.problem.outer_loss(state, self.problem.outer_values(), outer_batch)
@@ -386,6 +393,7 @@ class HyperOptimizer(keras.Model):
         return examples_of(inner_batches), outer_batch
 
     def _hyper_iteration(self, inner_batches, outer_batch):
+        self._count_for_tolerance()
         result = self.hypergradient.compute(
             self.problem, inner_batches, outer_batch, state=self._kept.state_now(), carry=self._kept.carry_now())
         new_state, new_carry = self._kept.of(result)
@@ -459,6 +467,7 @@ class HyperOptimizer(keras.Model):
         if self._inner_function is None:
             self._inner_function = self._compiled(self._train)
         inner_batches = as_inner_batches(inner_batches)
+        self._count_for_tolerance()
         with clear_errors():
             self._check_data(inner_batches, None)
             run = self._inner_function(inner_batches, outer, state)

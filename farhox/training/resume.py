@@ -64,6 +64,8 @@ class Resume(keras.callbacks.Callback):
     def __init__(self, directory: str | os.PathLike, every: int | None = "epoch", seconds: float | None = 0.0,
                  replay: bool = True) -> None:
         super().__init__()
+        if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
+            raise ValueError(f"directory must be the path of a folder of this run alone. Received: {directory!r}")
         self.every = every if every == "epoch" else checks.positive_integer("every, where it is not \"epoch\",", every)
         self.seconds = checks.non_negative_number("seconds", seconds)
         self.replay = bool(replay)
