@@ -101,7 +101,7 @@ class ReverseHG(SingleHyperGradient):
             gradients = zeros_for_none(at_end.outer, training.outer)
         else:
             adjoint, parts = walk.back(records, first, steps, at_end)
-            if isinstance(first, int) and first > 0:
+            if not training.learns_initial_state or isinstance(first, int) and first > 0:
                 adjoint = None
             elif not isinstance(first, int):
                 adjoint = [tf.where(first > 0, tf.zeros_like(part), part) for part in adjoint]
@@ -218,30 +218,47 @@ class _Walk:
 
         # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds
         # up the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
-        def body(index, adjoint, parts):
+        # The last step back of all has no use for the adjoint before it, unless the initial state is learned. Taken apart
+        # from the others it would be a step of another graph, and the last bit of the result would depend on the
+        # checkpoints; a single step is worth it.
+        to_start = not isinstance(self.most, int) or self.most > 1 or training.learns_initial_state
+
+        def segment(index):
             if self.segment is None:
-                start, stop, record = first, steps, records
-            else:
-                start, stop = self._bounds(index, first, steps)
-                state = tf.nest.pack_sequence_as(training.start, [array.read(index) for array in records])
-                record = training.run(start, stop, training.before_first_step()._replace(state=state),
-                                      self._record(), replay=True).record
-            return index - 1, *self._steps_back(record, start, stop, adjoint, parts)
+                return first, steps, records
+            start, stop = self._bounds(index, first, steps)
+            state = tf.nest.pack_sequence_as(training.start, [array.read(index) for array in records])
+            return start, stop, training.run(start, stop, training.before_first_step()._replace(state=state),
+                                             self._record(), replay=True).record
+
+        def body(index, adjoint, parts):
+            start, stop, record = segment(index)
+            return index - 1, *self._steps_back(record, start, start, stop, adjoint, parts)
 
         last = tf.convert_to_tensor(self._num_segments(first, steps) - 1, tf.int32)
         _, adjoint, parts = tf.while_loop(
-            lambda index, *_: index >= 0, body, [last, adjoint, parts], parallel_iterations=1)
+            lambda index, *_: index >= (0 if to_start else 1), body, [last, adjoint, parts], parallel_iterations=1)
+        if not to_start:
+            start, stop, record = segment(tf.constant(0))
+            adjoint, parts = self._steps_back(record, start, start + 1, stop, adjoint, parts)
+            parts = self._without_adjoint(start, record, adjoint, parts)
         everything = [tf.zeros_like(leaf) for leaf in leaves]
         for i, part in zip(active, adjoint):
             everything[i] = part
         return everything, [part if ok else None for part, ok in zip(parts, reached)]
 
-    def _steps_back(self, record, start, stop, adjoint, parts):
-        """Steps stop - 1 down to `start`; `record` holds their states and kept tensors."""
+    def _without_adjoint(self, t, record, adjoint, parts):
+        """Step t, the first of the record, as the last one back: the gradients with its contribution."""
+        _, products = self.back_step.run(
+            t, record.state(0), record.state(1), zip(self.kept, record.kept_values(0)), adjoint, of_state=False)
+        return [part if product is None else part + product for part, product in zip(parts, products)]
+
+    def _steps_back(self, record, first, start, stop, adjoint, parts):
+        """Steps stop - 1 down to `start`; `record` holds states and kept tensors from step `first` on."""
         def body(t, adjoint, parts):
-            state = record.state(t - start)
+            state = record.state(t - first)
             adjoint, products = self.back_step.run(
-                t, state, record.state(t - start + 1), zip(self.kept, record.kept_values(t - start)), adjoint)
+                t, state, record.state(t - first + 1), zip(self.kept, record.kept_values(t - first)), adjoint)
             parts = [part if product is None else part + product for part, product in zip(parts, products)]
             return t - 1, *self._with_outer(t, state, adjoint, parts)
 

@@ -72,7 +72,7 @@ class BackStep:
         kept, again = choices(self._graph, self.kept(memory, steps), self._products(), self._free(), self._cotangents)
         return kept, again[:10]
 
-    def run(self, t: Tensor, state: InnerState, after: Any, kept: Any, adjoint: Tensors) -> Any:
+    def run(self, t: Tensor, state: InnerState, after: Any, kept: Any, adjoint: Tensors, of_state: bool = True) -> Any:
         """One step back.
 
         Args:
@@ -80,17 +80,18 @@ class BackStep:
             state, after: The inner states before and after it.
             kept: Values of the kept tensors.
             adjoint: List of tensors, dE/ds_{t+1} over the active leaves.
+            of_state: Bool, whether dE/ds_t is wanted.
 
         Returns:
-            dE/ds_t over the active leaves, and the products with the parameters, None where independent.
+            dE/ds_t over the active leaves (or zeros), and the products with the parameters, None where independent.
         """
         training = self._training
         feeds = [*zip(self._graph.inputs, training.inputs(state, t)), *zip(self._next_state(), tf.nest.flatten(after)),
                  *kept, *zip(self._cotangents, adjoint)]
-        wanted = iter(self._graph.run(self._products(), feeds))
-        products = [None if product is None else next(wanted)
-                    for product in self._leaf_products + self.parameter_products]
         count = len(self.active)
+        products = [*(self._leaf_products if of_state else [None] * count), *self.parameter_products]
+        wanted = iter(self._graph.run([product for product in products if product is not None], feeds))
+        products = [None if product is None else next(wanted) for product in products]
         return zeros_for_none(products[:count], adjoint), products[count:]
 
     def _products(self):

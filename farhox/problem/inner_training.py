@@ -269,6 +269,12 @@ class InnerTraining:
         needed = self.graph.ancestors(self.graph.outputs.gradients)
         return any(operation.type == "StopGradient" for operation in self.graph.operations(needed))
 
+    @property
+    def learns_initial_state(self) -> bool:
+        """Whether the training starts from Φ_0(λ), and that depends on λ."""
+        return self.from_initial_state and self.once("learns initial state", lambda: any(
+            self.initial_system().depends_on()))
+
     def initial_system(self) -> LinearizedMap:
         """Φ_0 as a function of λ, as a `LinearizedMap` without inputs over the leaves of the state."""
         graph = StepGraph(lambda outer: float_leaves(self.problem.initial_state(outer)), self.outer)
