@@ -128,9 +128,9 @@ def test_fit_and_evaluate_train_on_folds(problem):
     assert 0 <= result["accuracy"] <= 1
     inner, outer = next(iter(data))
     np.testing.assert_allclose(
-        EpisodesHG(farhox.ReverseHG()).evaluate(problem, inner, outer).outer_loss,
-        np.mean([farhox.ReverseHG().evaluate(
-            problem, farhox.gather(inner.data, inner.indices[k]), episode(outer, k)).outer_loss for k in range(4)]),
+        problem.over_episodes().evaluate(inner, outer).outer_loss,
+        np.mean([problem.evaluate(
+            farhox.gather(inner.data, inner.indices[k]), episode(outer, k)).outer_loss for k in range(4)]),
         rtol=1e-12)
 
 
@@ -166,3 +166,54 @@ def test_episodes_refuse_bad_input():
         EpisodesHG(farhox.ReverseHG(), aggregation="mean")
     with pytest.raises(ValueError, match="Episodes start anew"):
         farhox.HyperOptimizer(make_problem(learned_bias=False), EpisodesHG(farhox.ReverseHG()), online=True)
+
+
+def test_every_method_serves_a_problem_over_episodes(problem):
+    """The same as the method said to be one over episodes, with an aggregation of one's own."""
+    inner, outer = next(iter(k_fold_dataset(examples(40), folds=3, inner_steps=STEPS, batch_size=6)))
+
+    def worst(values):
+        return tf.reduce_max(values, axis=0)
+
+    over = problem.over_episodes(worst)
+    losses = [problem.evaluate(farhox.gather(inner.data, inner.indices[k]), episode(outer, k)).outer_loss
+              for k in range(3)]
+    result = farhox.ReverseHG().compute(over, inner, outer)
+    np.testing.assert_allclose(result.outer_loss, max(losses), rtol=1e-12)
+    said = EpisodesHG(farhox.ReverseHG(), worst).compute(problem, inner, outer)
+    tf.nest.map_structure(np.testing.assert_array_equal, result, said)
+    assert farhox.ReverseHG().compute(problem.over_episodes(), inner, outer).outer_loss < result.outer_loss
+
+
+def test_an_evaluation_has_the_predictions_of_the_same_pass():
+    calls = []
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2, activation="softmax")])
+
+    def called(x):
+        calls.append(1)
+        return model(x, training=False)
+
+    rate = farhox.Hyperparameter(0.1, low=0.0, name="rate")
+    single = farhox.supervised_problem(
+        model, dynamics=farhox.GradientDescent(rate), outer_variables=[rate], outer_call=called)
+    x, y = np.random.default_rng(0).normal(size=(6, 3)).astype("float32"), np.arange(6) % 2
+    evaluation = single.evaluate(farhox.repeat((x, y), 2), (x, y))
+    assert len(calls) == 1
+    targets, predictions, weights = evaluation.predictions
+    np.testing.assert_array_equal(targets, y)
+    assert weights is None
+    chosen = predictions.numpy()[np.arange(6), y]
+    np.testing.assert_allclose(evaluation.outer_loss, -np.mean(np.log(chosen)), rtol=1e-5)
+    again = single.predictions(evaluation.state, (x, y))
+    np.testing.assert_array_equal(again[1], predictions)
+
+
+def test_what_a_method_needs_is_checked_when_the_optimizer_is_made(problem):
+    class SingleLoop(farhox.hypergradients.SingleHyperGradient):
+        needs_online = True
+
+        def differentiate(self, training, outer_batch, carry):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="SingleLoop makes sense where the inner state goes on.*online=True"):
+        farhox.HyperOptimizer(problem, SingleLoop())

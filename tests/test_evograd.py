@@ -52,8 +52,8 @@ def test_mean_over_draws_is_that_of_one_differentiated_step(perturbations, sign)
     sigma, temperature = 1e-3, 0.05
     method = EvoGradHG(perturbations, sigma, temperature, sign=sign)
     problem = resting_quadratic()
-    compute = tf.function(lambda carry: method.compute(problem, *NO_BATCH, carry=carry).gradients[0], autograph=False)
-    draws = [float(compute([tf.constant(draw, tf.int64)])) for draw in range(400)]
+    compute = tf.function(lambda draw: method.compute(problem, *NO_BATCH, iteration=draw).gradients[0], autograph=False)
+    draws = [float(compute(tf.constant(draw))) for draw in range(400)]
     expected = -sigma ** 2 * (1 - 1 / perturbations) / temperature
     error = np.std(draws) / np.sqrt(len(draws))
     assert abs(np.mean(draws) - expected) < 4 * error
@@ -69,8 +69,8 @@ def test_direction_is_that_of_the_hypergradient(strength):
         lambda batch: keras.ops.square(w - 0.5),
         inner_variables=[w], outer_variables=[penalty], dynamics=farhox.GradientDescent(0.1))
     method = EvoGradHG(perturbations=100, sigma=0.3, temperature=0.5, sign=False)
-    compute = tf.function(lambda carry: method.compute(problem, *NO_BATCH, carry=carry).gradients[0], autograph=False)
-    mean = np.mean([float(compute([tf.constant(draw, tf.int64)])) for draw in range(100)])
+    compute = tf.function(lambda draw: method.compute(problem, *NO_BATCH, iteration=draw).gradients[0], autograph=False)
+    mean = np.mean([float(compute(tf.constant(draw))) for draw in range(100)])
     assert np.sign(mean) == np.sign((strength - 1) / (strength + 1) ** 3)
 
 
@@ -99,7 +99,7 @@ def test_gradient_is_that_of_the_mixture_of_a_network(float64):
 def test_run_is_that_of_the_inner_training(float64):
     case = trained_network()
     result = EvoGradHG().compute(case.problem, case.inner_batches, case.outer_batch)
-    evaluation = EvoGradHG().evaluate(case.problem, case.inner_batches, case.outer_batch)
+    evaluation = case.problem.evaluate(case.inner_batches, case.outer_batch)
     assert_close([result.outer_loss, result.inner_losses], [evaluation.outer_loss, evaluation.inner_losses], 1e-12)
     assert_close(result.state.variables, evaluation.state.variables, 1e-12)
 
@@ -113,15 +113,14 @@ def test_compiled_computation_is_the_eager_one(jit_compile, float64):
     assert_close(compiled.gradients, method.compute(*case[:3]).gradients, 1e-9)
 
 
-def test_carry_makes_new_draws_and_resumes_exactly(float64):
+def test_draws_follow_from_the_seed_and_the_number_of_the_hyper_iteration(float64):
     case = trained_network("Dense")
     method = EvoGradHG(sigma=0.1)
     first = method.compute(*case[:3])
-    assert_identical(method.compute(*case[:3], carry=method.initial_carry(case.problem)), first)
-    second = method.compute(*case[:3], carry=first.carry)
+    second = method.compute(*case[:3], iteration=1)
     assert second.gradients[0] != first.gradients[0]
-    assert_identical(method.compute(*case[:3], carry=[tf.constant(1, tf.int64)]), second)
-    assert [int(carry[0]) for carry in (first.carry, second.carry)] == [1, 2]
+    assert_identical(method.compute(*case[:3], iteration=0), first)
+    assert_identical(method.compute(*case[:3], iteration=tf.constant(1)), second)
     assert EvoGradHG(sigma=0.1, seed=3).compute(*case[:3]).gradients[0] != first.gradients[0]
 
 

@@ -104,7 +104,7 @@ def test_a_shared_representation_is_computed_once_whatever_the_number_of_steps(s
     farhox.ReverseHG().compute(problem, farhox.repeat((X, Y), steps), OUTER)
     # Of the inner and of the outer batch.
     assert Counting.calls == 2
-    farhox.ReverseHG().evaluate(problem, farhox.repeat((X, Y), steps), OUTER)
+    problem.evaluate(farhox.repeat((X, Y), steps), OUTER)
     assert Counting.calls == 4
 
 

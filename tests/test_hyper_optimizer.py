@@ -225,7 +225,6 @@ def test_warm_start_of_the_linear_solver_is_saved(tmp_path):
     second.load_weights(tmp_path / "x.weights.h5")
     pair = next(iter(data))
     a, b = first.step(*pair), second.step(*pair)
-    assert int(a.carry[1]) == 3
     np.testing.assert_array_equal(a.carry[0], b.carry[0])
     np.testing.assert_array_equal(outer_of(first)[0], outer_of(second)[0])
 

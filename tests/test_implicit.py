@@ -179,11 +179,10 @@ def test_tolerance_tightens_with_the_hyper_iteration():
     method = farhox.ImplicitHG(Neumann(500, step_size=0.1, tolerance=schedule), warm_start=False)
     carry, residuals, steps = None, [], []
     for _ in range(4):
-        result = method.compute(*case[:3], carry=carry)
+        result = method.compute(*case[:3], carry=carry, iteration=len(steps))
         carry = result.carry
         residuals.append(float(result.diagnostics["solver_residual"]))
         steps.append(int(result.diagnostics["solver_steps"]))
-    assert int(carry[1]) == 4
     assert all(residual <= 0.9 * 0.1 ** k for k, residual in enumerate(residuals))
     assert steps == sorted(steps) and steps[0] < steps[-1]
 
@@ -333,7 +332,6 @@ def test_a_solution_that_failed_is_not_carried_on(solver):
     result = farhox.ImplicitHG(solver).compute(*indefinite([0.1, 1.0]))
     assert result.diagnostics["solver_failed"]
     np.testing.assert_array_equal(result.carry[0], np.zeros(2))
-    assert int(result.carry[1]) == 1
 
 
 def test_the_estimate_of_a_neumann_series_is_carried_on():

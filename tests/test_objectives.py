@@ -39,6 +39,30 @@ def test_each_variable_follows_its_own_objective(method):
     np.testing.assert_allclose(result.diagnostics["hypergradient_norm"], np.linalg.norm(expected), rtol=1e-13)
 
 
+@pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.hypergradients.ForwardHG(), farhox.ImplicitHG()],
+                         ids=["reverse", "forward", "implicit"])
+def test_all_objectives_share_one_inner_training(method):
+    """The step is traced once, and one loop of T steps goes there for three objectives."""
+    lam, mu, w = (keras.Variable(np.float64(value), dtype="float64", name=name)
+                  for name, value in (("lam", 0.5), ("mu", 0.2), ("w", 3.0)))
+    traced = []
+
+    def inner(_):
+        traced.append(1)
+        return 0.5 * (w - lam - mu) ** 2
+
+    objectives = [lambda _, goal=goal: 0.5 * (w - goal) ** 2 for goal in (1.0, 2.0, 5.0)]
+    problem = farhox.BilevelProblem(inner, objectives[0], [w], [lam, mu], dynamics=farhox.GradientDescent(0.5))
+    both = ObjectivesHG(method, [(objectives[1], [lam]), (objectives[2], [mu])])
+    function = tf.function(lambda: both.compute(problem, farhox.repeat(tf.zeros([1]), 3), OUTER), autograph=False)
+    result = function()
+    assert len(traced) == 1
+    # w_3 = w_0 / 8 + (lam + mu) 7 / 8, or the minimum lam + mu for implicit differentiation.
+    end, slope = 3 / 8 + 0.7 * 7 / 8, 1.0 if method == farhox.ImplicitHG() else 7 / 8
+    np.testing.assert_allclose(result.gradients, [slope * (end - 2), slope * (end - 5)], rtol=1e-12)
+    np.testing.assert_allclose(result.outer_loss, 0.5 * (end - 1) ** 2, rtol=1e-12)
+
+
 def test_the_problems_own_loss_is_reported_when_no_variable_follows_it():
     case = Quadratic()
     method = ObjectivesHG(farhox.ReverseHG(), [(case.other, [case.rate, case.lam])])
@@ -89,7 +113,7 @@ def test_groups_apply_their_own_optimizer_and_save_its_slots(tmp_path):
 
 def test_objectives_refuse_bad_input():
     case = Quadratic()
-    with pytest.raises(TypeError, match="hypergradient must be a method"):
+    with pytest.raises(TypeError, match="hypergradient must be a method for one inner training"):
         ObjectivesHG("reverse", [(case.other, [case.rate])])
     for objectives in (case.other, [], [case.other], [(case.other, case.rate)]):
         with pytest.raises(TypeError, match="list of pairs"):

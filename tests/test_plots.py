@@ -12,7 +12,6 @@ from problems import variable
 
 import farhox
 from farhox import plots
-from farhox.hypergradients import EpisodesHG
 from farhox.insight.diagnostics import HypergradientComparison, MethodReport
 
 matplotlib.use("Agg")
@@ -83,8 +82,7 @@ def test_grid_is_the_closed_form_and_hyperparameters_stay_as_they_were():
 def test_grid_of_episodes_is_the_mean_over_them():
     problem, rate, target = quadratic()
     losses = plots.outer_loss_grid(
-        problem, np.zeros([2, STEPS]), np.array([1.0, 2.0]), x=(rate, RATES), y=(target, TARGETS),
-        hypergradient=EpisodesHG(farhox.ReverseHG()))
+        problem.over_episodes(), np.zeros([2, STEPS]), np.array([1.0, 2.0]), x=(rate, RATES), y=(target, TARGETS))
     grid = RATES[None], TARGETS[:, None]
     np.testing.assert_allclose(losses, (quadratic_loss(*grid) + quadratic_loss(*grid, goal=2.0)) / 2, rtol=1e-10)
 
@@ -276,12 +274,6 @@ def test_axes_of_a_grid_are_two_scalar_hyperparameters_of_the_problem(x, error, 
     problem, rate, target = quadratic()
     with pytest.raises(error, match=message):
         plots.outer_loss_grid(problem, *DATA, x=x(rate, target), y=(target, TARGETS))
-
-
-def test_grid_needs_a_method():
-    problem, rate, target = quadratic()
-    with pytest.raises(TypeError, match="one of farhox' methods"):
-        plots.outer_loss_grid(problem, *DATA, (rate, RATES), (target, TARGETS), hypergradient="reverse")
 
 
 def test_pictures_of_the_page_are_what_its_code_saves_and_are_small():

@@ -48,6 +48,7 @@ class _Scope(keras.StatelessScope):
         self.read = {}
         self.taken_over = taken_over
         self.met = set()
+        self.found = {}
         for variable, value in draws:
             super().add_update((variable, tf.cast(value, variable.dtype)))
 
@@ -93,6 +94,18 @@ def call(function: Callable[..., Any], *arguments: Any, bindings: Any, draws: An
 def is_running() -> bool:
     """Whether a closure is called by `call`."""
     return isinstance(get_stateless_scope(), _Scope)
+
+
+def once(function: Callable[[Any], Any], argument: Any) -> Any:
+    """`function(argument)`; inside of a `call` it is computed once for each pair of the two."""
+    scope = get_stateless_scope()
+    if not isinstance(scope, _Scope):
+        return function(argument)
+    key = id(function), id(argument)
+    if key not in scope.found:
+        # The pair is kept, so that no other one gets its ids.
+        scope.found[key] = function, argument, function(argument)
+    return scope.found[key][2]
 
 
 def is_taken_over(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Methods that compute the hypergradient dE/dλ: one per file, one interface."""
 
-from farhox.hypergradients.base import HyperGradient, HyperGradientResult, SingleHyperGradient, result
+from farhox.hypergradients.base import HyperGradient, HyperGradientResult, Memory, SingleHyperGradient, result
 from farhox.hypergradients.darts import DartsHG
 from farhox.hypergradients.episodes import EpisodesHG
 from farhox.hypergradients.evograd import EvoGradHG
@@ -14,5 +14,5 @@ from farhox.hypergradients.reversible import ReversibleHG
 
 __all__ = [
     "DartsHG", "EpisodesHG", "EvoGradHG", "ForwardHG", "HyperGradient", "HyperGradientResult", "ImplicitHG",
-    "InitialHG", "ObjectivesHG", "ReptileHG", "ReverseHG", "ReversibleHG", "SingleHyperGradient", "result",
+    "InitialHG", "Memory", "ObjectivesHG", "ReptileHG", "ReverseHG", "ReversibleHG", "SingleHyperGradient", "result",
 ]

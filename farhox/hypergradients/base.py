@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import abc
-import re
+import enum
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from farhox._core import tree
 from farhox._core.inner_state import InnerState
 from farhox._core.types import Batch, Carry, InnerBatches, Tensor, Tensors
 from farhox.data.batches import as_inner_batches, as_tensors
 from farhox.problem.bilevel import BilevelProblem
+from farhox.problem.episodes import map_episodes
+from farhox.problem.evaluation import with_words_alone
 from farhox.problem.inner_training import InnerRun, InnerTraining
 
 
@@ -38,36 +41,48 @@ class HyperGradientResult(NamedTuple):
     diagnostics: dict[str, Tensor]
 
 
-class Evaluation(NamedTuple):
-    """The inner training and the outer objective without derivatives.
+class Memory(enum.Enum):
+    """What a method has to remember from one hyper-iteration to the next, in `result.carry`.
 
     Attributes:
-        outer_loss: Scalar, E(s_T, λ).
-        inner_losses: Tensor [T], the inner objective before each step.
-        state: The inner state s_T.
+        NONE: Nothing.
+        WITH_STATE: What belongs to an inner state that goes on, and is of no use where it starts anew.
+        ALWAYS: What is of use in any case.
     """
 
-    outer_loss: Tensor
-    inner_losses: Tensor
-    state: InnerState
+    NONE = "none"
+    WITH_STATE = "with state"
+    ALWAYS = "always"
 
 
 class HyperGradient(abc.ABC):
-    """A method that computes dE/dλ. Subclasses are frozen settings."""
+    """A method that computes dE/dλ. Subclasses are frozen settings.
+
+    Attributes:
+        remembers: A `Memory`. Methods that remember something have an `initial_carry`.
+        needs_online: Bool, whether the method makes sense only where the inner state goes on, `online=True`.
+        takes_episodes: Bool, whether the method looks at all episodes of a batch at once; others are given one by one.
+    """
+
+    remembers = Memory.NONE
+    needs_online = False
+    takes_episodes = False
 
     def compute(self, problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
-                state: InnerState | None = None, carry: Carry = None) -> HyperGradientResult:
+                state: InnerState | None = None, carry: Carry = None, iteration: int | Tensor = 0) -> HyperGradientResult:
         """Runs T inner steps and computes the hypergradient. Pure TensorFlow: no variable changes.
 
         Called eagerly it runs a compiled function, which is traced once for each structure and shape of the arguments
         and kept with the problem; after `tf.config.run_functions_eagerly(True)` the objectives run step by step.
 
         Args:
-            problem: A `BilevelProblem`.
+            problem: A `BilevelProblem`; one `over_episodes` has batches and results with one more axis.
             inner_batches: T inner batches: `repeat`, `gather`, or a nest with a leading axis T.
             outer_batch: The batch of the outer objective.
             state: Inner state to start from; default: the initial state Φ_0(λ).
             carry: The method's memory from an earlier result; default: none.
+            iteration: Int or scalar integer tensor, the number of the hyper-iteration: what random draws and schedules
+                of a method follow.
 
         Returns:
             A `HyperGradientResult`.
@@ -81,31 +96,17 @@ class HyperGradient(abc.ABC):
         problem.raise_if_model_changed()
         inner_batches = as_inner_batches(inner_batches)
         outer_batch = as_tensors("outer_batch", outer_batch)
+        iteration = tf.cast(iteration, tf.int64)
         if tf.executing_eagerly() and not tf.config.functions_run_eagerly():
-            return _called(problem.compiled(self, HyperGradient.compute), inner_batches, outer_batch, state, carry)
-        return self._compute(problem, inner_batches, outer_batch, state, carry)
+            return with_words_alone(
+                problem.compiled(self, HyperGradient.compute), inner_batches, outer_batch, state, carry, iteration)
+        if problem.has_episodes and not self.takes_episodes:
+            return _over_episodes(self, problem, inner_batches, outer_batch, state, carry, iteration)
+        return self._compute(problem, inner_batches, outer_batch, state, carry, iteration)
 
     @abc.abstractmethod
-    def _compute(self, problem, inner_batches, outer_batch, state, carry):
+    def _compute(self, problem, inner_batches, outer_batch, state, carry, iteration):
         """`compute` on checked tensors."""
-
-    def evaluate(self, problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch) -> Evaluation:
-        """T inner steps from the initial state and the outer objective: an `Evaluation`, no derivative."""
-        if tf.executing_eagerly() and not tf.config.functions_run_eagerly():
-            return _called(problem.compiled(self, HyperGradient.evaluate), as_inner_batches(inner_batches), outer_batch)
-        training = InnerTraining(problem, inner_batches)
-        run = training.run()
-        outer_loss = problem.outer_loss(run.state, training.outer, outer_batch)
-        return Evaluation(outer_loss, training.losses(run), run.state)
-
-    def predict(self, problem: BilevelProblem, state: InnerState, outer_batch: Batch) -> Any:
-        """Targets, predictions and sample weights (or None) of the outer batch at the state `state`, for metrics."""
-        return problem.predict_outer(state, problem.outer_values(), outer_batch)
-
-    # Whether the carry is of use when the inner state starts anew.
-    carry_outlives_state = False
-    # Whether batches have a leading axis of episodes, over which the method averages by itself.
-    averages_episodes = False
 
     def initial_carry(self, problem: BilevelProblem) -> Carry:
         """The memory before the first computation, of the structure of `result.carry`: a nest of tensors."""
@@ -130,8 +131,9 @@ class SingleHyperGradient(HyperGradient):
     # Whether features of the batch that all steps share may be computed once.
     shares_features = True
 
-    def _compute(self, problem, inner_batches, outer_batch, state, carry):
-        training = InnerTraining(problem, inner_batches, state, share_features=self.shares_features)
+    def _compute(self, problem, inner_batches, outer_batch, state, carry, iteration):
+        training = InnerTraining(
+            problem, inner_batches, state, share_features=self.shares_features, iteration=iteration)
         return self.differentiate(training, outer_batch, carry)
 
     @abc.abstractmethod
@@ -165,12 +167,20 @@ def result(training: InnerTraining, gradients: Tensors, outer_loss: Tensor, run:
         {**training.diagnostics(gradients, outer_loss, run), **diagnostics})
 
 
-def _called(function, *arguments):
-    """The compiled function's result; of an assertion that fails, the words alone, as a ValueError."""
-    try:
-        return function(*arguments)
-    except tf.errors.InvalidArgumentError as error:
-        found = re.search(r"assertion failed: (\[.*\])", str(error))
-        if found is None:
-            raise
-        raise ValueError(" ".join(re.findall(r"\[([^\]]*)\]", found.group(1)))) from error
+def _over_episodes(method, problem, inner_batches, outer_batch, state, carry, iteration):
+    """The results of a method for each episode of a problem `over_episodes`, aggregated."""
+    def one(inner_batches, outer_batch, kept):
+        return method.compute(problem.one_episode, inner_batches, outer_batch, *(kept or (None, None)), iteration)
+
+    episodes = map_episodes(one, inner_batches, outer_batch, None if state is None else (state, carry or []))
+    return episodes._replace(
+        gradients=[problem.aggregated(gradient) for gradient in episodes.gradients],
+        outer_loss=problem.aggregated(episodes.outer_loss),
+        diagnostics=tree.map(_of_all, episodes.diagnostics))
+
+
+def _of_all(value):
+    """One diagnostic of all episodes: true if it is of all, or the mean, of integers too."""
+    if value.dtype == tf.bool:
+        return tf.reduce_all(value)
+    return tf.reduce_mean(tf.cast(value, tf.float32) if value.dtype.is_integer else value, axis=0)

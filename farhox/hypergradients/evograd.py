@@ -12,7 +12,6 @@ from farhox._core.step_graph import StepGraph
 from farhox._core.types import Batch, Carry
 from farhox.data.batches import batch_at
 from farhox.hypergradients.base import SingleHyperGradient, result
-from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
 
 if TYPE_CHECKING:
@@ -36,9 +35,8 @@ class EvoGradHG(SingleHyperGradient):
     size sigma^2 (1 - 1/K) / temperature. With the default settings that is about 1e-5: outer optimizers that rescale
     (Adam) suit it, and a part of E that depends on λ explicitly would outweigh it.
 
-    The draws follow from the seed and a count of hyper-iterations, which `result.carry` holds: passed back, the next
-    computation draws anew; without a carry it repeats the same draws. Under `EpisodesHG`, which keeps no memory, every
-    episode has the same draws in each hyper-iteration.
+    The draws follow from the seed and the number of the hyper-iteration, `compute(iteration=)`: with the same number the
+    same draws, in all episodes of a problem `over_episodes`.
 
     `result.outer_loss` is E(w_T, λ) as in every method; the diagnostics hold "mixture_loss", E(w*, λ).
 
@@ -62,8 +60,6 @@ class EvoGradHG(SingleHyperGradient):
     seed: int = 0
     sign: bool = True
 
-    carry_outlives_state = True
-
     def __post_init__(self):
         if not checks.is_integer(self.perturbations) or self.perturbations < 2:
             raise ValueError("perturbations must be an integer of at least 2, because a single copy always has the "
@@ -78,8 +74,7 @@ class EvoGradHG(SingleHyperGradient):
         problem, outer = training.problem, training.outer
         run = training.run()
         batch = batch_at(training.inner_batches, run.steps - 1)
-        (draw,) = carry or [tf.constant(0, tf.int64)]
-        given = run.state, self._noise(run.state.variables, draw), batch, outer_batch
+        given = run.state, self._noise(run.state.variables, training.iteration), batch, outer_batch
         flat = tf.nest.flatten(given)
 
         def losses(inputs):
@@ -112,10 +107,7 @@ class EvoGradHG(SingleHyperGradient):
                            [*zip(graph.inputs, outer + flat), (ones[0], tf.ones([], graph.outputs[0].dtype))])
         found = iter(values[2:])
         gradients = training.gradients([None if part is None else next(found) for part in wanted], sees=_SEES)
-        return result(training, gradients, values[1], run, carry=[draw + 1], mixture_loss=values[0])
-
-    def initial_carry(self, problem: BilevelProblem) -> Carry:
-        return [tf.constant(0, tf.int64)]
+        return result(training, gradients, values[1], run, mixture_loss=values[0])
 
     def _noise(self, variables, draw):
         """ε_k for each inner variable: tensors [K, *shape] that follow from the seed and the number of the draw."""

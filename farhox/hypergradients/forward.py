@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from farhox._core.inner_state import float_leaves
 from farhox._core.types import Batch, Carry
-from farhox.hypergradients.base import SingleHyperGradient, result
+from farhox.hypergradients.base import Memory, SingleHyperGradient, result
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerRun, InnerTraining
 
@@ -42,8 +42,19 @@ class ForwardHG(SingleHyperGradient):
     warm_restart: bool = False
 
     shares_features = False
+    remembers = Memory.WITH_STATE
 
     def differentiate(self, training: InnerTraining, outer_batch: Batch, carry: Carry) -> HyperGradientResult:
+        run, tangents, reached = training.once("tangents", lambda: self._pushed(training, carry))
+        at_end = training.outer_gradients(run.state, outer_batch)
+        along = [part if ok else None for part, ok in zip(_contract(at_end, tangents, training.outer), reached)]
+        gradients = training.gradients(
+            at_end.outer, along,
+            sees="ForwardHG sees what the inner steps, the outer objective and the initial state depend on.")
+        return result(training, gradients, at_end.loss, run, carry=[] if self.warm_restart else tangents)
+
+    def _pushed(self, training, carry):
+        """The run, the tangents at its end, and whether anything depends on each outer variable."""
         outer = training.outer
         reached = [False] * len(outer)
         if training.from_initial_state:
@@ -71,14 +82,7 @@ class ForwardHG(SingleHyperGradient):
             lambda t, state, arrays, losses, norm: training.goes_on(t, training.steps, norm), body,
             [tf.constant(0), before.state, arrays, before.losses, before.gradient_norm], parallel_iterations=1)
         tangents = [tf.ensure_shape(array.stack(), z.shape) for array, z in zip(arrays, tangents)]
-
-        at_end = training.outer_gradients(state, outer_batch)
-        along = [part if ok else None for part, ok in zip(_contract(at_end, tangents, outer), reached)]
-        gradients = training.gradients(
-            at_end.outer, along,
-            sees="ForwardHG sees what the inner steps, the outer objective and the initial state depend on.")
-        run = InnerRun(state, losses, norm, taken)
-        return result(training, gradients, at_end.loss, run, carry=[] if self.warm_restart else tangents)
+        return InnerRun(state, losses, norm, taken), tangents, reached
 
     def initial_carry(self, problem: BilevelProblem) -> Carry:
         if self.warm_restart:

@@ -12,7 +12,7 @@ from farhox._core import checks, tree
 from farhox._core.inner_state import float_leaves
 from farhox._core.types import Batch, Carry
 from farhox.data.batches import RepeatedBatch
-from farhox.hypergradients.base import SingleHyperGradient, result
+from farhox.hypergradients.base import Memory, SingleHyperGradient, result
 from farhox.linear_solvers import ConjugateGradient, FixedPoint, LinearOperator, LinearSolver
 from farhox.problem.bilevel import BilevelProblem, variable_names
 from farhox.problem.inner_training import InnerTraining
@@ -50,9 +50,8 @@ class ImplicitHG(SingleHyperGradient):
       inner step with respect to the whole inner state and to λ: the fixed point of whatever dynamics, with constraints,
       decoupled weight decay, thresholds and statistics. Not symmetric in general.
 
-    `result.carry` holds v, the number of hyper-iterations and the memory of the solver; passed back, v is where the
-    solver starts, and the number is what schedules go by. A solution that failed is not carried on: the next system is
-    solved anew.
+    `result.carry` holds v and the memory of the solver; passed back, v is where the solver starts. A solution that failed
+    is not carried on: the next system is solved anew. Schedules of the solver go by `compute(iteration=)`.
 
     The diagnostics have `solver_residual`, `solver_steps` (products with the matrix), `solver_failed`, and
     `stationarity_gap`: how far the inner training has to go yet, along what the outer objective sees of it, relative
@@ -86,7 +85,7 @@ class ImplicitHG(SingleHyperGradient):
     system: str | None = None
     system_batch: Callable[..., Any] | None = None
 
-    carry_outlives_state = True
+    remembers = Memory.ALWAYS
 
     def __post_init__(self):
         if not isinstance(self.linear_solver, LinearSolver):
@@ -140,10 +139,10 @@ class ImplicitHG(SingleHyperGradient):
         unknowns = system.unknowns
         rhs = tree.ravel([tf.zeros_like(leaf) if part is None else part
                           for part, leaf in zip(at_end.state, unknowns)])  # The objective's are the first leaves.
-        initial, iteration, *memory = carry if carry else self._initial_carry(rhs)
+        initial, *memory = carry if carry else self._initial_carry(rhs)
         arguments = {"memory": memory} if memory else {}
         solution = solver.solve(
-            system.operator, rhs, initial if self.warm_start and carry else None, iteration, **arguments)
+            system.operator, rhs, initial if self.warm_start and carry else None, training.iteration, **arguments)
         products = system.parameter_product(tree.unravel(solution.vector, unknowns))
         gradients = training.gradients(
             at_end.outer, [product if seen else None for product, seen in zip(products, system.sees)],
@@ -153,7 +152,7 @@ class ImplicitHG(SingleHyperGradient):
         scale = tf.norm(rhs) * tf.cast(size, rhs.dtype)
         gap = tf.math.divide_no_nan(tf.abs(tf.reduce_sum(solution.vector * tree.ravel(system.distance))), scale)
         good = tf.logical_not(solution.failed)
-        carry = [tf.where(good, solution.vector, tf.zeros_like(rhs)), iteration + 1, *tf.nest.flatten(solution.memory)]
+        carry = [tf.where(good, solution.vector, tf.zeros_like(rhs)), *tf.nest.flatten(solution.memory)]
         return result(training, gradients, at_end.loss, run, carry=carry, solver_residual=solution.residual,
                       solver_steps=solution.steps, solver_failed=solution.failed, stationarity_gap=gap)
 
@@ -163,8 +162,7 @@ class ImplicitHG(SingleHyperGradient):
         return self._initial_carry(tree.ravel(unknowns))
 
     def _initial_carry(self, like):
-        return [tf.zeros_like(like), tf.constant(0, tf.int64),
-                *tf.nest.flatten(self.linear_solver.initial_memory(like))]
+        return [tf.zeros_like(like), *tf.nest.flatten(self.linear_solver.initial_memory(like))]
 
 
 class _System(NamedTuple):

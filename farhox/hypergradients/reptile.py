@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from farhox._core import checks, tree
-from farhox._core.inner_state import InnerState, float_leaves
-from farhox._core.types import Batch, Carry, InnerBatches
-from farhox.hypergradients.base import HyperGradient, HyperGradientResult
-from farhox.hypergradients.episodes import EpisodesHG, episode_at, num_episodes
-from farhox.hypergradients.initial import InitialHG
+from farhox._core.inner_state import float_leaves
+from farhox._core.types import Carry
+from farhox.hypergradients.base import HyperGradient, HyperGradientResult, Memory
 from farhox.problem.bilevel import BilevelProblem
+from farhox.problem.episodes import episode_at, num_episodes
 from farhox.problem.inner_training import InnerRun, InnerTraining, gradient_diagnostics
-
-if TYPE_CHECKING:
-    from farhox.hypergradients.base import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +21,8 @@ class ReptileHG(HyperGradient):
     """φ - φ_T in the place of a hypergradient of learned initial values φ, averaged over episodes.
 
     With gradient descent of rate ε as the outer optimizer this is Reptile: φ <- φ + ε mean(φ_T - φ). The inner training
-    needs no derivative, and memory does not grow with T. Batches have a leading axis of episodes, as with `EpisodesHG`;
-    episodes are trained one after the other, and the slots and the step count of the inner dynamics go on from one to
+    needs no derivative, and memory does not grow with T. Batches have a leading axis of episodes, whether the
+    problem is one `over_episodes` or not; episodes are trained one after the other, and the slots and the step count of the inner dynamics go on from one to
     the next and, in the carry, from one hyper-iteration to the next.
 
     Args:
@@ -44,15 +39,16 @@ class ReptileHG(HyperGradient):
 
     step_weights: Sequence[float] | None = None
 
-    carry_outlives_state = True
-    averages_episodes = True
+    remembers = Memory.ALWAYS
+    takes_episodes = True
 
     def __post_init__(self):
         if self.step_weights is not None and (not isinstance(self.step_weights, tuple) or not all(
                 checks.is_number(weight) for weight in self.step_weights)):
             raise TypeError(f"step_weights must be a tuple of numbers or None. Received: {self.step_weights!r}")
 
-    def _compute(self, problem, inner_batches, outer_batch, state, carry):
+    def _compute(self, problem, inner_batches, outer_batch, state, carry, iteration):
+        problem = problem.one_episode
         first = InnerTraining(problem, episode_at(inner_batches, 0), share_features=False)
         start, steps = first.start, first.steps
         weights = None
@@ -94,12 +90,6 @@ class ReptileHG(HyperGradient):
             **gradient_diagnostics(gradients, outer_loss)}
         states = tf.nest.pack_sequence_as(start, [array.stack() for array in ends])
         return HyperGradientResult(gradients, outer_loss, losses.stack(), states, kept, diagnostics)
-
-    def evaluate(self, problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch) -> Evaluation:
-        return EpisodesHG(InitialHG()).evaluate(problem, inner_batches, outer_batch)
-
-    def predict(self, problem: BilevelProblem, state: InnerState, outer_batch: Batch) -> Any:
-        return EpisodesHG(InitialHG()).predict(problem, state, outer_batch)
 
     def initial_carry(self, problem: BilevelProblem) -> Carry:
         initial = problem.initial_state()

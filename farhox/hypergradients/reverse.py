@@ -12,7 +12,7 @@ import tensorflow as tf
 from farhox._core import checks
 from farhox._core.inner_state import float_leaves
 from farhox._core.linearized import zeros_for_none
-from farhox._core.types import Batch, Carry, Tensors
+from farhox._core.types import Batch, Carry
 from farhox.hypergradients.base import SingleHyperGradient, result
 from farhox.problem.back_step import BackStep
 from farhox.problem.inner_training import InnerRun, InnerTraining
@@ -83,14 +83,19 @@ class ReverseHG(SingleHyperGradient):
         steps = training.steps
         # Differentiated steps at most: what is stored has this size, which XLA must know.
         most = steps - self._first_differentiated_step(steps)
-        walk = _Walk(training, training.outer_graph(outer_batch), weights, self._segment_length(most), most,
+        outer = training.outer_graph(outer_batch)
+        sources = tuple(i for i, depends in enumerate(outer.depends) if depends)
+        back_step = training.once(("step back", sources), lambda: BackStep(training, list(sources)))
+        walk = _Walk(training, outer, back_step, weights, self._segment_length(most), most,
                      math.inf if self.memory is None else self.memory)
         if problem.stop_tolerance is not None and self.truncation is not None:
             # Which steps are the last ones shows only at the end: the inner training runs once more.
             steps = training.run().steps
         first = self._first_differentiated_step(steps)
 
-        run, records = walk.forward(training.run(0, first), first, steps)
+        run, records = training.once(
+            ("way there", walk.left_out, tuple(tensor.name for tensor in walk.kept)),
+            lambda: walk.forward(training.run(0, first), first, steps))
         if problem.stop_tolerance is not None:
             steps = run.steps
         at_end = walk.outer(run.state)
@@ -144,20 +149,21 @@ class _Walk:
     Args:
         training: An `InnerTraining`.
         outer: The outer objective with its derivatives, `training.outer_graph(...)`.
+        back_step: The `BackStep` for the leaves that the outer objective reads.
         weights: Tensor [T + 1], the weight of the outer objective at each state, or None for the last state alone.
         segment: Steps between stored states; None for a single segment all of whose states are stored.
         most: Differentiated steps at most.
         memory: Bytes for the tensors that are kept beside the states.
     """
 
-    def __init__(self, training: InnerTraining, outer: Tensors, weights: Any, segment: Any, most: Any,
+    def __init__(self, training: InnerTraining, outer: Any, back_step: BackStep, weights: Any, segment: Any, most: Any,
                  memory: Any) -> None:
         self.training = training
         self.outer = outer
         self.weights = weights
         self.segment = segment
         self.most = most
-        self.back_step = BackStep(training, [i for i, depends in enumerate(outer.depends) if depends])
+        self.back_step = back_step
         # Whether steps back leave the adjoint and the gradients as they are: nothing is stored, and none is taken.
         self.left_out = weights is None and self.back_step.passes_on
         self.kept = [] if self.left_out else self.back_step.kept(memory, self._stored_steps())

@@ -79,9 +79,12 @@ class ReversibleHG(SingleHyperGradient):
         if problem.constrained_variables:
             raise ValueError("ReversibleHG cannot undo constraints of the inner variables. Received: constraints on "
                              f"{variable_names(problem.constrained_variables)}")
-        reversible = _ReversibleTraining(training, ratio, self.fractional_bits)
-        begin = reversible.begin()
-        run, end, memory = reversible.forward(begin, training.steps)
+        def way_there():
+            reversible = _ReversibleTraining(training, ratio, self.fractional_bits)
+            begin = reversible.begin()
+            return reversible, begin, *reversible.forward(begin, training.steps)
+
+        reversible, begin, run, end, memory = training.once("way there and back", way_there)
 
         at_end = training.outer_gradients(run.state, outer_batch)
         adjoint = zeros_for_none(at_end.state, float_leaves(run.state))

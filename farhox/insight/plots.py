@@ -14,7 +14,6 @@ import tensorflow as tf
 
 from farhox._core.types import Array, Batch, InnerBatches
 from farhox.data.batches import as_inner_batches
-from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.insight.diagnostics import HypergradientComparison
 from farhox.outer.outer_variable import OuterVariable
 from farhox.problem.bilevel import BilevelProblem
@@ -28,30 +27,23 @@ _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow"
 
 
 def outer_loss_grid(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
-                    x: tuple[OuterVariable, Array], y: tuple[OuterVariable, Array],
-                    hypergradient: HyperGradient | None = None) -> np.ndarray:
+                    x: tuple[OuterVariable, Array], y: tuple[OuterVariable, Array]) -> np.ndarray:
     """The outer objective after the inner training for each pair of values of two hyperparameters; no derivative.
 
     Args:
-        problem: A `BilevelProblem`.
+        problem: A `BilevelProblem`, also one `over_episodes`.
         inner_batches: T inner batches.
         outer_batch: The outer batch.
         x: Pair (scalar `Hyperparameter` of the problem, its values in natural units).
         y: The same of another one.
-        hypergradient: The `HyperGradient` whose `evaluate` runs the training, for example an `EpisodesHG`. Default:
-            `ReverseHG()`, as good as any other for one inner problem.
 
     Returns:
         Array [len(y values), len(x values)]. The hyperparameters keep the values they had.
 
     Raises:
-        TypeError: If `hypergradient` is no method, or `x` or `y` is not such a pair.
+        TypeError: If `x` or `y` is not such a pair.
         ValueError: If x and y are the same hyperparameter, one is not of the problem, or a value is out of bounds.
     """
-    method = ReverseHG() if hypergradient is None else hypergradient
-    if not isinstance(method, HyperGradient):
-        raise TypeError("hypergradient must be one of farhox' methods, for example farhox.ReverseHG(). "
-                        f"Received: {hypergradient!r}")
     (across, x_values), (up, y_values) = _checked_axis("x", x, problem), _checked_axis("y", y, problem)
     if across is up:
         raise ValueError(f"x and y must be two hyperparameters. Received {across.name!r} twice")
@@ -59,7 +51,7 @@ def outer_loss_grid(problem: BilevelProblem, inner_batches: InnerBatches, outer_
     # The data are arguments, which a graph does not copy.
     @tf.function(autograph=False)
     def loss(inner_batches, outer_batch):
-        return method.evaluate(problem, inner_batches, outer_batch).outer_loss
+        return problem.evaluate(inner_batches, outer_batch).outer_loss
 
     data = as_inner_batches(inner_batches), tf.nest.map_structure(tf.convert_to_tensor, outer_batch)
     before = across.variable.numpy(), up.variable.numpy()
@@ -79,8 +71,7 @@ def outer_loss_grid(problem: BilevelProblem, inner_batches: InnerBatches, outer_
 
 def response_surface(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
                      x: tuple[OuterVariable, Array], y: tuple[OuterVariable, Array],
-                     trajectory: Mapping[str, Array] | None = None, hypergradient: HyperGradient | None = None,
-                     losses: Array = None, axes: Any = None) -> Any:
+                     trajectory: Mapping[str, Array] | None = None, losses: Array = None, axes: Any = None) -> Any:
     """The outer loss as a function of two hyperparameters, and the way that they went on it.
 
     An axis is logarithmic where its values are geometrically spaced. Colours are on a logarithmic scale, and stop at
@@ -88,7 +79,7 @@ def response_surface(problem: BilevelProblem, inner_batches: InnerBatches, outer
     finite are left grey.
 
     Args:
-        problem, inner_batches, outer_batch, x, y, hypergradient: As for `outer_loss_grid`.
+        problem, inner_batches, outer_batch, x, y: As for `outer_loss_grid`.
         trajectory: Dictionary with a list of values under each of the two names: `HyperparameterTrace.history`, what
             `read_trace` returns, or the `history` of what `fit` returns. Default: none is drawn.
         losses: What `outer_loss_grid` returned, so that it is not computed again. Default: it is computed.
@@ -113,7 +104,7 @@ def response_surface(problem: BilevelProblem, inner_batches: InnerBatches, outer
     if missing:
         raise ValueError(f"The trajectory must have values of {names}. Received: {sorted(trajectory)}")
     if losses is None:
-        losses = outer_loss_grid(problem, inner_batches, outer_batch, x, y, hypergradient)
+        losses = outer_loss_grid(problem, inner_batches, outer_batch, x, y)
     losses = np.ma.masked_invalid(losses)
     if losses.shape != (len(y_values), len(x_values)):
         raise ValueError(f"losses must have shape {(len(y_values), len(x_values))}. Received shape: {losses.shape}")

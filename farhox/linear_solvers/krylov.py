@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from farhox._core import tree
 from farhox._core.types import Matvec, Tensor
 from farhox.linear_solvers.base import (
     LinearSolution,
@@ -19,13 +20,18 @@ from farhox.linear_solvers.base import (
     value_at,
 )
 
+# Relative differences of Ab and A'b beyond rounding, and residuals that count as a solution.
+_UNSYMMETRIC = 1e-2
+_INEXACT = 1e-3
+
 
 @dataclasses.dataclass(frozen=True)
 class ConjugateGradient(LinearSolver):
     """Conjugate gradients for symmetric positive definite A: exact after n steps.
 
     A direction p with p'Ap <= 0 ends the iteration with `failed`: A is not positive definite, and the vector is the
-    iterate before that direction. Where A is not symmetric, a residual that grew is a failure too.
+    iterate before that direction. Where A is not symmetric (as with values under `tf.stop_gradient`), a residual above
+    1e-3 that more steps would not take away is a failure too: `GMRES` or `NormalConjugateGradient` suit it.
 
     Args:
         max_steps: Positive int.
@@ -48,11 +54,17 @@ class ConjugateGradient(LinearSolver):
     def solve(self, matvec: Matvec, rhs: Tensor, initial: Tensor | None = None, iteration: Any = 0,
               memory: Any = ()) -> LinearSolution:
         operator = as_operator(matvec)
-        solution = _conjugate_gradient(
-            operator, rhs, initial, self.max_steps, value_at(self.tolerance, iteration, rhs.dtype))
+        tolerance = value_at(self.tolerance, iteration, rhs.dtype)
+        solution = _conjugate_gradient(operator, rhs, initial, self.max_steps, tolerance)
         if operator.symmetric:
             return solution
-        return solution._replace(failed=solution.failed | (solution.residual > 1.0) | tf.math.is_nan(solution.residual))
+        # Whether A is what the iteration takes it for shows at one vector.
+        product = operator(rhs)
+        unsymmetric = tf.norm(product - operator.transposed(rhs)) > _UNSYMMETRIC * tf.norm(product)
+        bound = tf.maximum(tolerance, tf.cast(_INEXACT, rhs.dtype))
+        failed = solution.failed | (unsymmetric & tree.not_less(solution.residual, bound)) | tree.not_less(
+            solution.residual, tf.ones([], rhs.dtype))
+        return solution._replace(failed=failed, steps=solution.steps + 2)
 
 
 @dataclasses.dataclass(frozen=True)

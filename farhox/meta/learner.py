@@ -10,8 +10,6 @@ from farhox._core import checks
 from farhox._core.copies import copy_of
 from farhox._core.types import Batch, Data, Logs, Loss, Metrics, Optimizer, Tensor
 from farhox.data.batches import RepeatedBatch
-from farhox.hypergradients.base import HyperGradient
-from farhox.hypergradients.episodes import map_episodes, num_episodes
 from farhox.meta import episode_checks
 from farhox.meta.accuracy import classifies, correct
 from farhox.meta.episodes import EpisodeSource, count_episodes, new_episodes_seen
@@ -20,6 +18,8 @@ from farhox.meta.problem import LOSS
 from farhox.meta.statistics import support_statistics
 from farhox.meta.weights import joined, order_of_present, scaled, weighted_mean, with_both_weights, with_weights
 from farhox.problem.bilevel import BilevelProblem
+from farhox.hypergradients.base import HyperGradient
+from farhox.problem.episodes import map_episodes, num_episodes
 from farhox.problem.inner_training import InnerTraining
 from farhox.problem.losses import takes_class_numbers
 from farhox.training.hyper_optimizer import HyperOptimizer, clear_errors
@@ -214,7 +214,7 @@ class Learner(HyperOptimizer):
         states, inner_losses = self._adapted(support)
         self._inner_loss.update_state(inner_losses[..., -1])
         loss = tf.reduce_mean(self._judged(states, support, query)["loss"])
-        return self._logs(loss, states, self._outer_batch(support, query))
+        return self._logs(loss, lambda: self.problem.predictions(states, self._outer_batch(support, query)))
 
     def _hyper_iteration_data(self, data, training=False):
         support, query = self._parts(data)

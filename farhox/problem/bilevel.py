@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ import tensorflow as tf
 
 from farhox._core import autodiff, checks, exact, functional, tree
 from farhox._core.inner_state import InnerState, OuterGradients, StepResult, float_leaves, with_float_leaves
-from farhox._core.types import Batch, Nest, Objective, Tensor, Tensors, Variables
+from farhox._core.types import Batch, InnerBatches, Nest, Objective, Tensor, Tensors, Variables
 from farhox.dynamics.base import GradientDescent, InnerDynamics
 from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
 from farhox.outer.outer_variable import OuterVariable, value_of
+from farhox.problem.evaluation import Evaluation, evaluate, predictions_of
 from farhox.problem.memory_plan import memory_plan
 from farhox.problem.read import check_derivative, found_outer_variables, warn_of_unnamed
 
@@ -150,6 +152,8 @@ class BilevelProblem:
                     0, dtype="int64", trainable=False, name="hyper_iteration", aggregation="only_first_replica")
         self.stop_gradient = stop_gradient
         self._compiled = {}
+        # Batches have no axis of episodes: `over_episodes` adds one.
+        self.one_episode, self._aggregation = self, None
         self._inner_objective = inner_objective
         self.allow_unused = bool(allow_unused)
         self._features = features
@@ -204,6 +208,76 @@ class BilevelProblem:
         # With the same count, and no variable made in a graph.
         other.stop_tolerance, other.hyper_iteration = self.stop_tolerance, self.hyper_iteration
         return other
+
+    def under(self, outer_objective: Objective) -> BilevelProblem:
+        """The same problem with all its outer variables under another outer objective.
+
+        Args:
+            outer_objective: Callable `batch -> scalar`.
+
+        Returns:
+            A `BilevelProblem`, without predictions for metrics.
+        """
+        other = copy.copy(self)
+        other._outer_objective, other.outer_predictions, other._compiled = outer_objective, None, {}
+        return other
+
+    def over_episodes(self, aggregation: Callable[[Tensor], Tensor] | None = None) -> BilevelProblem:
+        """The same problem for batches with one more axis: meta-batches, folds of a cross-validation.
+
+        Every tensor of the inner batches and of the outer batch has an additional leading axis of episodes (for
+        `gather` the indices have, and the arrays are shared: [episodes, T, batch]). Each episode starts from the same
+        Φ_0(λ) and is trained on its own; memory is that of one episode. Every method computes for such a problem what
+        it computes for one episode: in its result `outer_loss` is the aggregated scalar, `inner_losses` is
+        [episodes, T], the tensors of `state` and `carry` have the leading axis of episodes, and diagnostics are means
+        over episodes ("finite": of all).
+
+        Args:
+            aggregation: Callable, tensor [episodes, ...] to tensor [...], for hypergradients and the outer loss.
+                Default: the mean.
+
+        Returns:
+            A `BilevelProblem`.
+
+        Raises:
+            TypeError: If `aggregation` is not callable.
+
+        Reference:
+            [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), equation 3.
+        """
+        if aggregation is not None and not callable(aggregation):
+            raise TypeError(f"aggregation must be a callable [episodes, ...] -> [...]. Received: {aggregation!r}")
+        over = copy.copy(self)
+        over.one_episode = self.one_episode
+        over._aggregation = aggregation or (lambda values: tf.reduce_mean(values, axis=0))
+        over._compiled = {}
+        return over
+
+    @property
+    def has_episodes(self) -> bool:
+        """Whether batches have a leading axis of episodes; see `over_episodes`."""
+        return self._aggregation is not None
+
+    def aggregated(self, values: Tensor) -> Tensor:
+        """Values [episodes, ...] of a problem `over_episodes` as [...]."""
+        return self._aggregation(values)
+
+    def evaluate(self, inner_batches: InnerBatches, outer_batch: Batch, state: InnerState | None = None) -> Evaluation:
+        """T inner steps, the outer objective and its predictions in one pass, without derivatives.
+
+        Args:
+            inner_batches: T inner batches.
+            outer_batch: The batch of the outer objective.
+            state: Inner state to start from; default: the initial state Φ_0(λ).
+
+        Returns:
+            An `Evaluation`: `outer_loss`, `inner_losses`, `state`, `predictions`.
+        """
+        return evaluate(self, inner_batches, outer_batch, state)
+
+    def predictions(self, state: InnerState, outer_batch: Batch) -> Any:
+        """Targets, predictions and sample weights (or None) of the outer batch at the state `state`, for metrics."""
+        return predictions_of(self, state, outer_batch)
 
     def raise_if_model_changed(self) -> None:
         """Raises a ValueError that names the variables if others of the model are trainable than at the beginning."""
@@ -464,6 +538,15 @@ class BilevelProblem:
             self._outer_objective, batch, bindings=self._bindings(state.variables, state.state_variables, outer))
         warn_of_unnamed(result.read, self._known)
         return _checked_scalar("outer_objective", result.value), result.read
+
+    def judged(self, state: InnerState, outer: Tensors, batch: Batch) -> tuple[Tensor, Any]:
+        """The outer objective and, where the problem has some, its predictions (else None), in one pass."""
+        def both(batch):
+            return self._outer_objective(batch), self.outer_predictions and self.outer_predictions(batch)
+
+        loss, predictions = functional.call(
+            both, batch, bindings=self._bindings(state.variables, state.state_variables, outer)).value
+        return _checked_scalar("outer_objective", loss), predictions
 
     def outer_gradients(self, state: InnerState, outer: Tensors, batch: Batch) -> OuterGradients:
         """E and its partial derivatives with respect to the state and the outer variables, as `OuterGradients`.

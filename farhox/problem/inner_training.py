@@ -7,7 +7,9 @@ mended everywhere.
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
@@ -17,7 +19,7 @@ from farhox._core.inner_state import InnerState, float_leaves, with_float_leaves
 from farhox._core.linearized import LinearizedMap
 from farhox._core.refusals import check_operations
 from farhox._core.step_graph import StepGraph
-from farhox._core.types import Batch, InnerBatches, Nest, Tensor, Tensors
+from farhox._core.types import Batch, InnerBatches, Nest, Objective, Tensor, Tensors, Variables
 from farhox.data.batches import RepeatedBatch, as_inner_batches, batch_at, num_steps
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class InnerTraining:
         state: Inner state to start from; default: the initial state Φ_0(λ).
         outer: List of tensors, λ; default: the current values of the outer variables.
         share_features: Bool. Compute the problem's features once where all steps have the same batch.
+        iteration: The number of the hyper-iteration.
 
     Attributes:
         problem, inner_batches: As given.
@@ -70,11 +73,15 @@ class InnerTraining:
         steps: T, an int where it is static, else a scalar int32 tensor.
         start: The state before the first step.
         from_initial_state: Bool, whether that is Φ_0(λ).
+        iteration: Scalar int64 tensor, as given.
     """
 
     def __init__(self, problem: BilevelProblem, inner_batches: InnerBatches, state: Any = None, outer: Any = None,
-                 share_features: bool = True) -> None:
+                 share_features: bool = True, iteration: int | Tensor = 0) -> None:
         self.problem = problem
+        self.iteration = tf.cast(iteration, tf.int64)
+        self._found = {}
+        self._must_be_seen = {id(variable) for variable in problem.outer_variables}
         self.inner_batches = as_inner_batches(inner_batches)
         self.outer = problem.outer_values() if outer is None else outer
         self.steps = num_steps(self.inner_batches)
@@ -92,6 +99,29 @@ class InnerTraining:
             self._features = self._run(self._feature_graph, self._feature_graph.outputs, values, checks=True)
         self.parameters = self.outer + ([] if self._features is None else float_leaves(self._features))
 
+    def under(self, outer_objective: Objective, outer_variables: Variables) -> InnerTraining:
+        """The same training under another outer objective; what was found by `once` stays.
+
+        Args:
+            outer_objective: Callable `batch -> scalar`.
+            outer_variables: List of those of the problem's that this objective is for. Others that nothing depends on
+                under it have a hypergradient of zero.
+        """
+        other = copy.copy(self)
+        other.problem = self.problem.under(outer_objective)
+        other._must_be_seen = {id(variable) for variable in outer_variables}
+        return other
+
+    def once(self, key: Any, function: Callable[[], Any]) -> Any:
+        """`function()`, computed once for this training and those `under` other objectives.
+
+        Args:
+            key: Hashable, what names the result.
+        """
+        if key not in self._found:
+            self._found[key] = function()
+        return self._found[key]
+
     # The training without derivatives.
 
     def run(self, start: Any = 0, stop: Any = None, earlier: Any = None, record: Any = None,
@@ -107,7 +137,11 @@ class InnerTraining:
         Returns:
             An `InnerRun`.
         """
-        stop = self.steps if stop is None else stop
+        if stop is None and earlier is None and record is None:
+            return self.once("run", lambda: self._run_steps(start, self.steps, None, None, replay))
+        return self._run_steps(start, self.steps if stop is None else stop, earlier, record, replay)
+
+    def _run_steps(self, start, stop, earlier, record, replay):
         earlier = self.before_first_step() if earlier is None else earlier
         kept = [] if record is None else record.kept
 
@@ -172,9 +206,12 @@ class InnerTraining:
 
     # The graph of a step.
 
-    @functools.cached_property
-    def graph(self) -> Any:
+    @property
+    def graph(self) -> StepGraph:
         """The `StepGraph` of a step. Its outputs are a `StepResult`; see `inputs` for what it is given."""
+        return self.once("graph", self._traced)
+
+    def _traced(self):
         batch = batch_at(self.inner_batches, 0)
         counts = [len(tf.nest.flatten(self.start)), len(self.parameters)]
 
@@ -313,7 +350,8 @@ class InnerTraining:
             own = [_sum(pair) for pair in zip(own, self._through_features(of_features))]
         if adjoint is not None and self.from_initial_state:
             own = [_sum(pair) for pair in zip(own, self.initial_system().parameter_product(adjoint))]
-        missing = [variable for variable, part in zip(self.problem.outer_variables, own) if part is None]
+        missing = [variable for variable, part in zip(self.problem.outer_variables, own)
+                   if part is None and id(variable) in self._must_be_seen]
         if missing and not self.problem.allow_unused:
             names = ", ".join(repr(variable.path) for variable in missing)
             raise ValueError("Every outer variable must have an effect that the method can see. Nothing that was "

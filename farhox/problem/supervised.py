@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from farhox._core import functional
 from farhox.dynamics.base import GradientDescent, InnerDynamics
 from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
 from farhox.outer.outer_variable import OuterVariable
@@ -166,13 +167,13 @@ def supervised_problem(model: keras.Model, loss: Any = "sparse_categorical_cross
         return y, model(x, training=training_at_outer) if outer_call is None else outer_call(x), extra
 
     def outer_objective(batch):
-        y, predictions, extra = outer_predictions(batch)
+        y, predictions, extra = functional.once(outer_predictions, batch)
         if outer_value is None:
             return own_loss(model, batch[0], y, predictions, extra, training=training_at_outer)
         return outer_value(y, predictions, extra)
 
     def for_metrics(batch):
-        y, predictions, extra = outer_predictions(batch)
+        y, predictions, extra = functional.once(outer_predictions, batch)
         return y, predictions, None if takes_groups(outer_value) else extra
 
     if outer_variables == "all":

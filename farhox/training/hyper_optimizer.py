@@ -18,7 +18,7 @@ from farhox._core.types import Batch, Callbacks, Data, InnerBatches, Metrics, Op
 from farhox.data.batches import as_inner_batches, as_tensors, examples_of
 from farhox.data.datasets import as_hyper_iterations, pair, raise_if_endless
 from farhox.dynamics.base import check_keras_optimizer
-from farhox.hypergradients import HyperGradient, ReverseHG
+from farhox.hypergradients import EpisodesHG, HyperGradient, ReverseHG
 from farhox.hypergradients.base import HyperGradientResult
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
@@ -84,6 +84,16 @@ class HyperOptimizer(keras.Model):
         if not isinstance(hypergradient, HyperGradient):
             raise TypeError("hypergradient must be one of farhox' methods, for example farhox.ReverseHG(). "
                             f"Received: {hypergradient!r}")
+        if isinstance(hypergradient, EpisodesHG):
+            problem, hypergradient = problem.over_episodes(hypergradient.aggregation), hypergradient.hypergradient
+        if hypergradient.takes_episodes and not problem.has_episodes:
+            problem = problem.over_episodes()
+        if online and problem.has_episodes:
+            raise ValueError("Episodes start anew in every hyper-iteration: a problem over episodes cannot be used "
+                             "with online=True.")
+        if hypergradient.needs_online and not online:
+            raise ValueError(f"{type(hypergradient).__name__} makes sense where the inner state goes on from one "
+                             "hyper-iteration to the next. Use online=True.")
         if online and (problem.learns_initialization or problem.proximal is not None):
             raise ValueError("online=True goes on from the last inner state, so the initial state must not matter. "
                              "Received a problem with "
@@ -329,7 +339,7 @@ class HyperOptimizer(keras.Model):
         inner_batches, outer_batch = self._hyper_iteration_data(data, training=True)
         result = self._hyper_iteration(inner_batches, outer_batch)
         self._inner_loss.update_state(result.inner_losses[..., -1])
-        logs = self._logs(result.outer_loss, result.state, outer_batch)
+        logs = self._logs(result.outer_loss, lambda: self.problem.predictions(result.state, outer_batch))
         if "solver_failed" in result.diagnostics:
             for name, metric in self._solver_metrics.items():
                 metric.update_state(tf.cast(result.diagnostics[name], tf.float32))
@@ -349,13 +359,13 @@ class HyperOptimizer(keras.Model):
         self._count_for_tolerance()
         if self.online:
             state = self._kept.state_now()
-            loss = self.problem.outer_loss(state, self.problem.outer_values(), outer_batch)
-            logs = self._logs(loss, state, outer_batch)
+            loss, predictions = self.problem.judged(state, self.problem.outer_values(), outer_batch)
+            logs = self._logs(loss, lambda: predictions)
             del logs["inner_loss"]  # No inner training has been measured.
             return logs
-        evaluation = self.hypergradient.evaluate(self.problem, inner_batches, outer_batch)
+        evaluation = self.problem.evaluate(inner_batches, outer_batch)
         self._inner_loss.update_state(evaluation.inner_losses[..., -1])
-        return self._logs(evaluation.outer_loss, evaluation.state, outer_batch)
+        return self._logs(evaluation.outer_loss, lambda: evaluation.predictions)
 
     def raise_if_diverged(self) -> None:
         """Raises a RuntimeError that says what diverged if too many updates in a row were skipped."""
@@ -395,7 +405,8 @@ class HyperOptimizer(keras.Model):
     def _hyper_iteration(self, inner_batches, outer_batch):
         self._count_for_tolerance()
         result = self.hypergradient.compute(
-            self.problem, inner_batches, outer_batch, state=self._kept.state_now(), carry=self._kept.carry_now())
+            self.problem, inner_batches, outer_batch, state=self._kept.state_now(), carry=self._kept.carry_now(),
+            iteration=tf.cast(self.optimizer.iterations, tf.int64) + tf.cast(self._watch.skipped, tf.int64))
         new_state, new_carry = self._kept.of(result)
         flags = [tf.logical_not(tree.is_finite(part)) for part in [
             result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]]
@@ -492,12 +503,13 @@ class HyperOptimizer(keras.Model):
         """Warns, once each, of what a person should know about the hyper-iterations since the epoch began."""
         self._watch.warn_once(float(self._solver_metrics[GAP].result()))
 
-    def _logs(self, outer_loss, state, outer_batch):
+    def _logs(self, outer_loss, outer_predictions):
+        """The logs; `outer_predictions()` is called where there are metrics."""
         self._outer_loss.update_state(outer_loss)
         outer_mean = self._outer_loss.result()
         logs = {"loss": outer_mean, "outer_loss": outer_mean, "inner_loss": self._inner_loss.result()}
         if self._compile_metrics is not None:
-            targets, predictions, weights = self.hypergradient.predict(self.problem, state, outer_batch)
+            targets, predictions, weights = outer_predictions()
             values = self.compute_metrics(None, targets, predictions, sample_weight=weights)
             own = {self._outer_loss.name, self._inner_loss.name, "loss", *self._solver_metrics}
             logs.update({name: value for name, value in values.items() if name not in own})
@@ -515,8 +527,7 @@ class HyperOptimizer(keras.Model):
         batch = tf.nest.map_structure(lambda leaf: strategy.experimental_local_results(leaf)[0], batch)
 
         def predictions(inner_batches, outer_batch):
-            state = self.hypergradient.evaluate(self.problem, inner_batches, outer_batch).state
-            return self.hypergradient.predict(self.problem, state, outer_batch)
+            return self.problem.evaluate(inner_batches, outer_batch).predictions
 
         # Traced for its shapes and never run.
         traced = tf.function(predictions, autograph=False).get_concrete_function(*self._hyper_iteration_data(batch))

@@ -8,7 +8,7 @@ import tensorflow as tf
 from farhox._core import tree
 from farhox._core.inner_state import InnerState
 from farhox._core.types import Carry, Tensor
-from farhox.hypergradients.base import HyperGradient
+from farhox.hypergradients.base import HyperGradient, Memory
 from farhox.problem.bilevel import BilevelProblem
 
 
@@ -30,7 +30,9 @@ class Kept:
         initial = problem.initial_state()
         self._slot_structure = [initial.slots, initial.step]
         self.slots = [_variable(leaf) for leaf in tf.nest.flatten(self._slot_structure)] if online else []
-        self._has_carry = online or hypergradient.carry_outlives_state
+        one_by_one = problem.has_episodes and not hypergradient.takes_episodes  # Episodes start anew.
+        self._has_carry = not one_by_one and (hypergradient.remembers is Memory.ALWAYS or (
+            online and hypergradient.remembers is Memory.WITH_STATE))
         self._carry_structure = hypergradient.initial_carry(problem) if self._has_carry else []
         self.carry = [_variable(leaf) for leaf in tf.nest.flatten(self._carry_structure)]
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from farhox._core.types import Batch, InnerBatches, Logs, Tensor, Variables
 from farhox.data.finite import first_not_finite, place_in_words
-from farhox.hypergradients import EpisodesHG, ImplicitHG, ObjectivesHG
+from farhox.hypergradients import ImplicitHG, ObjectivesHG
 from farhox.hypergradients.base import HyperGradient
 from farhox.problem.bilevel import variable_names
 
@@ -146,6 +146,6 @@ def counter(value: int, name: str) -> keras.Variable:
 
 
 def _solver_name(hypergradient):
-    if isinstance(hypergradient, (EpisodesHG, ObjectivesHG)):
+    if isinstance(hypergradient, ObjectivesHG):
         return _solver_name(hypergradient.hypergradient)
     return type(hypergradient.linear_solver).__name__ if isinstance(hypergradient, ImplicitHG) else None

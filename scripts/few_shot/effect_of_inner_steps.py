@@ -83,7 +83,7 @@ class RidgeHG(HyperGradient):
         curvature = tf.matmul(x, x, transpose_a=True) / count + self.ridge * tf.eye(x.shape[1], dtype=x.dtype)
         return tf.linalg.solve(curvature, tf.matmul(x, y, transpose_a=True) / count)
 
-    def _compute(self, problem, inner_batches, outer_batch, state, carry):
+    def _compute(self, problem, inner_batches, outer_batch, state, carry, iteration):
         (mapping,) = problem.outer_values()
         with tf.GradientTape() as tape:
             tape.watch(mapping)
@@ -180,7 +180,8 @@ def learn_map(settings, parts, steps, folder):
     batches = farhox.repeat(train, steps or 1)
     optimizer = farhox.HyperOptimizer(problem, method)
     optimizer.compile(keras.optimizers.Adam(settings["outer_learning_rate"]))
-    evaluate = tf.function(lambda: method.evaluate(problem, batches, validation), autograph=False)
+    evaluate = tf.function(lambda: method.evaluate(problem, batches, validation) if steps is None else problem.evaluate(
+        batches, validation), autograph=False)
 
     def observe():
         evaluation = evaluate()

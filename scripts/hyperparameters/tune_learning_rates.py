@@ -123,12 +123,10 @@ class Task:
     def loss_and_accuracy(self, inner_batches, outer_batch):
         """Outer loss and accuracy after a training; no derivative."""
         if self._trainer is None:
-            method = farhox.ReverseHG(truncation=0)
-
             @tf.function(autograph=False, jit_compile=True)
             def train(inner_batches, outer_batch):
-                evaluation = method.evaluate(self.problem, inner_batches, outer_batch)
-                labels, predictions, _ = method.predict(self.problem, evaluation.state, outer_batch)
+                evaluation = self.problem.evaluate(inner_batches, outer_batch)
+                labels, predictions, _ = evaluation.predictions
                 accuracy = tf.reduce_mean(keras.metrics.sparse_categorical_accuracy(labels, predictions))
                 return evaluation.outer_loss, accuracy
 
