@@ -337,12 +337,18 @@ def test_an_update_that_would_lose_a_value_is_taken_back_with_the_slots(optimize
         hyper_optimizer.fit(hyper_iterations(3), verbose=0)
 
 
+def applied(hyper_optimizer, gradient):
+    """One guarded update with this hypergradient; whether it stands."""
+    return hyper_optimizer._guarded_update.apply(
+        hyper_optimizer.optimizer, lambda: hyper_optimizer._apply([gradient]))
+
+
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_a_value_at_its_bound_is_held_before_it_reported_and_can_come_back(jit_compile):
     hyper_optimizer = of_two_rates(keras.optimizers.SGD(1.0), both=False)
     momentum = hyper_optimizer.problem.hyperparameters[0]
-    apply = tf.function(lambda gradient: hyper_optimizer._guarded_update.apply(hyper_optimizer.optimizer, [gradient]),
-                        autograph=False, jit_compile=jit_compile)
+    apply = tf.function(
+        lambda gradient: applied(hyper_optimizer, gradient), autograph=False, jit_compile=jit_compile)
     for _ in range(3):  # Again and again: it does not creep on.
         assert apply(tf.constant(-1e4))
         assert momentum.numpy() == pytest.approx(0.9 * (1 - 2.0 ** -11.5), rel=1e-6)
@@ -371,7 +377,7 @@ def test_every_map_is_held_strictly_inside_its_bounds(low, high, value, gradient
     hyper_optimizer.compile(keras.optimizers.SGD(1.0))
     # The second entry moves as it should.
     before = entry.variable.numpy()
-    assert hyper_optimizer._guarded_update.apply(hyper_optimizer.optimizer, [tf.constant([gradient, 0.25])])
+    assert applied(hyper_optimizer, tf.constant([gradient, 0.25]))
     after = entry.numpy()
     assert low is None or np.all(after > low)
     assert high is None or np.all(after < high)
@@ -385,7 +391,7 @@ def test_weights_on_the_border_of_a_budget_are_not_held():
     problem = farhox.BilevelProblem(lambda i: keras.ops.sum(weights(i)) * w ** 2, lambda _: w ** 2, [w], [weights])
     hyper_optimizer = farhox.HyperOptimizer(problem)
     hyper_optimizer.compile(keras.optimizers.SGD(1.0))
-    assert hyper_optimizer._guarded_update.apply(hyper_optimizer.optimizer, [tf.constant([9.0, -9.0, 0.0, 0.0])])
+    assert applied(hyper_optimizer, tf.constant([9.0, -9.0, 0.0, 0.0]))
     assert weights.numpy()[0] == 0.0 and weights.numpy()[1] == 1.0
     assert hyper_optimizer._guarded_update.held.numpy() == [0]
 

@@ -35,8 +35,8 @@ class EvoGradHG(SingleHyperGradient):
     size sigma^2 (1 - 1/K) / temperature. With the default settings that is about 1e-5: outer optimizers that rescale
     (Adam) suit it, and a part of E that depends on λ explicitly would outweigh it.
 
-    The draws follow from the seed and the number of the hyper-iteration, `compute(iteration=)`: with the same number the
-    same draws, in all episodes of a problem `over_episodes`.
+    The draws follow from the seed and the number of the hyper-iteration, `compute(iteration=)`: with the same number
+    the same draws, in all episodes of a problem `over_episodes`.
 
     `result.outer_loss` is E(w_T, λ) as in every method; the diagnostics hold "mixture_loss", E(w*, λ).
 

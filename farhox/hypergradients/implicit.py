@@ -50,8 +50,8 @@ class ImplicitHG(SingleHyperGradient):
       inner step with respect to the whole inner state and to λ: the fixed point of whatever dynamics, with constraints,
       decoupled weight decay, thresholds and statistics. Not symmetric in general.
 
-    `result.carry` holds v and the memory of the solver; passed back, v is where the solver starts. A solution that failed
-    is not carried on: the next system is solved anew. Schedules of the solver go by `compute(iteration=)`.
+    `result.carry` holds v and the memory of the solver; passed back, v is where the solver starts. A solution that
+    failed is not carried on: the next system is solved anew. Schedules of the solver go by `compute(iteration=)`.
 
     The diagnostics have `solver_residual`, `solver_steps` (products with the matrix), `solver_failed`, and
     `stationarity_gap`: how far the inner training has to go yet, along what the outer objective sees of it, relative
