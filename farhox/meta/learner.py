@@ -10,6 +10,7 @@ from farhox._core import checks
 from farhox._core.copies import copy_of
 from farhox._core.types import Batch, Data, Logs, Loss, Metrics, Optimizer, Tensor
 from farhox.data.batches import RepeatedBatch
+from farhox.hypergradients.base import HyperGradient
 from farhox.meta import episode_checks
 from farhox.meta.accuracy import classifies, correct
 from farhox.meta.episodes import EpisodeSource, count_episodes, new_episodes_seen
@@ -18,7 +19,6 @@ from farhox.meta.problem import LOSS
 from farhox.meta.statistics import support_statistics
 from farhox.meta.weights import joined, order_of_present, scaled, weighted_mean, with_both_weights, with_weights
 from farhox.problem.bilevel import BilevelProblem
-from farhox.hypergradients.base import HyperGradient
 from farhox.problem.episodes import map_episodes, num_episodes
 from farhox.problem.inner_training import InnerTraining
 from farhox.problem.losses import takes_class_numbers
