@@ -13,6 +13,26 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a cross product marked `covering` the default run keeps cases that hold every value of every axis once.
+
+    The others are slow tests.
+    """
+    products = {}
+    for item in items:
+        if item.get_closest_marker("covering") is not None and item.get_closest_marker("slow") is None:
+            products.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for cases in products.values():
+        missing = {value for case in cases for value in case.callspec.indices.items()}
+        while missing:
+            chosen = max(cases, key=lambda case: len(missing & set(case.callspec.indices.items())))
+            cases.remove(chosen)
+            missing -= set(chosen.callspec.indices.items())
+        for case in cases:
+            case.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seeds():
     """Random numbers of Python, NumPy and TensorFlow start anew in every test."""

@@ -18,6 +18,7 @@ def benchmark(monkeypatch):
     return import_script("benchmark_hypergradients", monkeypatch)
 
 
+@pytest.mark.slow
 def test_quick_run_writes_a_row_with_all_measurements(tmp_path, benchmark):
     path = tmp_path / "benchmark.json"
     finished = subprocess.run(
@@ -37,8 +38,9 @@ def test_quick_run_writes_a_row_with_all_measurements(tmp_path, benchmark):
     assert finished.stdout.splitlines() == benchmark.table([row]).splitlines()
 
 
-@pytest.mark.parametrize("workload, method", [("W1", "reverse"), ("W1", "reverse_sqrt"), ("W2", "reverse"),
-                                              ("W2", "reverse_sqrt"), ("W2", "forward")])
+@pytest.mark.parametrize("workload, method", [
+    ("W1", "reverse"), ("W2", "reverse_sqrt"), ("W2", "forward"),
+    pytest.param("W1", "reverse_sqrt", marks=pytest.mark.slow), pytest.param("W2", "reverse", marks=pytest.mark.slow)])
 def test_naive_tape_of_the_benchmark_gives_the_hypergradient_of_the_methods(workload, method, benchmark):
     task = getattr(benchmark, WORKLOADS[workload])(quick=True)
     data = task.inner_batches(5), task.outer_batch
@@ -48,6 +50,7 @@ def test_naive_tape_of_the_benchmark_gives_the_hypergradient_of_the_methods(work
     assert_close(result.gradients, expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_implicit_hypergradient_of_the_benchmark_is_that_of_a_long_training(benchmark):
     task = benchmark.near_optimum(quick=True)
     batches = task.inner_batches(200)

@@ -84,6 +84,7 @@ def test_every_says_how_many_hyper_iterations_lie_between_records(every, compile
     np.testing.assert_array_equal(trace.history["hyper_iteration"], list(expected))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("trace_first", [True, False])
 @pytest.mark.parametrize("every, save_freq", [(3, "epoch"), (1, 3)])
 def test_resumed_file_is_that_of_a_run_that_was_not_interrupted(tmp_path, every, save_freq, trace_first):
@@ -108,7 +109,8 @@ def test_resumed_file_is_that_of_a_run_that_was_not_interrupted(tmp_path, every,
         assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-@pytest.mark.parametrize("every, save_every", [(1, "epoch"), (3, 2), ("epoch", 1)])
+@pytest.mark.parametrize("every, save_every", [
+    (3, 2), pytest.param(1, "epoch", marks=pytest.mark.slow), pytest.param("epoch", 1, marks=pytest.mark.slow)])
 def test_file_of_a_run_that_resume_goes_on_with_is_that_of_one_that_was_not_interrupted(tmp_path, every, save_every):
     def run(name, extra=()):
         fit(make()[0], [HyperparameterTrace(tmp_path / name, every=every),

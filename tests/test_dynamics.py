@@ -84,6 +84,7 @@ def settings():
     }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", list(settings()))
 def test_settings_of_every_kind_have_their_value_at_each_step(kind, compiled):

@@ -52,6 +52,7 @@ INNER_BATCHES = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", INNER_BATCHES)
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ForwardHG()], ids=["reverse", "forward"])
 def test_episodes_equal_the_mean_of_single_computations(problem, kind, method):

@@ -45,6 +45,7 @@ def test_two_opposite_signs_have_the_value_worked_out_by_hand(dtype):
     assert_close([result.outer_loss], [0.5], TOLERANCE[dtype])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sign", [True, False])
 @pytest.mark.parametrize("perturbations", [2, 5])
 def test_mean_over_draws_is_that_of_one_differentiated_step(perturbations, sign):

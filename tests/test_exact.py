@@ -151,6 +151,7 @@ def test_roots_and_quotients_of_update_rules_have_finite_derivatives_at_zero(fun
         np.testing.assert_allclose(run()[0], derivative, rtol=1e-6)
 
 
+@pytest.mark.covering
 @modes
 @methods
 @pytest.mark.parametrize("from_logits", [True, False])
@@ -182,6 +183,7 @@ def image_problem(layer, before=True):
     return problem, (x, y), (x[0], y[0])
 
 
+@pytest.mark.covering
 @modes
 @methods
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -192,6 +194,7 @@ def test_resized_features_are_exact(interpolation, method, mode, float64):
     assert_close(gradients, unrolled.finite_differences(problem, *data, step=1e-2), 1e-4)
 
 
+@pytest.mark.covering
 @modes
 @methods
 def test_an_operation_without_a_derivative_is_an_error_that_names_it_and_its_layer(method, mode, float64):
@@ -203,6 +206,7 @@ def test_an_operation_without_a_derivative_is_an_error_that_names_it_and_its_lay
         MODES[mode](method.compute)(problem, *data)
 
 
+@pytest.mark.covering
 @modes
 @methods
 @pytest.mark.parametrize("layer", [
@@ -214,6 +218,7 @@ def test_resized_data_need_no_second_derivative(layer, method, mode, float64):
     assert_close(gradients, unrolled.finite_differences(problem, *data), 1e-7)
 
 
+@pytest.mark.covering
 @modes
 @methods
 def test_resized_features_are_no_error_for_first_order_dynamics(method, mode, float64):
@@ -226,6 +231,7 @@ def test_resized_features_are_no_error_for_first_order_dynamics(method, mode, fl
     assert np.isfinite(gradient) and gradient != 0
 
 
+@pytest.mark.covering
 @modes
 @methods
 def test_upsampling_by_nearest_neighbours_is_exact(method, mode, float64):

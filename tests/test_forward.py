@@ -13,6 +13,7 @@ from farhox._core import autodiff
 dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
 
 
+@pytest.mark.covering
 @dtypes
 @pytest.mark.parametrize("outer", [("target", "rate", "initial"), ("schedule",), ("initial", "schedule", "target")])
 def test_scalar_quadratic_has_its_closed_form(dtype, outer):
@@ -20,6 +21,7 @@ def test_scalar_quadratic_has_its_closed_form(dtype, outer):
     assert_close(farhox.ForwardHG().compute(*case[:3]).gradients, case.expected, TOLERANCE[dtype])
 
 
+@pytest.mark.covering
 @dtypes
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_heavy_ball_has_its_hypergradient(dtype, nesterov):

@@ -482,6 +482,7 @@ def test_what_needs_a_model_says_so_where_the_problem_knows_none():
             call()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("use", ["fit", "step", "evaluate", "train_inner"])
 def test_indices_out_of_range_are_an_error_also_where_xla_would_clamp_them(use, jit_compile):

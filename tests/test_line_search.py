@@ -23,6 +23,7 @@ def one_step(problem):
     return problem.step(problem.initial_state(), problem.outer_values(), tf.zeros([])).state
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("decrease, shrink", [(0.5, 0.5), (0.1, 0.5), (0.9, 0.8)])
 @pytest.mark.parametrize("curvature", [0.3, 3.0, 700.0])
 def test_step_is_the_first_that_decreases_enough(curvature, decrease, shrink):

@@ -38,6 +38,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.covering
 @dtypes
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", list(SOLVERS))
@@ -135,6 +136,7 @@ def test_right_hand_side_that_is_not_finite_does_not_come_out_as_a_number(name):
     assert not np.all(np.isfinite(solution.vector))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("matrix", [np.diag([1.0, 0.0]), np.diag([1.0, np.nan]), np.diag([np.inf, 1.0])])
 @pytest.mark.parametrize("solver", [Direct(), Nystrom(rank=2, rho=0.1), GMRES()])
@@ -182,6 +184,7 @@ def test_conjugate_gradient_reports_what_it_made_worse_where_the_matrix_is_not_s
     assert solution.failed and solution.residual > 1
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("solver", [
     NormalConjugateGradient(60, tolerance=1e-13), Nystrom(rank=5, rho=1e-12)])

@@ -57,7 +57,7 @@ def mirrored():
 
 @pytest.mark.parametrize("make, loop", [
     pytest.param(maml, "fit", marks=pytest.mark.skipif(farhox.data.datasets.KERAS_IS_OLD, reason="needs Keras 3.9")),
-    (hyper_representation, "fit_distributed"), (reptile, "fit_distributed")])
+    pytest.param(hyper_representation, "fit_distributed", marks=pytest.mark.slow), (reptile, "fit_distributed")])
 def test_a_meta_batch_over_two_replicas_gives_the_weights_of_one_device(make, loop, tmp_path):
     source, _ = images()
     single, shared = compiled(make), compiled(make, mirrored())

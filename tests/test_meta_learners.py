@@ -231,6 +231,7 @@ def test_step_weights_choose_the_steps_whose_way_counts(float64):
     assert direction((2, 0, 0)) == pytest.approx(-0.8)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("transductive", [True, False])
 @pytest.mark.parametrize("momentum, dropout", [(0.99, 0.0), (0.5, 0.3)])
 def test_queries_of_one_episode_depend_on_each_other_only_when_transductive(transductive, momentum, dropout):

@@ -150,6 +150,7 @@ def test_mini_batches_come_from_the_pool_and_the_tail(replacement, separate, mon
     assert not np.array_equal(x, element(tf.constant(4, tf.int64), episodes)[0][0])
 
 
+@pytest.mark.slow
 def test_maml_is_trained_and_compared_on_sinusoids(tmp_path):
     text = finish(start("sinusoid", tmp_path, None, "--quick", "--algorithms=maml,joint", "--meta_steps=400"))
     assert "| MAML" in text and "| Joint training" in text

@@ -17,6 +17,7 @@ def learned(initial, **arguments):
     return farhox.Hyperparameter(initial, low=0.0, dtype="float64", **arguments)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("make, expected", [
     (lambda: farhox.L1L2(), 0.0),
     (lambda: farhox.L1L2(l1=0.3), 0.3 * L1),

@@ -66,8 +66,9 @@ def traced():
 
 
 @pytest.mark.parametrize("name, every, step", [
-    ("reverse", 1, 4), ("forward online", "epoch", 7), ("implicit warm", 2, 7), ("maml", 1, 6), ("reptile", "epoch", 4),
-    ("stn", 1, 6), ("delta", "epoch", 8), ("plain", 1, 5)])
+    ("implicit warm", 2, 7), ("reptile", "epoch", 4), ("stn", 1, 6), ("plain", 1, 5),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("reverse", 1, 4), ("forward online", "epoch", 7), ("maml", 1, 6), ("delta", "epoch", 8)))])
 def test_a_training_that_failed_goes_on_to_the_weights_and_the_history_of_one_that_did_not(
         traced, tmp_path, name, every, step):
     model = traced(name)
@@ -106,7 +107,9 @@ def assert_same(a, b):
     assert history.history == others.history and history.epoch == others.epoch
 
 
-@pytest.mark.parametrize("every, seconds", [(1, 0.0), (3, 0.0), ("epoch", 0.0), (1, 1000.0)])
+@pytest.mark.parametrize("every, seconds", [
+    (3, 0.0), (1, 1000.0), pytest.param(1, 0.0, marks=pytest.mark.slow),
+    pytest.param("epoch", 0.0, marks=pytest.mark.slow)])
 def test_how_often_a_state_is_saved_has_no_influence_on_the_result(tmp_path, every, seconds):
     def make():
         return dense(keras.layers.Dropout(0.5, seed=1))
@@ -123,7 +126,7 @@ def test_states_are_saved_as_often_as_said(tmp_path):
     assert numbers == {"epoch": [2, 3], "three": [4, 5], "late": [1]}
 
 
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 5])
 def test_several_steps_in_one_execution_are_resumed(tmp_path, step):
     def make():
         return dense(steps_per_execution=3, run_eagerly=False)

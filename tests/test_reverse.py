@@ -35,6 +35,7 @@ Q = 1 - RATE * CURVATURE
 END = TARGET + Q ** STEPS * (START - TARGET)
 
 
+@pytest.mark.covering
 @dtypes
 @checkpoints
 def test_scalar_quadratic_has_its_closed_form(dtype, checkpoint_every):
@@ -70,6 +71,7 @@ def test_learning_rate_schedule_has_its_closed_form_at_each_step(dtype):
     np.testing.assert_allclose(np.sum(gradient), -0.2228433715, rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.covering
 @dtypes
 @pytest.mark.parametrize("checkpoint_every", [None, 2, "sqrt"])
 @pytest.mark.parametrize("truncation, published", [(1, 0.0048576), (3, 0.011852544), (5, None)])
@@ -99,6 +101,7 @@ def test_truncation_of_zero_keeps_the_explicit_gradient_alone():
     assert_close(result.gradients, [(result.state.variables[0] - 1.0) ** 2], 1e-12)
 
 
+@pytest.mark.covering
 @dtypes
 @checkpoints
 def test_each_step_back_uses_the_minibatch_of_that_step(dtype, checkpoint_every):
@@ -116,6 +119,7 @@ def test_each_step_back_uses_the_minibatch_of_that_step(dtype, checkpoint_every)
         assert_close(result.gradients, [0.32944, -3.219], TOLERANCE[dtype])
 
 
+@pytest.mark.covering
 @dtypes
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_heavy_ball_has_its_hypergradient(dtype, nesterov):
@@ -134,7 +138,8 @@ def test_many_steps_reach_the_implicit_meta_gradient():
     assert_close(farhox.ReverseHG().compute(*case[:3]).gradients, case.expected, 1e-9)
 
 
-@pytest.mark.parametrize("truncation, lengths", [(None, (1, 3, "sqrt")), (5, (3,))])
+@pytest.mark.parametrize("truncation, lengths", [
+    (None, (3, "sqrt")), pytest.param(5, (3,), marks=pytest.mark.slow)])
 def test_checkpoints_change_no_bit(truncation, lengths, float64):
     case = network_problem("BatchNormalization", "momentum", steps=7, extra=[keras.layers.Dropout(0.5)])
     whole = tf.function(lambda: farhox.ReverseHG(truncation).compute(*case[:3]), autograph=False)()
@@ -143,7 +148,7 @@ def test_checkpoints_change_no_bit(truncation, lengths, float64):
         assert_identical(tf.function(lambda: method.compute(*case[:3]), autograph=False)(), whole)
 
 
-@pytest.mark.parametrize("checkpoint_every", [None, 3])
+@pytest.mark.parametrize("checkpoint_every", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_what_is_kept_stays_within_the_memory_and_changes_nothing_but_rounding(checkpoint_every, float64):
     # Wide enough for a product of matrices to be dearer than the bytes of what comes out of it.
     model = keras.Sequential([keras.Input([300]), keras.layers.Dense(5, "tanh"), keras.layers.Dense(3)])
@@ -192,6 +197,7 @@ def test_replay_is_exact_with_dropout_batch_norm_and_minibatches(float64):
     assert seeds, "The network draws no random numbers."
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("checkpoint_every", [None, 2])
 @pytest.mark.parametrize("reads_statistics", [False, True])
 def test_first_order_dynamics_are_exact_whether_or_not_statistics_count(reads_statistics, checkpoint_every, float64):
@@ -266,6 +272,7 @@ def explicit_problem():
         inner_variables=[w], outer_variables=[scale, w], dynamics=farhox.Momentum(0.1, 0.5))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("make", [
     lambda: network_problem("BatchNormalization", "momentum", steps=4, extra=[keras.layers.Dropout(0.5)])[:3],
     lambda: (explicit_problem(), tf.constant([1.0, 2.0, 0.5, 1.5], tf.float64), tf.constant(1.0, tf.float64)),

@@ -1,6 +1,5 @@
 """ReversibleHG: steps are undone to the bit, hypergradients are those of ReverseHG, memory is a buffer of few bits."""
 
-import itertools
 import math
 
 import keras
@@ -69,7 +68,8 @@ def test_heavy_ball_has_its_hypergradient(momentum):
     assert result.diagnostics["reversed_exactly"]
 
 
-@pytest.mark.parametrize("momentum", [0.123, 0.9, 0.99])
+@pytest.mark.parametrize("momentum", [
+    0.9, pytest.param(0.123, marks=pytest.mark.slow), pytest.param(0.99, marks=pytest.mark.slow)])
 def test_hypergradient_is_that_of_reverse_mode_up_to_rounding(momentum, float64):
     case = network(momentum, steps=60)
     expected, result = compiled(farhox.ReverseHG(), case), compiled(ReversibleHG(), case)
@@ -86,11 +86,11 @@ def test_error_is_that_of_the_fractional_bits(float64):
     case = network(steps=30)
     expected = compiled(farhox.ReverseHG(), case).gradients
     errors = []
-    for bits in (12, 26, 40):
+    for bits in (12, 40):
         result = compiled(ReversibleHG(fractional_bits=bits), case)
         assert result.diagnostics["reversed_exactly"]
         errors.append(max(np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in zip(result.gradients, expected)))
-    assert all(fine < coarse / 100 for coarse, fine in itertools.pairwise(errors))
+    assert errors[1] < errors[0] / 10_000
 
 
 def test_replay_has_the_masks_and_statistics_of_each_step(float64):
@@ -102,11 +102,10 @@ def test_replay_has_the_masks_and_statistics_of_each_step(float64):
                  [v for v in expected.state.state_variables if v.dtype.is_floating], 1e-9)
 
 
-@pytest.mark.parametrize("options", [None, {}, {"jit_compile": True}])
-def test_float32_training_is_undone_exactly_eager_in_graphs_and_under_xla(options):
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_float32_training_is_undone_exactly_in_graphs_and_under_xla(jit_compile):
     case = network(steps=12)
-    result = ReversibleHG().compute(*case[:3]) if options is None else compiled(
-        ReversibleHG(), case, **options)
+    result = compiled(ReversibleHG(), case, jit_compile=jit_compile)
     assert result.diagnostics["reversed_exactly"]
     assert_close(result.gradients, compiled(farhox.ReverseHG(), case).gradients, 1e-4)
 
@@ -116,6 +115,7 @@ def test_convolutions_are_undone_exactly():
     assert compiled(ReversibleHG(), case).diagnostics["reversed_exactly"]
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_end_at_the_initial_bits_with_a_small_buffer():
     """`reversed_exactly` compares all integers with those of the start; the hypergradient is a number because of it."""
     case = network(steps=1, rate=0.01)

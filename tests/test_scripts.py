@@ -37,6 +37,7 @@ def run_quick(name, output):
 
 
 @needs_data
+@pytest.mark.slow
 def test_learned_weights_find_wrong_labels_and_come_near_the_oracle(tmp_path):
     results = run_quick("clean_labels", tmp_path)
     runs = results["seeds"]["0"]
@@ -49,6 +50,7 @@ def test_learned_weights_find_wrong_labels_and_come_near_the_oracle(tmp_path):
 
 
 @needs_data
+@pytest.mark.slow
 def test_hypergradients_tune_a_network_with_the_gradient_steps_of_black_box_searches(tmp_path):
     results = run_quick("tune_learning_rates", tmp_path)
     runs = results["seeds"]["0"]
@@ -67,6 +69,7 @@ def test_hypergradients_tune_a_network_with_the_gradient_steps_of_black_box_sear
 
 
 @needs_data
+@pytest.mark.slow
 def test_a_learned_schedule_is_saved_and_replayed_in_keras_without_farhox(tmp_path):
     results = run_quick("learn_schedule", tmp_path)
     run = results["seeds"]["0"]

@@ -41,6 +41,7 @@ def same(first, second):
     return all(np.array_equal(one, other, equal_nan=True) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("method", ["stn", "delta"])
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])
 def test_a_step_on_data_that_hold_nan_keeps_weights_hyperparameters_and_slots_and_is_counted(step, method):

@@ -127,7 +127,7 @@ def without_times(result):
     return {name: value for name, value in result.items() if name not in ("cpu_times", "time_before")}
 
 
-@pytest.mark.parametrize("method", ["stn", "delta"])
+@pytest.mark.parametrize("method", ["stn", pytest.param("delta", marks=pytest.mark.slow)])
 def test_an_interrupted_self_tuned_training_ends_with_the_numbers_of_one_that_was_not(
         load, task, method, monkeypatch, tmp_path):
     stn_training = load("stn_training")

@@ -334,6 +334,7 @@ def test_class_weights_must_have_one_entry_per_class():
 
 # ---- bad input
 
+@pytest.mark.covering
 @pytest.mark.parametrize("labels, came", [([0, 1, 2, 4, 0, 0], "from 0 to 4"), ([-1, 1, 2, 3, 0, 0], "from -1 to 3")])
 @pytest.mark.parametrize("loss", [
     "sparse_categorical_crossentropy", keras.losses.SparseCategoricalCrossentropy(dtype="float64")])

@@ -177,6 +177,7 @@ def distiller():
     return model
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("make, y", [
     (lambda: own(OwnLoss), A), (lambda: own(WithoutTraining), A), (distiller, B)], ids=["own", "on top", "distiller"])
 @pytest.mark.parametrize("weighted", [False, True])

@@ -516,14 +516,15 @@ class HyperOptimizer(keras.Model):
         return logs
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Makes the variables of metrics before training, as a distribution strategy needs it.
+        """Makes the variables of metrics before training: a function that makes some is traced twice by TensorFlow.
 
-        Keras' own way averages the data of all replicas, which makes fractions of indices and labels.
+        Keras' own way, for a distribution strategy alone, averages the data of all replicas: fractions of indices and
+        labels.
         """
-        if self._compile_metrics is None or self._compile_metrics.built or self._distribute_strategy is None:
+        if self._compile_metrics is None or self._compile_metrics.built or self.run_eagerly:
             return
         strategy = self.distribute_strategy
-        batch = next(next(iter(iterator))[2])
+        batch = next(next(iter(iterator))[2]) if data_batch is None else data_batch
         batch = tf.nest.map_structure(lambda leaf: strategy.experimental_local_results(leaf)[0], batch)
 
         def predictions(inner_batches, outer_batch):
