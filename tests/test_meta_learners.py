@@ -121,13 +121,13 @@ def test_weights_of_steps_follow_a_schedule_of_the_meta_step():
         first = tf.maximum(1.0 - tf.cast(meta_step, tf.float32) / 2, 0.0)
         return tf.stack([first, 1.0 - first])
 
-    source, episodes = images()
-    scheduled = meta.MAML(network(), 0.3, 2, step_weights=weights)
+    episodes = tf.nest.map_structure(lambda leaf: tf.cast(leaf, tf.float32), constant_episodes(1.0, 2.0))
+    scheduled = meta.MAML(scalar_model(), 0.1, 2, step_weights=weights, loss="mean_squared_error")
     scheduled.compile(keras.optimizers.SGD(0.0))
     for expected in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0), (0.0, 1.0)):
-        fixed = meta.MAML(scheduled.model, 0.3, 2, step_weights=expected)
+        fixed = meta.MAML(scheduled.model, 0.1, 2, step_weights=expected, loss="mean_squared_error")
         assert_close(meta_gradients(scheduled, episodes), meta_gradients(fixed, episodes), 1e-6)
-        scheduled.fit(source.dataset(2, count=2), verbose=0)
+        scheduled.step(*scheduled._hyper_iteration_data(episodes, training=True))
 
 
 def test_imaml_solves_with_identity_plus_hessian_over_the_proximal_strength(float64):
@@ -271,13 +271,27 @@ def test_no_episode_leaves_a_trace_in_another_one():
     assert both[0] != changed[0] and both[1] == changed[1]
 
 
-@pytest.mark.parametrize("make", [
-    lambda model: meta.MAML(model, 0.3, 2), lambda model: meta.ANIL(model, inner_learning_rate=0.3, inner_steps=2),
-    lambda model: meta.IMAML(model, 0.3, 4), lambda model: meta.Reptile(model, inner_steps=4, batch_size=3),
+OTHERS = [
+    lambda model: meta.ANIL(model, inner_learning_rate=0.3, inner_steps=2), lambda model: meta.IMAML(model, 0.3, 4),
     lambda model: meta.JointTraining(model), lambda model: meta.HyperRepresentation(
         keras.Sequential([keras.Input([6, 6, 1]), *model.layers[:-1]]), keras.layers.Dense(3, activation="softmax"),
-        inner_steps=3)],
-    ids=["maml", "anil", "imaml", "reptile", "joint", "hyper-representation"])
+        inner_steps=3)]
+
+
+@pytest.mark.parametrize("make", OTHERS, ids=["anil", "imaml", "joint", "hyper-representation"])
+def test_every_learner_takes_a_meta_step_and_adapts(make):
+    learner = make(network())
+    source, episodes = images(queries=4)
+    learner.compile(keras.optimizers.SGD(0.1))
+    assert learner.fit(source.dataset(2, count=2), verbose=0).history["skipped_updates"] == [0]
+    support, query = tf.nest.map_structure(lambda leaf: leaf[0], episodes)
+    assert learner.adapt(support)(query[0]).shape == (12, 3)
+
+
+@pytest.mark.parametrize("make", [
+    lambda model: meta.MAML(model, 0.3, 2), lambda model: meta.Reptile(model, inner_steps=4, batch_size=3),
+    *(pytest.param(make, marks=pytest.mark.slow) for make in OTHERS)],
+    ids=["maml", "reptile", "anil", "imaml", "joint", "hyper-representation"])
 def test_every_learner_fits_evaluates_predicts_and_adapts(make, tmp_path):
     learner = make(network())
     source, episodes = images(queries=4)
@@ -300,6 +314,7 @@ def test_every_learner_fits_evaluates_predicts_and_adapts(make, tmp_path):
     np.testing.assert_allclose(loaded(query[0]), learner.adapt(support)(query[0]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_makes_a_better_learner():
     source, _ = images(queries=4)
     learner = meta.MAML(network(), 0.3, 2)
