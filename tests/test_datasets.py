@@ -80,6 +80,14 @@ def test_outer_batches_have_their_own_size():
     np.testing.assert_array_equal(np.sort(np.concatenate([part[1] for part in outer])), Y_VAL)
 
 
+def test_outer_batches_are_drawn_in_an_order_of_their_own():
+    """With one seed for both, the outer batches of data used twice would be the inner ones."""
+    data = farhox.bilevel_dataset((X, Y), (X, Y), inner_steps=1, batch_size=5, outer_batch_size=5)
+    inner, outer = zip(*((batch_at(inner, 0)[1].numpy(), outer[1].numpy()) for inner, outer in data))
+    assert sorted(np.ravel(inner)) == sorted(np.ravel(outer)) == list(Y)
+    assert not np.array_equal(inner, outer)
+
+
 def examples(count=30, sign=1.0):
     return tf.data.Dataset.from_tensor_slices((sign * X[:count], Y[:count]))
 

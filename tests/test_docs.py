@@ -85,4 +85,4 @@ def test_the_readme_has_two_set_up_commands_that_name_what_exists():
         extra = re.search(r'"\.\[(\w+)\]"', command)[1]
         assert extra in settings["options.extras_require"]
     script = re.search(r"scripts/\w+/\w+\.py", commands[0])[0]
-    assert (ROOT / script).exists() and commands[1].endswith(" -m pytest -n 2")
+    assert (ROOT / script).exists() and commands[1].endswith(" -m pytest -n 2 --dist worksteal")
