@@ -224,7 +224,8 @@ def test_hypergradients_of_all_settings_equal_finite_differences_with_zero_gradi
 AT_ZERO = {"Adam amsgrad", "RMSprop centered", "Adadelta", "Adafactor", "Ftrl", "Lamb", "a user's subclass"}
 
 
-@pytest.mark.parametrize("case", [case if case in AT_ZERO else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize("case", [
+    case if case in AT_ZERO else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_zero_gradients_give_finite_hypergradients_in_float32_with_keras_own_settings(case):
     optimizer = type(CASES[case]())() if "Multi" not in case else CASES[case]()
     if case == "Adafactor":  # Its derivative at a gradient of zero is of the order of 1 / sqrt(epsilon_1).

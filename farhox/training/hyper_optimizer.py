@@ -202,6 +202,7 @@ class HyperOptimizer(keras.Model):
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
         self.problem.raise_if_model_changed()
         with clear_errors():
+            self._make_metrics(x)
             history = super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
         history.history = Logs(history.history)
         return history
@@ -230,6 +231,7 @@ class HyperOptimizer(keras.Model):
         with clear_errors():
             x = self._dataset(x)
             raise_if_endless(x, "steps", kwargs.get("steps"))
+            self._make_metrics(x)
             logs = Logs(super().evaluate(x, callbacks=callbacks, return_dict=True, **kwargs))
         if as_dictionary:
             return logs
@@ -516,26 +518,35 @@ class HyperOptimizer(keras.Model):
         return logs
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Makes the variables of metrics before training: a function that makes some is traced twice by TensorFlow.
+        """Makes the variables of metrics before training, as a distribution strategy needs it.
 
-        Keras' own way, for a distribution strategy alone, averages the data of all replicas: fractions of indices and
-        labels.
+        Keras' own way averages the data of all replicas, which makes fractions of indices and labels.
         """
-        if self._compile_metrics is None or self._compile_metrics.built or self.run_eagerly:
+        if self._compile_metrics is None or self._compile_metrics.built or self._distribute_strategy is None:
             return
-        strategy = self.distribute_strategy
-        batch = next(next(iter(iterator))[2]) if data_batch is None else data_batch
-        batch = tf.nest.map_structure(lambda leaf: strategy.experimental_local_results(leaf)[0], batch)
+        batch = next(next(iter(iterator))[2])
+        self._build_metrics(tf.nest.map_structure(
+            lambda leaf: self.distribute_strategy.experimental_local_results(leaf)[0], batch))
 
-        def predictions(inner_batches, outer_batch):
-            return self.problem.evaluate(inner_batches, outer_batch).predictions
+    def _make_metrics(self, data):
+        """Makes the variables of metrics where no strategy is: TensorFlow traces twice what makes variables itself."""
+        if (self._compile_metrics is None or self._compile_metrics.built or self.run_eagerly
+                or self._distribute_strategy is not None or not isinstance(data, tf.data.Dataset)):
+            return
+        self._build_metrics(data.element_spec)  # No element is read: a stream would go on from it.
+
+    def _build_metrics(self, element):
+        def predictions(element):
+            return self.problem.evaluate(*self._hyper_iteration_data(element)).predictions
 
         # Traced for its shapes and never run.
-        traced = tf.function(predictions, autograph=False).get_concrete_function(*self._hyper_iteration_data(batch))
+        traced = tf.function(predictions, autograph=False).get_concrete_function(element)
         targets, outputs, _ = traced.structured_outputs
-        with strategy.scope():
-            self._compile_metrics.build(
-                *(keras.KerasTensor(part.shape, part.dtype.name) for part in (targets, outputs)))
+        if any(part.shape.rank is None for part in tf.nest.flatten([targets, outputs])):
+            return
+        with self.distribute_strategy.scope():
+            self._compile_metrics.build(*tf.nest.map_structure(
+                lambda part: keras.KerasTensor(part.shape, part.dtype.name), (targets, outputs)))
 
     def _compiled(self, function, **options):
         if self.run_eagerly:
