@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import farhox
-from farhox.linear_solvers import GMRES, Direct, FixedPoint, Neumann, NormalConjugateGradient, Nystrom
+from farhox.linear_solvers import GMRES, Direct, FixedPoint, LinearOperator, Neumann, NormalConjugateGradient, Nystrom
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -411,3 +411,22 @@ def test_dense_refuses_a_system_that_is_too_large():
 def test_settings_are_frozen(solver):
     with pytest.raises(dataclasses.FrozenInstanceError):
         solver().max_steps = 3
+
+
+def test_conjugate_gradients_say_that_a_matrix_is_not_symmetric(float64):
+    """A stop in the inner objective makes it so; where it happens to be symmetric all the same, nothing fails."""
+    symmetric = tf.constant([[3.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]], tf.float64)
+    skewed = symmetric + tf.constant([[0.0, 0.9, -0.4], [-0.9, 0.0, 0.8], [0.4, -0.8, 0.0]], tf.float64)
+    rhs = tf.constant([1.0, -2.0, 0.5], tf.float64)
+
+    def solved(matrix):
+        operator = LinearOperator(lambda v: tf.linalg.matvec(matrix, v),
+                                  lambda v: tf.linalg.matvec(matrix, v, transpose_a=True))
+        return farhox.ConjugateGradient().solve(operator, rhs)
+
+    good, bad = solved(symmetric), solved(skewed)
+    assert not good.failed and good.residual < 1e-6
+    assert bad.failed and bad.residual > 1e-3
+    exact = GMRES().solve(
+        LinearOperator(lambda v: tf.linalg.matvec(skewed, v), lambda v: tf.linalg.matvec(skewed, v, transpose_a=True)), rhs)
+    np.testing.assert_allclose(exact.vector, np.linalg.solve(skewed, rhs), rtol=1e-9)
