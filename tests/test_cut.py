@@ -137,6 +137,12 @@ def test_the_plan_says_what_is_kept_and_what_is_computed_again(float64):
     assert sum(choice.bytes for choice in plan.kept) == cut.kept_bytes(kept) > 0
     assert plan.total_bytes == 5 * plan.state_bytes + 4 * cut.kept_bytes(kept)
     assert "Tanh" in str(plan) and "4 steps" in str(plan)
+    # After a training its batches are the example.
+    fresh, batches, outer = wide_problem()
+    with pytest.raises(ValueError, match="inner_batch must be given before the first training"):
+        fresh.memory_plan(4)
+    fresh.evaluate(batches, outer)
+    assert fresh.memory_plan(4, memory=None).total_bytes == plan.total_bytes
     nothing = problem.memory_plan(4, (x[0], y[0]), memory=0)
     assert not nothing.kept and any("MatMul" in choice.name for choice in nothing.computed_again)
 

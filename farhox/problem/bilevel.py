@@ -152,6 +152,8 @@ class BilevelProblem:
                     0, dtype="int64", trainable=False, name="hyper_iteration", aggregation="only_first_replica")
         self.stop_gradient = stop_gradient
         self._compiled = {}
+        # What the batch of an inner step was like in the last training, a nest of `tf.TensorSpec`.
+        self.last_batch = None
         # Batches have no axis of episodes: `over_episodes` adds one.
         self.one_episode, self._aggregation = self, None
         self._inner_objective = inner_objective
@@ -289,7 +291,8 @@ class BilevelProblem:
                 f"anew. No longer trainable: {variable_names(gone) or 'none'}. Trainable now: "
                 f"{variable_names(new) or 'none'}.")
 
-    def memory_plan(self, steps: int, inner_batch: Batch, memory: float | None = 128 * 2**20) -> MemoryPlan:
+    def memory_plan(
+            self, steps: int, inner_batch: Batch | None = None, memory: float | None = 128 * 2**20) -> MemoryPlan:
         """What `ReverseHG(memory=memory)` stores of an inner training, and why.
 
         ```python
@@ -298,19 +301,25 @@ class BilevelProblem:
 
         Args:
             steps: Positive int, the steps that are stored at a time: T, or `checkpoint_every`.
-            inner_batch: The batch of one inner step.
+            inner_batch: The batch of one inner step, or the `tf.TensorSpec`s of one. Default: one like that of the last
+                training.
             memory: Bytes for intermediate results of these steps beside the states, or None for no limit.
 
         Returns:
             A `MemoryPlan`.
 
         Raises:
-            ValueError: If a number is out of range.
+            ValueError: If a number is out of range, or there was no training yet and no batch is given.
         """
         checks.positive_integer("steps", steps)
         if memory is not None:
             checks.non_negative_integer("memory", memory)
-        batch = tf.nest.map_structure(tf.convert_to_tensor, inner_batch)
+        batch = self.last_batch if inner_batch is None else inner_batch
+        if batch is None:
+            raise ValueError("inner_batch must be given before the first training of a problem. Received: None")
+        batch = tf.nest.map_structure(
+            lambda leaf: leaf if isinstance(leaf, tf.TensorSpec) else tf.TensorSpec.from_tensor(
+                tf.convert_to_tensor(leaf)), batch)
         return memory_plan(self, batch, steps, float("inf") if memory is None else memory)
 
     def compiled(self, method: Any, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -213,6 +213,7 @@ class InnerTraining:
 
     def _traced(self):
         batch = batch_at(self.inner_batches, 0)
+        self.problem.last_batch = tf.nest.map_structure(lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype), batch)
         counts = [len(tf.nest.flatten(self.start)), len(self.parameters)]
 
         def step(inputs):

@@ -49,17 +49,18 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def memory_plan(problem: BilevelProblem, inner_batch: Batch, steps: int, memory: float) -> MemoryPlan:
+def memory_plan(problem: BilevelProblem, batch: Batch, steps: int, memory: float) -> MemoryPlan:
     """See `BilevelProblem.memory_plan`."""
     plans = []
 
-    def plan():
-        training = InnerTraining(problem, tf.nest.map_structure(lambda leaf: leaf[tf.newaxis], inner_batch))
+    def plan(*leaves):
+        examples = tf.nest.pack_sequence_as(batch, leaves)
+        training = InnerTraining(problem, tf.nest.map_structure(lambda leaf: leaf[tf.newaxis], examples))
         back = BackStep(training, range(len(problem.inner_variables)))
         plans.append(back.plan(memory, steps))
         return tf.constant(0)
 
-    tf.function(plan, autograph=False).get_concrete_function()
+    tf.function(plan, autograph=False).get_concrete_function(*tf.nest.flatten(batch))
     state = tf.nest.flatten(problem.initial_state())
     kept, again = plans[-1]
     return MemoryPlan(steps, kept_bytes(state), kept, again)
