@@ -31,6 +31,10 @@ def prototypical(model, transductive=True):
     return meta.PrototypicalNetwork(keras.Sequential([keras.Input([4]), *model.layers[:-1]]), WAYS)
 
 
+def ridge(model):
+    return meta.RidgeNetwork(keras.Sequential([keras.Input([4]), *model.layers[:-1]]), WAYS)
+
+
 LEARNERS = {
     "MAML": lambda model, **settings: meta.MAML(model, 0.3, 2, **settings),
     "FOMAML": lambda model, **settings: meta.MAML(model, 0.3, 2, first_order=True, **settings),
@@ -42,6 +46,7 @@ LEARNERS = {
     "HyperRepresentation": hyper_representation,
     "JointTraining": lambda model, **settings: meta.JointTraining(model, 0.3, 2, **settings),
     "PrototypicalNetwork": prototypical,
+    "RidgeNetwork": ridge,
 }
 
 
@@ -67,7 +72,7 @@ def padded(part, number):
 
 def outcome(learner, element):
     """The meta-gradient of a meta-batch, its losses and accuracies."""
-    if isinstance(learner, meta.PrototypicalNetwork):
+    if isinstance(learner, meta.EmbeddingLearner):
         inputs, targets, *weights = learner._as_keras(element)
         with tf.GradientTape() as tape:
             losses = keras.losses.SparseCategoricalCrossentropy()

@@ -35,7 +35,7 @@ def saved_model(learner_or_model: keras.Model, directory: str | os.PathLike, ver
     - of a learner: `adapt`, from `support_inputs`, `support_labels` and `query_inputs` to what `learner.predict`
       returns, with the whole inner training of `evaluation_steps` steps inside; `adapt_batch`, the same for a batch of
       tasks with as many support examples and queries each. `serving_default` is `adapt`;
-    - of `HyperRepresentation` and `PrototypicalNetwork` also `embed`, what `learner.embed` returns.
+    - of `HyperRepresentation` and an `EmbeddingLearner` also `embed`, what `learner.embed` returns.
 
     Outputs are called "probabilities" after a softmax or a sigmoid, "predictions" otherwise, and "representation".
     Every signature checks its inputs and fails with an error that names the one that makes no sense.

@@ -58,13 +58,13 @@ class Signature:
 
 
 def signatures_of(model: Any) -> dict[str, Signature]:
-    """The signatures of a learner, a prototypical network or a Keras model: a dictionary by name.
+    """The signatures of a learner, an embedding learner or a Keras model: a dictionary by name.
 
     Raises:
         TypeError: If the model is none of these.
         ValueError: If a Keras model does not say what its inputs are.
     """
-    if isinstance(model, meta.PrototypicalNetwork):
+    if isinstance(model, meta.EmbeddingLearner):
         signatures = _adapting(model, model.embedding, (model.ways,), "probabilities", integers=True)
     elif isinstance(model, meta.Learner):
         signatures = _adapting(model, model.model, model.model.output_shape[1:], _output_name(model.model),
@@ -74,7 +74,7 @@ def signatures_of(model: Any) -> dict[str, Signature]:
     else:
         raise TypeError("saved_model exports a learner of farhox.meta, a farhox.stn.SelfTuningModel or a keras.Model, "
                         f"such as the one that a HyperOptimizer tunes. Received: {model!r}")
-    if isinstance(model, (meta.HyperRepresentation, meta.PrototypicalNetwork)):
+    if isinstance(model, (meta.HyperRepresentation, meta.EmbeddingLearner)):
         body = model.body if isinstance(model, meta.HyperRepresentation) else model.embedding
         signatures["embed"] = Signature(
             _model_inputs(body), lambda inputs: {"representation": model.embed(inputs)},
@@ -84,7 +84,7 @@ def signatures_of(model: Any) -> dict[str, Signature]:
 
 def network_of(model: Any) -> keras.Model:
     """The Keras model whose weights an export holds."""
-    if isinstance(model, meta.PrototypicalNetwork):
+    if isinstance(model, meta.EmbeddingLearner):
         return model.embedding
     return model.model if isinstance(model, meta.Learner) else model
 

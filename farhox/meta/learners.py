@@ -57,6 +57,7 @@ class MAML(Learner):
         support_loss: The loss of the support set, which may be learned. Default: `loss`.
         outer_variables: List of further outer variables, which the dynamics, losses or the condition read.
         condition: Callable that sets weights of the model for a task, see `episode_problem`.
+        representation: List of layers and single variables of the model that are learned and do not adapt.
 
     Raises:
         TypeError: If `inner_learning_rate` is neither a float nor a `Hyperparameter`.
@@ -74,10 +75,12 @@ class MAML(Learner):
                  transductive: bool = True, evaluation_steps: int | None = None,
                  step_weights: Sequence[float] | None = None, allow_unused: bool = False, name: str = "maml",
                  dynamics: InnerDynamics | None = None, support_loss: Loss | None = None,
-                 outer_variables: Sequence[keras.Variable | OuterVariable] = (), condition: Any = None) -> None:
+                 outer_variables: Sequence[keras.Variable | OuterVariable] = (), condition: Any = None,
+                 representation: Sequence[Any] = ()) -> None:
         problem = _initialization_problem(
-            model, [], inner_learning_rate, learn_learning_rates, first_order, dynamics, outer_variables, loss=loss,
-            support_loss=support_loss, condition=condition, transductive=transductive, allow_unused=allow_unused)
+            model, representation, inner_learning_rate, learn_learning_rates, first_order, dynamics, outer_variables,
+            loss=loss, support_loss=support_loss, condition=condition, transductive=transductive,
+            allow_unused=allow_unused)
         weights = step_weights if not callable(step_weights) else (
             lambda: step_weights(tf.convert_to_tensor(self.optimizer.iterations)))
         super().__init__(model, problem, EpisodesHG(ReverseHG(step_weights=weights)), inner_steps, evaluation_steps,

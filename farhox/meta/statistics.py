@@ -7,10 +7,58 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from farhox._core import functional
+from farhox._core import checks, functional
 from farhox._core.types import Tensor
 from farhox.meta.episode_checks import check_model
 from farhox.meta.weights import is_present
+
+
+@keras.saving.register_keras_serializable(package="farhox")
+class StepBatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalisation with a scale and a shift for each inner step.
+
+    Inner step t is taken with row t; what is predicted after it, with that row too. Steps beyond the last row have the
+    last one. Statistics are those of farhox' other learners: of the queries or of the support set, never moving ones.
+
+    Args:
+        steps: Positive int, the number of inner steps.
+        **kwargs: Of `keras.layers.BatchNormalization`, without `center` and `scale`.
+
+    Raises:
+        ValueError: If `steps` is not a positive integer.
+
+    Reference:
+        [Antoniou et al., 2019](https://arxiv.org/abs/1810.09502), section 4.
+    """
+
+    def __init__(self, steps: int, **kwargs: Any) -> None:
+        super().__init__(center=False, scale=False, **kwargs)
+        self.steps = checks.positive_integer("steps", steps)
+        self.counts = True
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        shape = (self.steps, input_shape[self.axis])
+        self.gammas = self.add_weight(shape=shape, initializer="ones", name="gammas")
+        self.betas = self.add_weight(shape=shape, initializer="zeros", name="betas")
+        self.step = self.add_weight(shape=(), initializer="zeros", trainable=False, dtype="int32", name="step")
+
+    def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
+        outputs = super().call(inputs, training=training, mask=mask)
+        steps = bool(training) and self.counts
+        done = tf.convert_to_tensor(self.step)
+        row = tf.clip_by_value(done if steps else done - 1, 0, self.steps - 1)
+        if steps:
+            self.step.assign(done + 1)
+        shape = [1] * inputs.shape.rank
+        shape[self.axis] = -1
+        gamma, beta = (tf.reshape(tf.cast(tf.gather(tf.convert_to_tensor(rows), row), outputs.dtype), shape)
+                       for rows in (self.gammas, self.betas))
+        return outputs * gamma + beta
+
+    def get_config(self) -> dict[str, Any]:
+        config = {key: value for key, value in super().get_config().items() if key not in ("center", "scale")}
+        return {**config, "steps": self.steps}
 
 
 def query_call(model: keras.Model, transductive: bool) -> Callable[..., Any]:
@@ -35,7 +83,7 @@ def query_call(model: keras.Model, transductive: bool) -> Callable[..., Any]:
     """
     check_model("model", model)
     layers = _batch_norms(model)
-    own = {id(variable) for layer in layers for variable in layer.non_trainable_variables}
+    own = {id(variable) for layer in layers for variable in (layer.moving_mean, layer.moving_variance)}
     # Where batch norm alone knows of training, its training mode is what is wanted, in one pass.
     batch_norm_alone = layers and all(id(v) in own for v in model.non_trainable_variables)
 
@@ -97,15 +145,20 @@ def _batch_norms(model):
 
 @contextlib.contextmanager
 def _without_memory(layers):
-    """Moving statistics that are assigned inside are those of the batch alone."""
+    """Moving statistics that are assigned inside are those of the batch alone, and inner steps are not counted."""
     momenta = [layer.momentum for layer in layers]
+    counting = [layer for layer in layers if isinstance(layer, StepBatchNormalization)]
     for layer in layers:
         layer.momentum = 0.0
+    for layer in counting:
+        layer.counts = False
     try:
         yield
     finally:
         for layer, momentum in zip(layers, momenta):
             layer.momentum = momentum
+        for layer in counting:
+            layer.counts = True
 
 
 @contextlib.contextmanager

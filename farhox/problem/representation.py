@@ -35,7 +35,7 @@ def can_share_representation(layers: Sequence[Any]) -> bool:
         return False
     own = [own for layer in layers for own in layer._flatten_layers()]
     statistics = {id(v) for layer in own if isinstance(layer, keras.layers.BatchNormalization)
-                  for v in layer.non_trainable_variables}
+                  for v in (layer.moving_mean, layer.moving_variance)}
     steady = all(id(v) in statistics for layer in layers for v in state_variables(layer))
     return steady and not any(isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
                               for layer in own)
