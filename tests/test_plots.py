@@ -111,16 +111,18 @@ def test_surface_has_the_way_of_the_hyperparameters_from_start_to_end():
     assert axes.figure.axes[1].get_ylabel() == "Outer loss"
 
 
-@pytest.mark.parametrize("losses, low, high, extend", [
-    (np.arange(1.0, 21.0).reshape(4, 5), 1.0, 20.0, "neither"),
-    (np.arange(-5.0, 15.0).reshape(4, 5), -5.0, 14.0, "neither"),
-    (np.append(np.arange(1.0, 20.0), 1e6).reshape(4, 5), 1.0, 18.1, "max"),
-    (np.full([4, 5], 2.0), 2.0, 2.002, "neither")], ids=["positive", "negative", "far worse", "flat"])
-def test_colours_cover_the_losses_that_are_given(losses, low, high, extend):
+@pytest.mark.parametrize("losses, low, high, extend, ticks", [
+    (np.arange(1.0, 21.0).reshape(4, 5), 1.0, 20.0, "neither", ["5", "10", "15", "20"]),
+    (np.arange(-5.0, 15.0).reshape(4, 5), -5.0, 14.0, "neither", ["-5", "0", "5", "10"]),
+    (np.append(np.arange(1.0, 20.0), 1e6).reshape(4, 5), 1.0, 18.1, "max", ["5", "10", "15"]),
+    (np.full([4, 5], 2.0), 2.0, 2.002, "neither", ["2", "2.0005", "2.001", "2.0015", "2.002"])],
+                         ids=["positive", "negative", "far worse", "flat"])
+def test_colours_cover_the_losses_that_are_given_and_stand_beside_round_numbers(losses, low, high, extend, ticks):
     problem, rate, target = quadratic()
     filled = surface(problem, rate, target, losses=losses).collections[0]
     np.testing.assert_allclose((filled.levels[0], filled.levels[-1]), (low, high))
     assert filled.extend == extend
+    assert [text.get_text() for text in filled.colorbar.ax.get_yticklabels()] == ticks
 
 
 def test_losses_that_are_not_finite_are_left_grey_and_named():
@@ -156,6 +158,7 @@ def test_histogram_counts_right_and_wrong_labels():
     axes = plots.example_weights(weights, flipped=flipped, initial=0.5)
     right, wrong = [sum(bar.get_height() for bar in group) for group in axes.containers]
     assert (right, wrong) == (9, 3)
+    assert all(bar.get_hatch() for bar in axes.containers[1]) and not axes.containers[0][0].get_hatch()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "right label (9)", "wrong label (3)", "start of all weights"]
     assert axes.get_lines()[0].get_xdata() == [0.5, 0.5]

@@ -115,7 +115,8 @@ def response_surface(problem: BilevelProblem, inner_batches: InnerBatches, outer
         levels, norm, extend = _levels(losses.compressed())
         filled = axes.contourf(x_values, y_values, losses, levels=levels, norm=norm, extend=extend, cmap="viridis")
         bar = axes.figure.colorbar(filled, ax=axes, label="Outer loss")
-        bar.set_ticks(levels[::4], labels=[f"{level:.3g}" for level in levels[::4]])
+        ticks = _round_numbers(levels[0], levels[-1])
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         bar.minorticks_off()
         for scale, values in ((axes.set_xscale, x_values), (axes.set_yscale, y_values)):
             if _geometric(values):
@@ -206,15 +207,20 @@ def example_weights(weights: Array, flipped: Array = None, initial: float | None
         if flipped is not None:
             parts, colors = [weights[~flipped], weights[flipped]], [_BLUE, _ORANGE]
             labels = [f"right label ({np.sum(~flipped)})", f"wrong label ({np.sum(flipped)})"]
-        axes.hist(parts, bins=np.linspace(0.0, max(1.0, float(np.max(weights))), 26), color=colors, label=labels,
-                  stacked=True)
+        # A thin edge and, for wrong labels, hatches: the parts are told apart without colours.
+        bars = axes.hist(parts, bins=np.linspace(0.0, max(1.0, float(np.max(weights))), 26), color=colors, label=labels,
+                         stacked=True, edgecolor="white", linewidth=0.4)[2]
+        if flipped is not None:
+            for bar in bars[1]:
+                bar.set_hatch("////")
         if initial is not None:
             axes.axvline(initial, color="black", linestyle="--", linewidth=1, label="start of all weights")
         axes.set(title="Learned example weights", xlabel="Weight", ylabel="Training examples")
         axes.margins(x=0.0)
         axes.grid(True, axis="y")
         if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(fontsize=8)
+            # Below, where it hides nothing.
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, handletextpad=0.5)
     return axes
 
 
@@ -380,3 +386,13 @@ def _levels(losses):
     if low > 0:
         return np.geomspace(low, high, 21), colors.LogNorm(low, high), extend
     return np.linspace(low, high, 21), colors.Normalize(low, high), extend
+
+
+def _round_numbers(low, high):
+    """A few numbers between two, such as a person would write on an axis."""
+    from matplotlib import ticker
+    if low > 0 and high > 20 * low:
+        ticks = ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=9).tick_values(low, high)
+    else:
+        ticks = ticker.MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [tick for tick in ticks if low <= tick <= high]

@@ -140,41 +140,45 @@ def table(rows):
 
 def plot(by_seed, task, settings, path):
     """Best validation loss against time and steps, hyperparameters, and validation loss of fixed values."""
-    colors = {"stn": pictures.ORANGE, "random": pictures.BLUE, "tpe": pictures.GREEN, "grid": pictures.PURPLE,
-              "schedule": pictures.ORANGE, "final": pictures.BLUE, "start": pictures.GREY,
-              "search": pictures.GREEN}
     first_seed, first = next(iter(by_seed.items()))
     every, steps = settings["evaluate_every"], settings["steps"]
-    with pictures.figure(path, rows=2, columns=2, size=(11.5, 7.6)) as (time_axis, step_axis, values_axis, fixed):
-        for name in ["stn", *first["searches"]]:
+    with pictures.figure(path, rows=2, columns=2, size=(7.8, 7.6)) as (time_axis, step_axis, values_axis, fixed):
+        styles = pictures.line_styles(["stn", *first["searches"]])
+        for name in styles:
             label = "Self-tuning network" if name == "stn" else SEARCHES[name]
             for result in by_seed.values():
                 runs = [result["stn"]] if name == "stn" else result["searches"][name]
                 seconds, losses = best_so_far(runs)
                 share = steps_per_training(settings) / steps if name == "stn" else 1.0
                 for axis, x in ((time_axis, seconds), (step_axis, share * every * np.arange(1, len(losses) + 1))):
-                    axis.plot(x, losses, color=colors[name], label=label, drawstyle="steps-post")
+                    axis.plot(x, losses, label=label, drawstyle="steps-post", **styles[name])
                 label = None
         lowest = min(loss_of(result["stn"]) for result in by_seed.values())
+        limits = (0.95 * lowest, 2.0 * lowest)
+        lines = f", {len(by_seed)} seeds" if len(by_seed) > 1 else ""
         for axis, x in ((time_axis, "CPU seconds"), (step_axis, "Gradient steps")):
-            axis.set(title=f"Best validation loss so far, {len(by_seed)} seed(s)", xlabel=x, xscale="log",
-                     ylim=(0.95 * lowest, 2.0 * lowest))
-            axis.legend(fontsize=8)
+            axis.set(title=f"Best so far{lines}", xlabel=x, ylabel="Validation loss", ylim=limits)
+            pictures.logarithmic(axis, "x")
+            pictures.legend_below(axis)
         schedule = first["stn"]["schedule"]
+        styles = pictures.line_styles(schedule["values"])
         for name, values in schedule["values"].items():
             entry = task.ranges[name]
-            values_axis.plot(schedule["steps"], (np.array(values) - entry.low) / (entry.high - entry.low), label=name)
-        values_axis.set(title=f"Hyperparameters, as shares of their range, seed {first_seed}", xlabel="Training steps")
-        values_axis.legend(fontsize=7, ncols=2)
-        for name in ["stn", *first["fixed"]]:
+            values_axis.plot(schedule["steps"], 100 * (np.array(values) - entry.low) / (entry.high - entry.low),
+                             label=name, **styles[name])
+        values_axis.set(title=f"Hyperparameters, seed {first_seed}", xlabel="Training steps",
+                        ylabel="Value, % of its range")
+        pictures.legend_below(values_axis, columns=2)
+        styles = pictures.line_styles(["stn", *first["fixed"]])
+        for name in styles:
             curves = [[math.nan if loss is None else loss for loss in run["losses"]] for run in (
                 result["stn"] if name == "stn" else result["fixed"][name] for result in by_seed.values())]
-            fixed.plot(every * np.arange(1, len(curves[0]) + 1), np.mean(curves, axis=0), color=colors[name],
-                       linestyle="--" if name == "stn" else "-",
-                       label="Self-tuning network" if name == "stn" else FIXED[name])
-        fixed.set(title="Validation loss of single trainings, mean of the seeds", xlabel="Training steps",
-                  ylim=(0.95 * lowest, 2.0 * lowest))
-        fixed.legend(fontsize=8)
+            fixed.plot(every * np.arange(1, len(curves[0]) + 1), np.mean(curves, axis=0),
+                       label="Self-tuning network" if name == "stn" else FIXED[name], **styles[name])
+        fixed.set(title="Single trainings" + (", means of the seeds" if len(by_seed) > 1 else ""),
+                  xlabel="Training steps", ylabel="Validation loss", ylim=limits)
+        pictures.whole_numbers(values_axis, fixed)
+        pictures.legend_below(fixed)
 
 
 def main(name, settings, make_task):

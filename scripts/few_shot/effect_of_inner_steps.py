@@ -64,7 +64,7 @@ from farhox.data.batches import batch_at
 from farhox.hypergradients import HyperGradient, HyperGradientResult
 from farhox.hypergradients.base import Evaluation
 
-BODIES = {"convolutional": pictures.GREY, "residual": pictures.BLUE}
+BODIES = ("convolutional", "residual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,35 +256,39 @@ def tables(by_seed, settings):
 
 def plot(by_seed, settings, path):
     """Distance of hypergradients, test accuracy while the map is learned, final losses, the two bodies."""
-    columns = 4 if settings["body_steps"] else 3
-    with pictures.figure(path, columns=columns, size=(4 * columns, 3.6)) as (distance, accuracy, losses, *bodies):
+    with pictures.figure(path, rows=2, columns=2, size=(7.8, 7.0)) as (distance, accuracy, final, body):
         names = [*settings["inner_steps"], "exact"]
-        shades = np.linspace(0.25, 1.0, len(names) - 1)
+        styles, parts = pictures.line_styles(names), pictures.point_styles(["validation", "test"])
+        bodies = pictures.line_styles(BODIES)
         for i, result in enumerate(by_seed.values()):
             rows = result["hypergradients"]
-            distance.loglog(list(map(int, rows)), [row["distance"] for row in rows.values()], "o-",
-                            color=pictures.BLUE, markersize=4)
-            for name, shade in zip(names, [*shades, 1.0]):
+            distance.plot(list(map(int, rows)), [row["distance"] for row in rows.values()], "o-",
+                          color=pictures.BLUE, markersize=4)
+            for name in names:
                 values = 100 * np.array(result[name]["test_accuracy"])
-                color = pictures.ORANGE if name == "exact" else pictures.BLUE
-                accuracy.plot(np.linspace(0, settings["hyper_iterations"], len(values)), values, color=color,
-                              alpha=shade, label=(name if name == "exact" else f"T = {name}") if i == 0 else None)
-            for kind, color in (("validation", pictures.GREY), ("test", pictures.GREEN)):
-                losses.plot(names, [100 * result[name][f"{kind}_accuracy"][-1] for name in names], "o-", color=color,
-                            label=kind if i == 0 else None)
-            for axis in bodies:
-                for name, color in BODIES.items():
+                accuracy.plot(np.linspace(0, settings["hyper_iterations"], len(values)), values, **styles[name],
+                              label=None if i else name if name == "exact" else f"T = {name}")
+            for kind, style in parts.items():
+                final.plot(names, [100 * result[name][f"{kind}_accuracy"][-1] for name in names], **style,
+                           label=None if i else kind)
+            if settings["body_steps"]:
+                for name in BODIES:
                     values = 100 * np.array(result[name]["validation_accuracy"])
-                    axis.plot(settings["body_steps"] / EPOCHS * np.arange(1, EPOCHS + 1), values, color=color,
-                              label=name if i == 0 else None)
-        distance.set(title="Hypergradient of T steps", xlabel="T", ylabel="Distance from the exact one, relative")
+                    body.plot(settings["body_steps"] / EPOCHS * np.arange(1, EPOCHS + 1), values, **bodies[name],
+                              label=None if i else name)
+        distance.set(title="Hypergradient of T steps", xlabel="Inner steps T", ylabel="Relative distance to exact one")
+        pictures.logarithmic(distance, "x")
+        pictures.logarithmic(distance)
         accuracy.set(title="Learning the map", xlabel="Hyper-iteration", ylabel="Test accuracy, %")
-        accuracy.legend(fontsize=8)
-        losses.set(title="After learning", xlabel="T", ylabel="Accuracy, %")
-        losses.legend(fontsize=8)
-        for axis in bodies:
-            axis.set(title="Bodies of a hyper-representation", xlabel="Meta-step", ylabel="Validation accuracy, %")
-            axis.legend(fontsize=8)
+        final.set(title="After learning", xlabel="Inner steps T", ylabel="Accuracy, %")
+        body.set(title="Bodies of a hyper-representation", xlabel="Meta-step", ylabel="Validation accuracy, %")
+        pictures.whole_numbers(accuracy, body)
+        pictures.legend_below(accuracy, columns=3)
+        pictures.legend_below(final, columns=2)
+        if settings["body_steps"]:
+            pictures.legend_below(body, columns=2)
+        else:
+            body.remove()
 
 
 def main(_):

@@ -61,7 +61,6 @@ from farhox import meta
 from farhox.hypergradients import ReptileHG
 from farhox.meta.statistics import query_call
 
-COLORS = {"reptile": pictures.GREEN, "fomaml_separate": pictures.BLUE, "fomaml_shared": pictures.ORANGE}
 
 
 def sums_of_gradients():
@@ -171,26 +170,30 @@ def plot(by_seed, settings, path):
         return sum(values) / len(values)
 
     size, sizes = settings["batch_size"], sorted({settings["batch_size"], *map(int, settings["batch_sizes"])})
-    with pictures.figure(path, columns=4, size=(15, 3.6)) as (sums, draws, steps, batches):
+    with pictures.figure(path, rows=2, columns=2, size=(7.8, 6.4)) as (sums, draws, steps, batches):
         names = list(sums_of_gradients())
-        colors = [pictures.BLUE if "+" in name else pictures.GREY for name in names]
-        sums.barh(names[::-1], [mean(f"sum_{name}") for name in names[::-1]], color=colors[::-1])
-        lowest = min(mean(name) for name in variants(settings))
-        sums.set(title="Sums of gradients", xlabel="Test accuracy, %", xlim=(max(0, lowest - 5), None))
+        for place, name in enumerate(names):
+            value = mean(f"sum_{name}")
+            sums.plot(value, place, color=pictures.BLACK, marker="D" if "+" in name else "x")
+            sums.annotate(f"{value:.1f}", (value, place), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+        sums.set(title="Sums of inner gradients", xlabel="Test accuracy, %", yticks=range(len(names)))
+        sums.set_yticklabels(names)
+        sums.invert_yaxis()
+        sums.margins(x=0.12, y=0.12)
         counts = sorted(map(int, settings["inner_steps"]))
-        for i, (method, label) in enumerate(METHODS.items()):
-            color = COLORS[method]
-            for place, replacement in enumerate((False, True)):
-                draws.bar(place + 0.25 * (i - 1), mean(variant_name(method, STEPS, size, replacement)), 0.22,
-                          color=color, label=label if place == 0 else None)
-            steps.plot(counts, [mean(variant_name(method, count, size)) for count in counts], "o-", color=color)
-            batches.plot(sizes, [mean(variant_name(method, STEPS, batch)) for batch in sizes], "o-", color=color,
-                         label=label)
-        draws.set(title=f"{STEPS} mini-batches of {size}", xticks=[0, 1], xticklabels=["in turn", "with replacement"],
-                  ylabel="Test accuracy, %", ylim=(max(0, lowest - 5), None))
-        steps.set(title="Inner steps", xlabel="Inner steps", xticks=counts)
-        batches.set(title="Batch size", xlabel="Examples in a mini-batch", xticks=sizes)
-        batches.legend(fontsize=8)
+        styles, lines = pictures.point_styles(METHODS), pictures.line_styles(METHODS)
+        for method, label in METHODS.items():
+            style = {**styles[method], **lines[method], "label": label}
+            draws.plot([0, 1], [mean(variant_name(method, STEPS, size, again)) for again in (False, True)], **style)
+            steps.plot(counts, [mean(variant_name(method, count, size)) for count in counts], **style)
+            batches.plot(sizes, [mean(variant_name(method, STEPS, batch)) for batch in sizes], **style)
+        draws.set(title=f"How {STEPS} mini-batches of {size} are drawn", xticks=[0, 1], xlim=(-0.4, 1.4))
+        draws.set_xticklabels(["in turn", "with replacement"])
+        steps.set(title="Number of inner steps", xlabel="Inner steps", xticks=counts)
+        batches.set(title="Size of a mini-batch", xlabel="Examples in a mini-batch", xticks=sizes)
+        for axis in (draws, steps, batches):
+            axis.set_ylabel("Test accuracy, %")
+        pictures.legend_of_figure([draws], columns=3)
 
 
 def main(_):

@@ -32,6 +32,9 @@ from _shared import experiment, pictures
 from _shared.omniglot_learner import compile_learner, make_learner, network, sources
 from farhox import meta
 
+NAMES = {"maml": "MAML", "fomaml": "FOMAML", "anil": "ANIL", "imaml": "iMAML", "reptile": "Reptile",
+         "hyper_representation": "Hyper-representation", "joint": "Joint training", "protonet": "Prototypical network"}
+
 
 def run_seed(settings, data_dir, seed, folder, logs, weights):
     """One training and its test; the learned weights are kept in the file `weights`."""
@@ -78,21 +81,24 @@ def table(settings, by_seed):
 
 def plot_curves(settings, by_seed, path):
     """Accuracy and loss of meta-training and meta-validation."""
-    with pictures.figure(path, columns=2, size=(10, 3.6)) as (accuracy, loss):
-        for i, (seed, run) in enumerate(by_seed.items()):
+    with pictures.figure(path, columns=2, size=(7.8, 3.4)) as (accuracy, loss):
+        styles = pictures.line_styles(["validation_", ""])
+        for i, run in enumerate(by_seed.values()):
             history = run["history"]
-            learned_by = "outer_loss" if "outer_loss" in history else "loss"  # Prototypes have no inner training.
-            steps = settings["steps_per_epoch"] * np.arange(1, len(history[learned_by]) + 1)
-            for axis, scale, names in ((accuracy, 100, ("accuracy", "validation_accuracy")),
-                                       (loss, 1, (learned_by, "validation_loss"))):
-                for name, color, label in zip(names, (pictures.GREY, pictures.BLUE),
-                                              ("meta-training", "meta-validation")):
-                    axis.plot(steps, scale * np.array(history[name]), color=color, linewidth=1,
-                              label=label if i == 0 else None)
-        accuracy.set(title=f"{settings['algorithm']}, {settings['ways']} ways, {settings['shots']} shots",
-                     xlabel="Meta-step", ylabel="Query accuracy, %")
-        loss.set(xlabel="Meta-step", ylabel="Query loss", yscale="log")
-        loss.legend()
+            steps = settings["steps_per_epoch"] * np.arange(1, len(history["outer_loss"]) + 1)
+            for axis, key, scale in ((accuracy, "accuracy", 100), (loss, "loss", 1)):
+                for part, style in styles.items():
+                    name = f"{part}{key}" if part or key != "loss" else "outer_loss"
+                    label = "meta-validation" if part else "meta-training"
+                    axis.plot(steps, scale * np.array(history[name]), linewidth=1.2, label=None if i else label,
+                              **style)
+        shots = f"{settings['shots']} shot{'s' if settings['shots'] > 1 else ''}"
+        accuracy.set(title=f"{NAMES[settings['algorithm']]}, {settings['ways']} ways, {shots}",
+                     xlabel="Meta-steps", ylabel="Query accuracy, %")
+        loss.set(xlabel="Meta-steps", ylabel="Query loss")
+        pictures.logarithmic(loss)
+        pictures.whole_numbers(accuracy, loss)
+        pictures.legend_of_figure([accuracy], columns=2)
 
 
 def plot_episodes(source, path, count=3, shown=5):

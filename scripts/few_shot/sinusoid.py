@@ -49,7 +49,6 @@ import tensorflow as tf
 from _shared import experiment, pictures
 from farhox import meta
 
-COLORS = {"maml": pictures.BLUE, "fomaml": pictures.GREEN, "joint": pictures.ORANGE}
 
 
 def make_learner(algorithm, settings, seed):
@@ -116,15 +115,17 @@ def plot(by_seed, settings, path):
     first = next(iter(by_seed.values()))
     shown = [name for name in ("maml", "joint") if name in first] or list(first)[:2]
     count = 1 + len(shown)
-    with pictures.figure(path, columns=count, size=(4.6 * count, 3.6)) as (error, *curves):
+    with pictures.figure(path, columns=count, size=(2.9 * count, 3.8)) as (error, *curves):
+        styles, lines = pictures.point_styles(ALGORITHMS), pictures.line_styles(ALGORITHMS)
         for algorithm in settings["algorithms"]:
             values = np.array([runs[algorithm]["errors_by_step"] for runs in by_seed.values()])
             error.errorbar(np.arange(values.shape[1]), values.mean(0),
-                           [values.mean(0) - values.min(0), values.max(0) - values.mean(0)], capsize=3, marker="o",
-                           color=COLORS[algorithm], label=ALGORITHMS[algorithm])
-        error.set(title=f"Error on new tasks, {settings['shots']} points", xlabel="Gradient step",
-                  ylabel="Mean squared error", yscale="log")
-        error.legend()
+                           [values.mean(0) - values.min(0), values.max(0) - values.mean(0)], capsize=3,
+                           label=ALGORITHMS[algorithm], **styles[algorithm], linestyle=lines[algorithm]["linestyle"])
+        error.set(title=f"New tasks, {settings['shots']} points", xlabel="Gradient step", ylabel="Mean squared error")
+        pictures.logarithmic(error)
+        pictures.whole_numbers(error)
+        pictures.legend_below(error)
         grid = np.linspace(-5, 5, 101)
         for axis, algorithm in zip(curves, shown):
             curve = first[algorithm]["curves"][0]
@@ -132,9 +133,9 @@ def plot(by_seed, settings, path):
                       label="task")
             axis.plot(curve["x"], curve["y"], "k^", markersize=5, label="support points")
             axis.plot(grid, curve["before"], color=pictures.GREY, linestyle=":", label="before")
-            axis.plot(grid, curve["after"], color=COLORS[algorithm], label="after")
-            axis.set(title=ALGORITHMS[algorithm], xlabel="x", ylabel="y")
-        curves[-1].legend(fontsize=8)
+            axis.plot(grid, curve["after"], color=pictures.ORANGE, linestyle="--", label="after")
+            axis.set(title=f"{ALGORITHMS[algorithm]}, one task", xlabel="x", ylabel="y", xticks=range(-4, 5, 2))
+            pictures.legend_below(axis, columns=2)
 
 
 def main(_):

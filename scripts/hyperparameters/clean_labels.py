@@ -173,29 +173,29 @@ def plot(by_seed, path):
     names = [name for name in first if name.startswith("budget")]
     budgets = [int(float(name.split()[1])) for name in names]
     best = best_budget(by_seed)
-    with pictures.figure(path, rows=2, columns=2, size=(10, 6.8)) as (accuracy, f1, progress, histogram):
-        for name, color in (("oracle", pictures.GREEN), ("baseline", pictures.GREY)):
+    with pictures.figure(path, rows=2, columns=2, size=(7.8, 6.6)) as (accuracy, f1, progress, histogram):
+        for name, label, color, dashes in (("oracle", "right labels alone", pictures.GREEN, "--"),
+                                           ("baseline", "all labels, no weights", pictures.BLACK, ":")):
             mean = np.mean([100 * by_seed[seed][name]["test_accuracy"] for seed in seeds])
-            accuracy.axhline(mean, color=color, linestyle="--", label=name)
-        for axis, key, scale, label in ((accuracy, "test_accuracy", 100, "learned weights"), (f1, "f1", 1, "F1")):
+            accuracy.axhline(mean, color=color, linestyle=dashes, label=label)
+        for axis, key, scale in ((accuracy, "test_accuracy", 100), (f1, "f1", 1)):
             values = scale * np.array([[by_seed[seed][name][key] for name in names] for seed in seeds])
             axis.errorbar(budgets, values.mean(0), [values.mean(0) - values.min(0), values.max(0) - values.mean(0)],
-                          color=pictures.BLUE, marker="o", capsize=3, label=label)
-            axis.set(xlabel="Budget", xticks=budgets)
-        accuracy.set(title="Test accuracy", ylabel="%")
-        accuracy.legend()
-        f1.set(title="F1 of the discarded examples")
-        colors = [pictures.BLUE, pictures.ORANGE, pictures.GREEN, pictures.PURPLE]
-        for i, name in enumerate(names):
+                          color=pictures.BLUE, marker="o", capsize=3, label="learned weights")
+            axis.set(xlabel="Budget, sum of the weights", xticks=budgets)
+        accuracy.set(title="Test accuracy", ylabel="Test accuracy, %")
+        pictures.legend_below(accuracy)
+        f1.set(title="Wrong labels found", ylabel="F1 of the discarded")
+        styles = pictures.line_styles(names)
+        for name in names:
             values = np.mean([by_seed[seed][name]["history"]["f1"] for seed in seeds], axis=0)
-            progress.plot(np.arange(1, len(values) + 1), values, color=colors[i % len(colors)], label=name)
-        progress.set(title="F1 while learning", xlabel="Hyper-iteration", ylim=(0, 1))
-        progress.legend(loc="lower right")
+            progress.plot(np.arange(1, len(values) + 1), values, label=name, **styles[name])
+        progress.set(title="F1 while learning", xlabel="Hyper-iteration", ylabel="F1 of the discarded", ylim=(0, 1))
+        pictures.whole_numbers(progress)
+        pictures.legend_below(progress, columns=2)
         weights, flipped = (np.array(first[best][key]) for key in ("weights", "flipped"))
-        histogram.hist([weights[~flipped], weights[flipped]], bins=np.linspace(0, 1, 26), stacked=True,
-                       color=[pictures.BLUE, pictures.ORANGE], label=["right label", "wrong label"])
-        histogram.set(title=f"Learned weights, {best}, seed {seeds[0]}", xlabel="Weight", ylabel="Training examples")
-        histogram.legend()
+        farhox.plots.example_weights(weights, flipped, axes=histogram)
+        histogram.set_title(f"Learned weights, {best}, seed {seeds[0]}")
 
 
 def main(_):

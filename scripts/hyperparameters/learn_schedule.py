@@ -159,29 +159,30 @@ def table(by_seed):
 
 def plot(by_seed, settings, path):
     """The schedules, the validation loss while they were learned, and the validation loss of constant rates."""
-    colors = [pictures.BLUE, pictures.GREEN, pictures.PURPLE]
-    with pictures.figure(path, columns=3, size=(14, 3.8)) as (rates, progress, constant):
-        for i, (seed, run) in enumerate(by_seed.items()):
-            color = colors[i % len(colors)]
-            rates.plot(np.arange(len(run["rates"])), run["rates"], color=color, label=f"seed {seed}", linewidth=1)
+    styles = pictures.line_styles(by_seed)
+    with pictures.figure(path, columns=3, size=(8.7, 3.8)) as (rates, progress, constant):
+        for seed, run in by_seed.items():
+            rates.plot(np.arange(len(run["rates"])), run["rates"], label=f"seed {seed}", linewidth=1, **styles[seed])
             losses = run["history"]["outer_loss"]
-            progress.plot(np.arange(1, len(losses) + 1), losses, color=color, label=f"seed {seed}")
-        rates.axhline(settings["initial_rate"], color="black", linestyle=":", linewidth=1, label="start")
+            progress.plot(np.arange(1, len(losses) + 1), losses, label=f"seed {seed}", linewidth=1, **styles[seed])
+        rates.axhline(settings["initial_rate"], color=pictures.GREY, linewidth=0.8)
+        rates.annotate("start", (1.0, settings["initial_rate"]), xycoords=("axes fraction", "data"), ha="right",
+                       va="bottom", fontsize=8, color=pictures.GREY)
         rates.set(title="Learned schedule", xlabel="Inner step", ylabel="Learning rate", ylim=(0, None))
-        rates.legend(fontsize=8)
-        progress.set(title="Validation loss while learning", xlabel="Hyper-iteration")
-        progress.legend(fontsize=8)
+        progress.set(title="While learning", xlabel="Hyper-iteration", ylabel="Validation loss")
         names = sorted(settings["constant_rates"], key=float)
         values = np.array([[run["replays"][name]["validation_loss"] for name in names] for run in by_seed.values()])
         constant.errorbar([float(name) for name in names], values.mean(0),
                           [values.mean(0) - values.min(0), values.max(0) - values.mean(0)], color=pictures.ORANGE,
                           marker="o", capsize=3, label="constant rate")
         learned = [run["replays"]["learned"]["validation_loss"] for run in by_seed.values()]
-        constant.axhline(np.mean(learned), color=pictures.BLUE, label="learned schedule")
+        constant.axhline(np.mean(learned), color=pictures.BLUE, linestyle="--", label="learned schedule")
         constant.axhspan(min(learned), max(learned), color=pictures.BLUE, alpha=0.15, linewidth=0)
-        constant.set(title="Replays in plain Keras", xlabel="Constant learning rate", ylabel="Validation loss",
-                     xscale="log")
-        constant.legend(fontsize=8)
+        constant.set(title="Replays in plain Keras", xlabel="Constant learning rate", ylabel="Validation loss")
+        pictures.logarithmic(constant, "x")
+        pictures.whole_numbers(rates, progress)
+        for axis in (rates, progress, constant) if len(by_seed) > 1 else (constant,):
+            pictures.legend_below(axis)
 
 
 def main(_):

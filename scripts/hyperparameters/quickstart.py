@@ -47,7 +47,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from _shared import data_sets
+from _shared import data_sets, pictures
 import farhox
 
 
@@ -124,34 +124,18 @@ def find_flipped(weights, flipped):
 
 def plot(history, weights, flipped, output):
     """Two PNG files: what was learned per hyper-iteration, and the weights."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    blue, orange = "#2563a8", "#d9772b"
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-             "font.size": 10, "axes.titlesize": 11}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.0), layout="constrained")
-        curves = [("outer_loss", "Outer (validation) loss"), ("learning_rate", "Learning rate"),
+    with pictures.figure(output / "hyper_iterations.png", columns=3, size=(8.7, 2.9)) as axes:
+        curves = [("outer_loss", "Validation loss"), ("learning_rate", "Learning rate"),
                   ("l2_strength", "L2 strength")]
-        for axis, (name, title) in zip(axes, curves):
-            axis.plot(np.arange(1, len(history[name]) + 1), history[name], color=blue, linewidth=2)
-            axis.set(title=title, xlabel="Hyper-iteration")
-            axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.set_ylim(bottom=0.0)
-        figure.savefig(output / "hyper_iterations.png", dpi=110)
-        plt.close(figure)
-
-        figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
-        axis.hist([weights[~flipped], weights[flipped]], bins=np.linspace(0.0, 1.0, 26), color=[blue, orange],
-                  label=["correct label", "flipped label"], stacked=True)
-        axis.axvline(INITIAL_WEIGHT, color="black", linestyle="--", linewidth=1, label="start of all weights")
-        axis.set(title="Learned example weights", xlabel="Weight", ylabel="Training examples", xlim=(0.0, 1.0))
-        axis.legend(framealpha=1.0, edgecolor="none", loc="upper center")
-        figure.savefig(output / "example_weights.png", dpi=110)
-        plt.close(figure)
+        for axis, (name, label) in zip(axes, curves):
+            values = np.array(history[name])
+            power = int(np.floor(np.log10(values.max())))
+            unit = 10.0 ** power if power < -2 else 1.0  # Ticks with one digit, and the zeros once.
+            axis.plot(np.arange(1, len(values) + 1), values / unit, color=pictures.BLUE, linewidth=2)
+            axis.set(xlabel="Hyper-iteration", ylabel=label + (f", 1e{power}" if unit < 1.0 else ""), ylim=(0.0, None))
+        pictures.whole_numbers(*axes)
+    with pictures.figure(output / "example_weights.png", size=(5.2, 3.6)) as axis:
+        farhox.plots.example_weights(weights, flipped, INITIAL_WEIGHT, axis)
 
 
 def run(dataset, data_dir, hyper_iterations, inner_steps, noise, seed, output):

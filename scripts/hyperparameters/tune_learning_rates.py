@@ -283,40 +283,39 @@ def table(by_seed, reached):
 
 def plot(by_seed, budget, path):
     """Best validation loss against gradient steps, and the learning rates that the gradient methods went through."""
-    colors = dict(zip(METHODS, (pictures.BLUE, pictures.GREEN, pictures.PURPLE, pictures.GREY,
-                                pictures.ORANGE, "black")))
+    styles = pictures.line_styles(METHODS)
     first_seed, first = next(iter(by_seed.items()))
-    with pictures.figure(path, columns=2, size=(11.5, 4.2)) as (losses, rates):
+    with pictures.figure(path, columns=2, size=(7.8, 4.4)) as (losses, rates):
         for method in first:
             curves = [best_so_far(run[method]) for run in by_seed.values()]
             steps, values = curves[0][0], np.array([curve for _, curve in curves])
-            style = {"drawstyle": "steps-post"} if method in BLACK_BOX else {}
-            width = 1 if method == "untuned" else 2
-            losses.plot(steps, values.mean(0), color=colors[method], label=METHODS[method], linewidth=width, **style)
-            losses.fill_between(steps, values.min(0), values.max(0), color=colors[method], alpha=0.15, linewidth=0,
-                                step="post" if style else None)
+            stairs = {"drawstyle": "steps-post"} if method in BLACK_BOX else {}
+            losses.plot(steps, values.mean(0), label=METHODS[method], **styles[method], **stairs)
+            losses.fill_between(steps, values.min(0), values.max(0), color=styles[method]["color"], alpha=0.15,
+                                linewidth=0, step="post" if stairs else None)
         targets = [min(run[name]["best_loss"] for name in BLACK_BOX if name in run) for run in by_seed.values()
                    if set(run) & set(BLACK_BOX)]
-        if targets:
-            losses.axhline(np.mean(targets), color="black", linestyle=":", linewidth=1, label="Best of the black boxes")
-        losses.axvline(budget / 4, color="black", linestyle="--", linewidth=1, label="A quarter of the steps")
         lowest = min(run[method]["best_loss"] for run in by_seed.values() for method in run)
-        losses.set(title="Best validation loss so far" + (f", mean and range of {len(by_seed)} seeds"
-                                                          if len(by_seed) > 1 else ""),
-                   xlabel="Gradient steps", ylim=(0.97 * lowest, 1.6 * lowest))
-        losses.legend(fontsize=8)
+        losses.set(title="Best validation loss so far", xlabel="Gradient steps", ylabel="Validation loss",
+                   ylim=(0.97 * lowest, 1.6 * lowest))
+        if targets:
+            losses.axhline(np.mean(targets), color=pictures.GREY, linewidth=0.8, label="Best of the black boxes")
+        losses.axvline(budget / 4, color=pictures.GREY, linewidth=1.2, linestyle=(0, (1, 3)),
+                       label="A quarter of the steps")
         for method in GRADIENT_METHODS:
             series = {name: values for name, values in first.get(method, {"values": {}})["values"].items()
                       if name.startswith("learning_rate")}
             for i, values in enumerate(series.values()):
                 # Layers from light to dark, the first one the lightest.
-                rates.plot(first[method]["steps"] * np.arange(len(values)), values, color=colors[method], linewidth=2,
-                           alpha=(i + 1) / len(series), label=METHODS[method] if i + 1 == len(series) else None)
+                rates.plot(first[method]["steps"] * np.arange(len(values)), values, alpha=(i + 1) / len(series),
+                           label=METHODS[method] if i + 1 == len(series) else None, **styles[method])
         layers = sum(name.startswith("learning_rate") for name in next(iter(first.values()))["values"])
-        rates.set(title=f"Learning rate{'s of the layers, first to last light to dark' if layers > 1 else ''}, "
-                        f"seed {first_seed}", xlabel="Gradient steps", yscale="log")
+        rates.set(title=f"Seed {first_seed}{', layers from light to dark' if layers > 1 else ''}",
+                  xlabel="Gradient steps", ylabel="Learning rate")
         if set(first) & set(GRADIENT_METHODS):
-            rates.legend(fontsize=8)
+            pictures.logarithmic(rates)
+        pictures.whole_numbers(losses, rates)
+        pictures.legend_of_figure([losses, rates], columns=3)
 
 
 def main(_):

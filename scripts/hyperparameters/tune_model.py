@@ -276,22 +276,24 @@ def table(tasks):
 
 def plot(tasks, path):
     """Test losses of all starts, method beside method."""
-    with pictures.figure(path, columns=len(tasks), size=(4.6 * len(tasks), 4.2)) as axes:
+    with pictures.figure(path, columns=len(tasks), size=(max(4.2, 3.4 * len(tasks)), 4.6)) as axes:
         for axis, (name, runs) in zip(np.ravel(axes), tasks.items()):
             shown = [method for method in METHODS if method in runs and method != "tpe"]
             for place, method in enumerate(shown):
                 losses = [run["test_loss"] for run in runs[method] if run["test_loss"] is not None]
                 offsets = np.linspace(-0.2, 0.2, max(1, len(losses)))
                 axis.scatter(place + offsets[:len(losses)], sorted(losses), s=14,
-                             color=pictures.BLUE if method == "tuner" else pictures.GREY)
-            for (label, loss), color in zip(searches(runs).items(), (
-                    pictures.ORANGE, pictures.GREEN, pictures.ORANGE, pictures.GREEN)):
-                if loss is not None:
-                    axis.axhline(loss, color=color, linewidth=1, linestyle="--" if ", 1 x" in label else "-",
-                                 label=label.replace(" x", " x the CPU seconds"))
-            axis.set(title=name, yscale="log", ylabel="Test loss", xticks=range(len(shown)))
-            axis.set_xticklabels([METHODS[method].replace(", ", ",\n") for method in shown], fontsize=8)
-            axis.legend(fontsize=7)
+                             **pictures.point_styles(shown)[method])
+            found = {label: loss for label, loss in searches(runs).items() if loss is not None}
+            styles = pictures.line_styles(["", *found])
+            for label, loss in found.items():
+                axis.axhline(loss, linewidth=1, label=label.replace(" x", " x the CPU seconds"), **styles[label])
+            axis.set(title=name, ylabel="Test loss", xticks=range(len(shown)))
+            pictures.logarithmic(axis)
+            axis.set_xticklabels([METHODS[method].replace(", ", ",\n").replace("averaged ", "averaged\n")
+                                  for method in shown], fontsize=8)
+            if found:
+                pictures.legend_below(axis)
 
 
 def fashion(data_dir, seed):

@@ -110,11 +110,13 @@ def draw(inputs, labels, probabilities, path):
     shots = max((inputs["support_labels"] == label).sum() for label in classes)
     columns = max(shots, -(-len(query) // len(classes)))
     order = np.arange(len(query)) if labels is None else np.argsort(labels, kind="stable")
-    size = (1.1 * (shots + columns) + 1, 1.25 * len(classes) + 0.5)
+    size = (1.1 * (shots + columns) + 1, 1.25 * len(classes) + 0.9)
     with pictures.figure(path, len(classes), shots + columns, size) as axes:
         axes = np.reshape(axes, [len(classes), shots + columns])
         for axis in axes.flat:
             axis.axis("off")
+        axes[0, 0].figure.suptitle(f"Left: {shots} example{'s' if shots > 1 else ''} of each class to learn from.\n"
+                                   "Right: queries, the class they are given, how sure.", fontsize=10)
         for row, label in enumerate(classes):
             for column, image in enumerate(support[inputs["support_labels"] == label]):
                 axes[row, column].imshow(1 - image[..., 0], cmap="gray")
@@ -123,8 +125,8 @@ def draw(inputs, labels, probabilities, path):
             axis = axes[place // columns, shots + place % columns]
             right = labels is None or labels[index] == given[index]
             axis.imshow(1 - query[index][..., 0], cmap="gray")
-            axis.set_title(f"{given[index]}: {100 * probabilities[index].max():.0f} %", fontsize=9,
-                           color=pictures.BLUE if right else pictures.ORANGE)
+            axis.set_title(f"{given[index]}: {100 * probabilities[index].max():.0f} %" + ("" if right else "\nwrong"),
+                           fontsize=9, color=pictures.BLUE if right else pictures.ORANGE)
 
 
 def main(_):
