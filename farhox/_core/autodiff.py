@@ -98,8 +98,8 @@ class ForwardLinearization:
                  if product is not None and tangent is not None]
         if not pairs:
             return [tf.zeros_like(output) for output in self.outputs]
-        products, tangents = zip(*pairs)
-        return self._tape.gradient(list(products), self._cotangents, output_gradients=list(tangents),
+        products, used = zip(*pairs)
+        return self._tape.gradient(list(products), self._cotangents, output_gradients=list(used),
                                    unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 

@@ -5,15 +5,15 @@ A bool is no number here, and neither is a string or a tensor.
 
 import math
 import numbers
-from typing import Any
+from typing import Any, TypeGuard
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int]:
     """Whether a value is an integer of Python or NumPy."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite real number of Python or NumPy."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -2,8 +2,8 @@
 
 The second computation can get a tensor in two ways. Either it was kept, which costs its bytes, or the operation behind
 it is run again, which costs that operation's arithmetic and asks for the operation's own inputs. The cheapest choice
-for all tensors together is a minimum cut: every operation hangs on the source by its arithmetic and on each of its tensors
-by the price of keeping that; an operation that is run again needs its inputs, and what is needed hangs on the sink.
+for all tensors together is a minimum cut: every operation hangs on the source by its arithmetic and on each of its
+tensors by the price of keeping that; an operation that is run again needs its inputs, and what is needed hangs on the sink.
 """
 
 import collections
@@ -94,7 +94,7 @@ def _choice(operation):
                   _arithmetic(operation))
 
 
-def kept_bytes(tensors: Tensors) -> float:
+def kept_bytes(tensors: Tensors) -> int:
     """Bytes of the tensors."""
     return _bytes(tensors)
 
@@ -153,7 +153,7 @@ class _Flow:
     def __init__(self) -> None:
         self._edges = collections.defaultdict(dict)
 
-    def add(self, start: int, end: int, capacity: float) -> None:
+    def add(self, start: str, end: str, capacity: float) -> None:
         """An edge; of two between the same nodes the capacities add up."""
         self._edges[start][end] = self._edges[start].get(end, 0.0) + capacity
         self._edges[end].setdefault(start, 0.0)

@@ -62,7 +62,8 @@ def _marked(rules, where_infinite=None):
     for operation in operations:
         rule = rules.get(operation.type)
         if rule is not None and "_gradient_op_type" not in operation.node_def.attr:
-            operation._set_attr("_gradient_op_type", attr_value_pb2.AttrValue(s=rule.encode()))
+            value = attr_value_pb2.AttrValue(s=rule.encode())
+            operation._set_attr("_gradient_op_type", value)
 
 
 def _has_infinite_constants(graph, operations):

@@ -60,5 +60,5 @@ def float_leaves(state: Nest) -> Tensors:
 
 def with_float_leaves(state: Nest, leaves: Tensors) -> Nest:
     """The state with its floating-point tensors replaced, in the order of `float_leaves`."""
-    leaves = iter(leaves)
-    return tf.nest.map_structure(lambda leaf: next(leaves) if leaf.dtype.is_floating else leaf, state)
+    new = iter(leaves)
+    return tf.nest.map_structure(lambda leaf: next(new) if leaf.dtype.is_floating else leaf, state)

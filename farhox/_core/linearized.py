@@ -1,10 +1,11 @@
 """Products of a map with cotangents and tangents, read off a traced graph at a point."""
 
 import contextlib
+from collections.abc import Sequence
 
 import tensorflow as tf
 
-from farhox._core.types import Nest, Tensors
+from farhox._core.types import Nest, Tensor, Tensors
 
 
 class LinearizedMap:
@@ -26,7 +27,7 @@ class LinearizedMap:
     """
 
     def __init__(self, graph: tf.Graph, values: Tensors, inputs: Tensors, parameters: Tensors, outputs: Tensors,
-                 unknowns: Tensors, held: Tensors = ()) -> None:
+                 unknowns: Tensors, held: Sequence[Tensor] = ()) -> None:
         self.unknowns = unknowns
         self._graph = graph
         self._feeds = list(zip(graph.inputs, values))
@@ -48,7 +49,7 @@ class LinearizedMap:
         """(d outputs / d parameters)' cotangents as a list, None where no output depends on a parameter."""
         return self._transposed("parameters", self._parameters, cotangents, self._held)
 
-    def product(self, tangents: Tensors, of_parameters: bool) -> Tensors:
+    def product(self, tangents: Tensors, of_parameters: Tensors) -> Tensors:
         """(d outputs / d (inputs, parameters)) tangents as a list, zero where an output is independent.
 
         Args:

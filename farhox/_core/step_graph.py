@@ -5,7 +5,7 @@ set on single operations; `tf.graph_util.import_graph_def` brings what a piece n
 body of a loop, say. A tensor that is fed cuts the graph there, and what no fetch needs is not run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -13,7 +13,7 @@ import tensorflow as tf
 from farhox._core import refusals
 from farhox._core.exact import exact_derivatives
 from farhox._core.functional import user_code
-from farhox._core.types import Nest, Tensors
+from farhox._core.types import Nest, Tensor, Tensors
 
 
 class StepGraph:
@@ -65,7 +65,7 @@ class StepGraph:
         with self.graph.as_default():
             return [tf.compat.v1.placeholder(tensor.dtype, tensor.shape) for tensor in like]
 
-    def pullback(self, outputs: Any, inputs: Any, cotangents: Tensors, held: Tensors = ()) -> Any:
+    def pullback(self, outputs: Any, inputs: Any, cotangents: Tensors, held: Sequence[Tensor] = ()) -> Any:
         """cotangents' (d outputs / d inputs) as tensors of the graph, None where independent.
 
         Args:
@@ -81,13 +81,13 @@ class StepGraph:
         pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents) if cotangent is not None]
         if not pairs:
             return [None] * len(inputs)
-        outputs, cotangents = zip(*pairs)
+        outputs, given = zip(*pairs)
         refusals.check_derivatives(outputs, [tensor for tensor in inputs if not any(
             tensor is constant for constant in held)])
-        self._definition = None
+        self._definition: Any = None
         # What is added here is differentiated once more by `pushforward`.
         with self.graph.as_default(), user_code(), exact_derivatives():
-            products = _symbolic_gradients(list(outputs), list(inputs), list(cotangents), list(held))
+            products = _symbolic_gradients(list(outputs), list(inputs), list(given), list(held))
             return [None if product is None else tf.convert_to_tensor(product) for product in products]
 
     def pushforward(self, outputs: Any, inputs: Any, tangents: Tensors) -> Any:

@@ -5,7 +5,7 @@ what is in them; docstrings do, with shapes.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 import numpy as np
@@ -37,3 +37,9 @@ Initializer: TypeAlias = str | keras.initializers.Initializer
 Metrics: TypeAlias = list[Any]
 Callbacks: TypeAlias = list[keras.callbacks.Callback]
 Arrays: TypeAlias = dict[str, np.ndarray]
+
+if TYPE_CHECKING:
+    # What classes that stand before a class of Keras, in those that inherit from both, find in themselves.
+    InKeras = keras.Layer
+else:
+    InKeras = object

@@ -7,14 +7,13 @@ indices of each batch), or any other nest, whose leaves then have a leading axis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks, tree
-from farhox._core.types import Array, Batch, InnerBatches, Nest, Tensor
+from farhox._core.types import Array, Batch, Data, InnerBatches, Nest, Tensor
 
 
 class RepeatedBatch(NamedTuple):
@@ -58,7 +57,7 @@ def repeat(batch: Batch, steps: int | Tensor) -> RepeatedBatch:
     return RepeatedBatch(as_tensors("A batch", batch), tf.range(steps))
 
 
-def stack(batches: Sequence[Batch]) -> Nest:
+def stack(batches: Data) -> Nest:
     """A list of T batches of equal shapes as one nest with a leading axis T.
 
     Args:
@@ -115,7 +114,7 @@ def gather(data: Nest, indices: Array) -> GatheredBatches:
     if not leaves or any(leaf.shape.rank == 0 for leaf in leaves):
         raise ValueError("gather needs arrays with a leading axis of examples. "
                          f"Received {'a scalar' if leaves else 'no array'}.")
-    lengths = {leaf.shape[0] if leaf.shape.rank else None for leaf in leaves} - {None}
+    lengths = {leaf.shape[0] for leaf in leaves if leaf.shape.rank and leaf.shape[0] is not None}
     if len(lengths) > 1:
         raise ValueError(f"All arrays must have the same number of examples. Received lengths: {sorted(lengths)}")
     # On a GPU an index out of range would silently read zeros. Inside a graph the values are not known.

@@ -149,7 +149,7 @@ def _arrays(name, data):
         raise TypeError(f"{name} must be a nest of arrays such as (x, y), or a tf.data.Dataset of examples. "
                         f"Received: {type(data).__name__}") from error
     leaves = tf.nest.flatten(data)
-    lengths = [leaf.shape[0] if leaf.shape.rank else None for leaf in leaves]
+    lengths: list[Any] = [leaf.shape[0] if leaf.shape.rank else None for leaf in leaves]
     if not leaves or None in lengths or len(set(lengths)) > 1:
         raise ValueError(f"All arrays of {name} must have the same number of examples. Received lengths: {lengths}")
     if lengths[0] == 0:
@@ -237,16 +237,17 @@ def as_hyper_iterations(data: Data, strategy: Any) -> Data:
     if not isinstance(data, tf.data.Dataset):
         raise ValueError("Data must be a tf.data.Dataset of pairs (inner_batches, outer_batch), as "
                          f"farhox.bilevel_dataset makes it, or one such pair. Received: {type(data).__name__}")
-    if data.cardinality() == 0:
+    dataset: Any = data
+    if dataset.cardinality() == 0:
         raise ValueError("The data set must hold at least one pair (inner_batches, outer_batch). "
                          "Received an empty one.")
     if strategy.num_replicas_in_sync == 1:
-        return data
+        return dataset
     if KERAS_IS_OLD:
         raise ValueError("Training on several replicas needs Keras 3.9 or newer. Received: "
                          f"{strategy.num_replicas_in_sync} replicas on Keras {keras.__version__}")
     return strategy.distribute_datasets_from_function(
-        lambda context: data.shard(context.num_input_pipelines, context.input_pipeline_id))
+        lambda context: dataset.shard(context.num_input_pipelines, context.input_pipeline_id))
 
 
 def pair(element: Any) -> Any:
@@ -258,7 +259,7 @@ def pair(element: Any) -> Any:
     return element
 
 
-def raise_if_endless(data: Data, name: str, steps: int) -> None:
+def raise_if_endless(data: Data, name: str, steps: int | None) -> None:
     """Raises a ValueError for data without an end of which nobody says how much is wanted.
 
     Args:

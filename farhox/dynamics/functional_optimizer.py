@@ -16,7 +16,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from farhox._core import functional
-from farhox._core.types import Config, DType, Shape, Tensor, Variables
+from farhox._core.types import Config, DType, InKeras, Shape, Tensor, Variables
 from farhox.outer.hyperparameters import OuterVariable
 
 # What an optimizer may keep that reads variables.
@@ -250,12 +250,12 @@ def _not_copyable(optimizer, reason, remedy="let get_config return every argumen
         f"changes the one it is given. Received a {type(optimizer).__name__} of which {reason}: {remedy}.")
 
 
-class _PerVariable:
+class _PerVariable(InKeras):
     """Stands before the optimizer's class: its weight decay sees the settings of one variable at a time."""
 
     def _apply_weight_decay(self, variables):
         for variable in variables:
-            vars(self).update(self.settings_of[id(variable)])
+            self.__dict__.update(self.settings_of[id(variable)])
             super()._apply_weight_decay([variable])
 
 
@@ -269,7 +269,7 @@ class _Functional(keras.optimizers.Optimizer):
         recreated: While `build` runs again: an iterator over these slots.
     """
 
-    settings_of = None
+    settings_of: Any = None
     assignable = ()
     created = None
     recreated = None
@@ -295,7 +295,7 @@ class _Functional(keras.optimizers.Optimizer):
 
     def _backend_update_step(self, gradients, variables, learning_rate):
         for gradient, variable in zip(gradients, variables):
-            vars(self).update(self.settings_of[id(variable)])
+            self.__dict__.update(self.settings_of[id(variable)])
             self.update_step(gradient, variable, self.learning_rate)
 
     def _backend_apply_gradients(self, gradients, variables):

@@ -49,7 +49,7 @@ _BIAS_CORRECTED = (
 _SHRINKING = ("weight_decay", "adam_weight_decay", "l1_regularization_strength", "l2_regularization_strength",
               "l2_shrinkage_regularization_strength")
 # Ranges that hold for a setting of this name in every optimizer of Keras; a user's may mean something else by others.
-_RANGES = {
+_RANGES: dict[str, Any] = {
     **dict.fromkeys(("learning_rate", "weight_decay"), {"low": 0.0}),
     **dict.fromkeys(_CLIPPING, {"above": 0.0}),
     **dict.fromkeys(("momentum", "ema_momentum", "rho"), {"low": 0.0, "high": 1.0}),

@@ -26,7 +26,7 @@ _WARMUP = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
 
 def saved_model(learner_or_model: keras.Model, directory: str | os.PathLike, version: int | None = None,
                 labels: Sequence[str] | None = None, serialized_examples: bool = False, warmup: int = False,
-                float16: bool = False, jit_compile: bool = False) -> str:
+                float16: bool = False, jit_compile: bool = False) -> pathlib.Path:
     """Writes a SavedModel as a new version of a served model: `directory/<version>/saved_model.pb`.
 
     Signatures, all with sizes of batches that are open:
@@ -139,7 +139,7 @@ class ServedModel:
             which is a dictionary from names to `tf.TensorSpec`.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = pathlib.Path(path)
         self.version = int(self.path.name)
         self._model = tf.saved_model.load(str(self.path))

@@ -7,13 +7,14 @@ operation that would name itself instead of the input.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from farhox import meta
-from farhox._core.types import Tensors
+from farhox._core.types import Tensor, Tensors
 from farhox.training.hyper_optimizer import HyperOptimizer
 
 
@@ -89,7 +90,7 @@ def network_of(model: Any) -> keras.Model:
     return model.model if isinstance(model, meta.Learner) else model
 
 
-def checked(inputs: list[Input], tensors: Tensors) -> Tensors:
+def checked(inputs: list[Input], tensors: Sequence[Tensor]) -> Tensors:
     """The tensors with their shapes set, behind the checks of all of them."""
     sizes = {}
     passed = []
@@ -185,8 +186,8 @@ def _predicting(model):
     inputs = _model_inputs(model)
     names = list(model.output_names) if len(model.outputs) > 1 else [_output_name(model)]
 
-    def predict(*tensors):
-        packed = keras.tree.pack_sequence_as(model.input, tensors) if len(tensors) > 1 else tensors[0]
+    def predict(*tensors: Tensor):
+        packed = tensors[0] if len(tensors) == 1 else keras.tree.pack_sequence_as(model.input, tensors)
         return dict(zip(names, keras.tree.flatten(model(packed, training=False))))
 
     return Signature(inputs, predict, {

@@ -105,7 +105,7 @@ class HyperGradient(abc.ABC):
         return self._compute(problem, inner_batches, outer_batch, state, carry, iteration)
 
     @abc.abstractmethod
-    def _compute(self, problem, inner_batches, outer_batch, state, carry, iteration):
+    def _compute(self, problem, inner_batches, outer_batch, state, carry, iteration) -> HyperGradientResult:
         """`compute` on checked tensors."""
 
     def initial_carry(self, problem: BilevelProblem) -> Carry:

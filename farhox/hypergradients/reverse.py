@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from farhox._core import checks
-from farhox._core.inner_state import float_leaves
+from farhox._core.inner_state import OuterGradients, float_leaves
 from farhox._core.linearized import zeros_for_none
 from farhox._core.types import Batch, Carry
 from farhox.hypergradients.base import SingleHyperGradient, result
@@ -55,7 +55,7 @@ class ReverseHG(SingleHyperGradient):
 
     truncation: int | None = None
     checkpoint_every: int | str | None = None
-    step_weights: Sequence[float] | None = None
+    step_weights: Sequence[float] | Callable[..., Any] | None = None
     memory: float | None = 128 * 2**20
 
     def __post_init__(self):
@@ -204,7 +204,7 @@ class _Walk:
             [tf.constant(0), *run[:4], arrays], parallel_iterations=1)
         return InnerRun(*ended), arrays
 
-    def back(self, records: Any, first: Any, steps: Any, at_end: bool) -> Any:
+    def back(self, records: Any, first: Any, steps: Any, at_end: OuterGradients) -> Any:
         """The adjoint at step `first`, and the gradients with the contribution of each step from there on."""
         training = self.training
         leaves = float_leaves(training.start)

@@ -107,7 +107,7 @@ class _Fixed:
     Digits are the current word of the information buffer: 0 <= digits < 2^63.
     """
 
-    def __init__(self, ratio: float, bits: int) -> None:
+    def __init__(self, ratio: tuple[int, int], bits: int) -> None:
         self.numerator, self.denominator = ratio
         self.scale = 2.0 ** bits
         self.limit = 2.0 ** (62 - bits)
@@ -152,7 +152,7 @@ class _Fixed:
 class _ReversibleTraining:
     """The loops there and back. A position is a tuple (W, M, digits) of lists of int64 tensors."""
 
-    def __init__(self, training: InnerTraining, ratio: float, bits: int) -> None:
+    def __init__(self, training: InnerTraining, ratio: tuple[int, int], bits: int) -> None:
         self.training = training
         self.start = training.start
         self.fixed = _Fixed(ratio, bits)
@@ -271,8 +271,9 @@ class _ReversibleTraining:
             for rate, m in zip(self._rates(t), momenta)])
 
     def _rates(self, t):
+        momentum: Any = self.training.problem.dynamics
         return functional.call(
-            setting_per_variable, self.training.problem.dynamics.learning_rate, self.start.variables,
+            setting_per_variable, momentum.learning_rate, self.start.variables,
             self.start.step + tf.cast(t, tf.int64),
             bindings=zip(self.training.problem.outer_variables, self.training.outer)).value
 

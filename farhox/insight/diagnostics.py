@@ -77,7 +77,8 @@ class HypergradientComparison:
             remarks = [] if report.diagnostics["finite"] else ["not finite"]
             remarks += [] if residual is None else [f"solver residual {residual:.1e}"]
             rows.append([report.name, f"{report.norm:.4g}", f"{report.cosine:.6f}", f"{report.relative_difference:.1e}",
-                         f"{1e3 * report.seconds:.1f}", f"{report.tracing_seconds:.2f}", memory, ", ".join(remarks)])
+                         f"{1e3 * (report.seconds or 0.0):.1f}", f"{report.tracing_seconds:.2f}", memory,
+                         ", ".join(remarks)])
         healths = [f"{report.name}\n{report.health}" for report in self.reports if report.error is None]
         return "\n\n".join([table(rows)] + healths)
 
@@ -158,7 +159,7 @@ class _ResidentMemory:
     _FILE = "/proc/self/statm"
 
     def __enter__(self):
-        self.growth = None
+        self.growth: Any = None
         self._stop = threading.Event()
         self._thread = None
         if os.path.exists(self._FILE):

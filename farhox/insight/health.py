@@ -120,10 +120,9 @@ def health(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Ba
         raise TypeError("hypergradient must be a method for one inner problem, for example farhox.ReverseHG(). "
                         f"Received: {hypergradient!r}")
     inner_batches = as_inner_batches(inner_batches)
-    if result is None:
-        result = tf.function(
-            lambda: hypergradient.compute(problem, inner_batches, outer_batch), autograph=False)()
-    return report_on(problem, hypergradient, result, inner_convergence(problem, inner_batches, result, power_steps))
+    found: HyperGradientResult = result if result is not None else tf.function(
+        lambda: hypergradient.compute(problem, inner_batches, outer_batch), autograph=False)()
+    return report_on(problem, hypergradient, found, inner_convergence(problem, inner_batches, found, power_steps))
 
 
 class InnerConvergence(NamedTuple):
@@ -231,7 +230,7 @@ def _advice(report, hypergradient, finite_run, problem):
         if report.solver_residual is not None and not report.solver_residual <= _RESIDUAL:
             advice.append("The linear system is not solved: give the solver more steps, add damping, or use Nystrom.")
     if isinstance(hypergradient, ReverseHG) and report.truncation_bias is not None and report.truncation_bias > _BIAS:
-        if 0 < report.contraction < 1:
+        if report.contraction is not None and 0 < report.contraction < 1:
             needed = math.ceil(math.log(_BIAS) / math.log(report.contraction))
             advice.append(f"Truncation leaves out much of the hypergradient: truncation={needed} would bring the "
                           f"estimated bias to {_BIAS:.0%}.")

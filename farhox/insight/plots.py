@@ -22,8 +22,9 @@ from farhox.problem.bilevel import BilevelProblem
 _BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00"
 _SERIES = [(color, line) for line in ("-", "--") for color in (_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE)]
 _GREY = "#bbbbbb"
-_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.alpha": 0.3,
-          "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 1.0, "legend.edgecolor": "none"}
+_STYLE: dict[Any, Any] = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.alpha": 0.3,
+    "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 1.0, "legend.edgecolor": "none"}
 
 
 def outer_loss_grid(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
@@ -102,7 +103,7 @@ def response_surface(problem: BilevelProblem, inner_batches: InnerBatches, outer
                          f"Received: {len(x_values)} of {names[0]!r} and {len(y_values)} of {names[1]!r}")
     missing = [] if trajectory is None else [name for name in names if name not in trajectory]
     if missing:
-        raise ValueError(f"The trajectory must have values of {names}. Received: {sorted(trajectory)}")
+        raise ValueError(f"The trajectory must have values of {names}. Received: {sorted(trajectory or {})}")
     if losses is None:
         losses = outer_loss_grid(problem, inner_batches, outer_batch, x, y)
     losses = np.ma.masked_invalid(losses)
@@ -140,7 +141,7 @@ def response_surface(problem: BilevelProblem, inner_batches: InnerBatches, outer
     return axes
 
 
-def schedules(learned: Any, history: Mapping[str, Array] | None = None, ylabel: str = "value", axes: Any = None) -> Any:
+def schedules(learned: Any, history: Array = None, ylabel: str = "value", axes: Any = None) -> Any:
     """Values by inner step.
 
     Args:
@@ -169,10 +170,11 @@ def schedules(learned: Any, history: Mapping[str, Array] | None = None, ylabel: 
         raise ValueError(f"history must be an array [records, steps]. Received shape: {history.shape}")
     with pyplot.rc_context(_STYLE):
         axes = _new_axes(pyplot, (5.6, 3.4)) if axes is None else axes
-        for i, values in enumerate([] if history is None else history):
-            shade = 0.75 - 0.45 * i / max(1, len(history) - 1)
+        older: Any = [] if history is None else history
+        for i, values in enumerate(older):
+            shade = 0.75 - 0.45 * i / max(1, len(older) - 1)
             _staircase(axes, values, color=str(shade), linewidth=0.8,
-                       label="while it was learned, light to dark" if i + 1 == len(history) else None)
+                       label="while it was learned, light to dark" if i + 1 == len(older) else None)
         for (label, values), (color, line) in zip(series.items(), itertools.cycle(_SERIES)):
             _staircase(axes, values, color=color, linestyle=line, linewidth=2, label=label)
         axes.set(xlabel="Inner step", ylabel=ylabel, title="Learned schedule" + "s" * (len(series) > 1))

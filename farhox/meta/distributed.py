@@ -16,7 +16,8 @@ from farhox.training.signals import Signals
 
 
 def fit_distributed(learner: Learner, episodes: EpisodeSource, meta_batch_size: int, meta_steps: int,
-                    folder: str | os.PathLike, save_every: int = 60.0, report: Callable[..., Any] | None = None) -> Any:
+                    folder: str | os.PathLike, save_every: float = 60.0,
+                    report: Callable[..., Any] | None = None) -> Any:
     """Trains a learner over all replicas of the strategy it was made in, and goes on from the last saved state.
 
     Every process of a `tf.distribute.MultiWorkerMirroredStrategy` calls it with the same arguments. Each replica

@@ -37,7 +37,7 @@ class EpisodeSource(abc.ABC):
     def draw(self, index: int) -> Episode:
         """The episode with number `index`, a scalar int64 tensor: an `Episode`. Pure TensorFlow."""
 
-    def dataset(self, meta_batch_size: int, start: int = 0, count: int | None = None, shards: int = 1,
+    def dataset(self, meta_batch_size: int, start: Any = 0, count: int | None = None, shards: int = 1,
                 shard: int = 0) -> tf.data.Dataset:
         """Episodes in meta-batches, in the order of their numbers.
 
@@ -209,7 +209,7 @@ class SinusoidEpisodes(EpisodeSource):
                 tf.random.stateless_uniform([], seeds[2], 0.0, math.pi))
 
 
-def split_classes(images: Array, labels: Array, sizes: Sequence[int],
+def split_classes(images: Array, labels: Array, sizes: Sequence[int | None],
                   seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
     """Splits examples by their classes: no class is in two parts.
 
@@ -322,7 +322,7 @@ def _examples(images, labels):
     return images, labels
 
 
-def episode_number(index: int) -> Tensor:
+def episode_number(index: Any) -> Tensor:
     """The number of an episode as an int64 tensor."""
     if checks.is_integer(index):
         checks.non_negative_integer("The number of an episode", index)

@@ -12,7 +12,7 @@ from farhox.meta.episode_checks import check_finite_episodes
 from farhox.meta.episodes import EpisodeSource
 
 
-def evaluate_episodes(judge: Callable[..., Any], episodes: int, count: int = 600,
+def evaluate_episodes(judge: Callable[..., Any], episodes: EpisodeSource, count: int = 600,
                       meta_batch_size: int = 10) -> dict[str, Any]:
     """Means over the first episodes of a source.
 

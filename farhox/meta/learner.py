@@ -75,7 +75,9 @@ class Learner(HyperOptimizer):
         self.support_loss = loss if support_loss is None else support_loss
         self._sees_queries = False
         self.episodes_seen = new_episodes_seen()
-        self._adapt_function = self._predict_function = self._judge_function = None
+        self._adapt_function: Any = None
+        self._predict_function: Any = None
+        self._judge_function: Any = None
 
     def compile(self, optimizer: Optimizer = "adam", metrics: Metrics | None = None, jit_compile: bool = False,
                 weighted_metrics: Metrics | None = None, **kwargs: Any) -> None:

@@ -73,7 +73,8 @@ class MAML(Learner):
     def __init__(self, model: keras.Model, inner_learning_rate: float | OuterVariable = 0.1, inner_steps: int = 5,
                  first_order: bool = False, learn_learning_rates: bool | str = False, loss: Loss = LOSS,
                  transductive: bool = True, evaluation_steps: int | None = None,
-                 step_weights: Sequence[float] | None = None, allow_unused: bool = False, name: str = "maml",
+                 step_weights: Sequence[float] | Callable[[Tensor], Any] | None = None, allow_unused: bool = False,
+                 name: str = "maml",
                  dynamics: InnerDynamics | None = None, support_loss: Loss | None = None,
                  outer_variables: Sequence[keras.Variable | OuterVariable] = (), condition: Any = None,
                  representation: Sequence[Any] = ()) -> None:
@@ -238,7 +239,7 @@ class IMAML(Learner):
         hypergradient = ImplicitHG(solver, damping, system_batch=_curvature_part if apart else None)
         super().__init__(model, problem, EpisodesHG(hypergradient), inner_steps, evaluation_steps, batch_size,
                          transductive=transductive, seed=seed, loss=loss, name=name, support_loss=support_loss)
-        self._curvature = (curvature or _support) if apart else None
+        self._curvature: Any = (curvature or _support) if apart else None
 
     def _outer_batch(self, support, query):
         (*inputs,), *others = super()._outer_batch(support, query)

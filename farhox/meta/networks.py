@@ -77,7 +77,7 @@ def residual_body(input_shape: Shape = (28, 28, 1), filters: Any = (32, 64, 128)
     return keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x), name=name)
 
 
-def few_shot_classifier(ways: int = 5, body: keras.Model | None = None) -> keras.Model:
+def few_shot_classifier(ways: int = 5, body: Any = None) -> keras.Model:
     """A body and a dense softmax layer on its features.
 
     Args:

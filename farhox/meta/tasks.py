@@ -134,7 +134,7 @@ class _Examples:
 class _Division:
     """Which examples of a task are support and which are queries, anew in each episode."""
 
-    def __init__(self, parts: Any, shots: int, queries: int) -> None:
+    def __init__(self, parts: Any, shots: int, queries: int | None) -> None:
         labels = [_class_numbers(task[0][1]) for task in parts]
         # Examples without classes are of one class.
         groups = [np.zeros(len(tf.nest.flatten(task[0][0])[0]), int) if y is None else np.unique(

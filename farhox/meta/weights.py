@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from farhox._core.types import Batch, Loss, Metrics, Tensor
+from farhox._core.types import Batch, Metrics, Tensor
 
 
 def with_both_weights(support: Batch, query: Batch) -> Any:
@@ -29,7 +29,7 @@ def joined(metrics: Any, weighted_metrics: Any) -> Metrics | None:
     return [metric for part in parts for metric in part] or None
 
 
-def scaled(weights: Tensor, loss: Loss) -> Any:
+def scaled(weights: Tensor, loss: Any) -> Any:
     """Sample weights for a Keras loss, which divides by the number of examples, those of weight zero among them.
 
     With them the loss of an episode is sum_i weight_i loss_i / (number of examples whose weight is not zero), as that
@@ -58,7 +58,7 @@ def is_present(weights: Tensor) -> Tensor | None:
     return tf.reduce_any(weights != 0, axis=list(range(1, weights.shape.rank)))
 
 
-def order_of_present(weights: Tensor, steps: int, batch_size: int | None, seed: int | None) -> Tensor:
+def order_of_present(weights: Tensor, steps: int, batch_size: int, seed: Tensor) -> Tensor:
     """Examples in random order, again and again without replacement, those of weight zero left out.
 
     The order of an episode does not depend on how many examples of weight zero come after the others.

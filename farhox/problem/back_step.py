@@ -1,6 +1,8 @@
 """One step of the way back through an inner training: its products, and what is kept for them."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
@@ -9,6 +11,9 @@ from farhox._core.exact import passes_to
 from farhox._core.inner_state import InnerState
 from farhox._core.linearized import zeros_for_none
 from farhox._core.types import Tensor, Tensors
+
+if TYPE_CHECKING:
+    from farhox.problem.inner_training import InnerTraining
 
 
 class BackStep:
@@ -27,7 +32,7 @@ class BackStep:
             leaf of the next state depends.
     """
 
-    def __init__(self, training: bool, sources: Any) -> None:
+    def __init__(self, training: InnerTraining, sources: Any) -> None:
         self._training = training
         self._graph = graph = training.graph
         outputs, inputs = training.leaf_outputs, training.leaf_inputs

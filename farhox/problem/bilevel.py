@@ -137,7 +137,7 @@ class BilevelProblem:
         self.hyperparameters = [entry for entry in outer_variables if isinstance(entry, OuterVariable)]
         self.state_variables = _checked_variables("state_variables", state_variables or [], state=True)
         self.proximal = proximal
-        self.outer_predictions = outer_predictions
+        self.outer_predictions: Any = outer_predictions
         self.stop_tolerance = stop_tolerance
         if stop_tolerance is not None and not self.dynamics.rests_at_minimum:
             raise ValueError(
@@ -158,9 +158,9 @@ class BilevelProblem:
         self.one_episode, self._aggregation = self, None
         self._inner_objective = inner_objective
         self.allow_unused = bool(allow_unused)
-        self._features = features
+        self._features: Any = features
         self._outer_objective = outer_objective
-        self.model = model
+        self.model: Any = model
         self._check_data = check_data
         self._trainable = [] if model is None else list(model.trainable_variables)
         known = [*self.outer_variables, *_checked_variables("fixed", self.fixed, state=True)]
@@ -283,7 +283,9 @@ class BilevelProblem:
 
     def raise_if_model_changed(self) -> None:
         """Raises a ValueError that names the variables if others of the model are trainable than at the beginning."""
-        current = [] if self.model is None else self.model.trainable_variables
+        if self.model is None:
+            return
+        current = self.model.trainable_variables
         gone, new = _without(self._trainable, current), _without(current, self._trainable)
         if gone or new:
             raise ValueError(
@@ -437,8 +439,8 @@ class BilevelProblem:
             raise ValueError(
                 f"The inner objective must leave inner variables to the dynamics. It assigned {variable_names(trained)}"
                 ", which it trains. A layer that replaces its weights in each call, as "
-                "keras.layers.SpectralNormalization does in training, has no inner gradient of its own: give the weights "
-                "a Keras constraint, which holds after each inner step, or write the layer without the assignment.")
+                "keras.layers.SpectralNormalization does in training, has no inner gradient of its own: give the "
+                "weights a Keras constraint, which holds after each inner step, or write the layer without the assignment.")
         if stray:
             raise ValueError(
                 "The inner objective may assign state variables only: what it assigns elsewhere is lost from step to "

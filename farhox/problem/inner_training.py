@@ -88,7 +88,8 @@ class InnerTraining:
         self.from_initial_state = state is None
         self.start = problem.initial_state(self.outer) if state is None else state
         self._tolerance = problem.tolerance()
-        self._feature_graph = self._features = None
+        self._feature_graph: Any = None
+        self._features: Any = None
         if share_features and problem.has_features and isinstance(self.inner_batches, RepeatedBatch):
             batch = self.inner_batches.batch
             values = self.outer + tf.nest.flatten(batch)
@@ -272,7 +273,7 @@ class InnerTraining:
         return LinearizedMap(graph, self.inputs(state, t), gradients, self.parameter_inputs,
                              list(graph.outputs.state.variables), list(state.variables), held=gradients)
 
-    def mixed_difference(self, state: Any, t: Tensor, direction: Tensor, distance: Tensors) -> Any:
+    def mixed_difference(self, state: Any, t: Tensor, direction: Tensor, distance: Tensor) -> Any:
         """(∂g/∂λ)' direction, of the inner gradient g on the batch of step t, by a central difference in w.
 
         Values under `tf.stop_gradient` stay those at `state`: g is the gradient with them held.
@@ -344,8 +345,8 @@ class InnerTraining:
         Raises:
             ValueError: If an outer variable is not reached; it is named.
         """
-        parts = [list(part) + [None] * (len(self.parameters) - len(part)) for part in parts]
-        total = [_sum(column) for column in zip(*parts)]
+        padded = [list(part) + [None] * (len(self.parameters) - len(part)) for part in parts]
+        total = [_sum(column) for column in zip(*padded)]
         own, of_features = total[:len(self.outer)], total[len(self.outer):]
         if of_features:
             own = [_sum(pair) for pair in zip(own, self._through_features(of_features))]
@@ -386,7 +387,7 @@ class InnerTraining:
 class _OuterObjective:
     """See `InnerTraining.outer_graph`."""
 
-    def __init__(self, training: bool, outer_batch: Batch) -> None:
+    def __init__(self, training: InnerTraining, outer_batch: Batch) -> None:
         problem, start, outer = training.problem, training.start, training.outer
         flat = tf.nest.flatten(outer_batch)
         counts = [len(tf.nest.flatten(start)), len(outer)]

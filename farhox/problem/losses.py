@@ -63,7 +63,7 @@ class SupervisedLoss:
         outputs = keras.tree.flatten(predictions)
         losses = self._spread("loss", self._losses, predictions, repeat=True)
         needed = [i for i, loss in enumerate(losses) if loss is not None]
-        of_output = [1.0] * len(outputs) if self._loss_weights is None else self._spread(
+        of_output: Any = [1.0] * len(outputs) if self._loss_weights is None else self._spread(
             "loss_weights", self._loss_weights, predictions, needed=needed)
         targets = self._spread("targets", self._all_targets(targets, losses, needed), predictions, needed=needed)
         weights = self._spread("sample_weight", weights, predictions, repeat=True)

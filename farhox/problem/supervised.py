@@ -126,9 +126,11 @@ def supervised_problem(model: keras.Model, loss: Any = "sparse_categorical_cross
             f"representation holds {len(shared)} of its {len(trainable)} trainable variables.")
     # Keras' losses compute in floatx; a float64 model keeps its precision.
     dtype = "float64" if any(v.dtype == "float64" for v in inner) else None
-    names = getattr(model, "output_names", None)  # Of a functional model.
-    loss_value = None if loss is None else SupervisedLoss(loss, loss_weights, names, dtype)
-    outer_value = loss_value if outer_loss is None else as_outer_loss(outer_loss, names, dtype)
+    names: Any = getattr(model, "output_names", None)  # Of a functional model.
+    loss_value: Any = None if loss is None else SupervisedLoss(loss, loss_weights, names, dtype)
+    outer_value: Any = loss_value if outer_loss is None else as_outer_loss(outer_loss, names, dtype)
+    first: Any
+    last: Any
     first, last = split(model, representation or []) if share_representation else (None, model)
     inner_context = (lambda *batch: contextlib.nullcontext()) if inner_context is None else inner_context
 
@@ -187,7 +189,7 @@ def supervised_problem(model: keras.Model, loss: Any = "sparse_categorical_cross
     outer += _without([w for w in (example_weights, class_weights) if w is not None], outer)
 
     def check_data(inner_examples, outer_batch):
-        outputs = getattr(model, "outputs", None)  # Of a functional model.
+        outputs: Any = getattr(model, "outputs", None)  # Of a functional model.
         checks = []
         if loss is not None and not isinstance(loss, (list, tuple, dict)) and takes_class_numbers(loss) and len(
                 outputs or []) == 1:
@@ -236,12 +238,12 @@ def _without(entries, others):
     return [entry for entry in entries if not any(entry is other for other in others)]
 
 
-def _unpacked(batch, needed=None):
+def _unpacked(batch: Any, needed=None):
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or (needed and len(batch) != 3):
         length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         if isinstance(batch, tf.Tensor):
-            length = (f" of shape {batch.shape}. A hyper-iteration is (inner_batches, outer_batch), as "
-                      "farhox.bilevel_dataset makes it, with inner_batches=farhox.repeat((x, y), steps) for instance")
+            length = (f" of shape {tf.convert_to_tensor(batch).shape}. A hyper-iteration is (inner_batches, "
+                      "outer_batch), as farhox.bilevel_dataset makes it, with inner_batches=farhox.repeat((x, y), steps) for instance")
         advice = "; farhox.bilevel_dataset(..., index=True) adds the index" if needed == "(x, y, index)" else ""
         raise ValueError(f"A batch must be a tuple {needed or '(x, y) or (x, y, sample_weight)'}. "
                          f"Received: {type(batch).__name__}{length}{advice}")

@@ -78,6 +78,7 @@ class _Attention(SelfTuningParts):
 
     parts = dict.fromkeys(["_query_dense", "_key_dense", "_value_dense", "_gate_dense", "_output_dense"], EinsumDense)
     rates = ("dropout",)
+    _rate: Any
 
     def __init__(self, *arguments: Any, **kwargs: Any) -> None:
         rate = kwargs.get("dropout")

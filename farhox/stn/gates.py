@@ -122,7 +122,7 @@ class FanInUniform(keras.initializers.Initializer):
     """
 
     def __init__(self, fan_in: int | None = None, seed: int | None = None) -> None:
-        self.fan_in = None if fan_in is None else checks.positive_integer("fan_in", fan_in)
+        self.fan_in: Any = None if fan_in is None else checks.positive_integer("fan_in", fan_in)
         self.seed = seed
 
     def __call__(self, shape: Shape, dtype: DType | None = None, **kwargs: Any) -> Tensor:

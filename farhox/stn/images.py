@@ -91,7 +91,8 @@ class Augmentation(PerturbationLayer):
             factor = factors[key]
             setattr(self, key, checked_strength(strength, f"{key} of {self.name!r}", 0.0, factor.greatest))
             largest = valued[key][0]
-            direction = [bound / largest for bound in _bounds(layer, key, factor)] if largest else factor.direction
+            given: Any = _bounds(layer, key, factor)
+            direction = [bound / largest for bound in given] if largest else factor.direction
             self._factors[key] = dataclasses.replace(factor, direction=tuple(direction))
 
     @classmethod

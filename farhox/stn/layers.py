@@ -147,7 +147,7 @@ class Embedding(SelfTuning, keras.layers.Embedding):
         table, hyper_table, gates = self.response().parts("embeddings", realize=False)
         responding = tf.gather(hyper_table, indices)
         outputs = tf.gather(table, indices) + on_axes(gates, responding.shape.rank, [-1]) * responding
-        if training and (self.hyperparameters_with_one_draw or self.dropout):
+        if training and (isinstance(self.dropout, OuterVariable) or self.dropout > 0):
             rate = tf.cast(strength_value(self.dropout), outputs.dtype)
             words = keras.random.uniform([self.input_dim], dtype=self.compute_dtype, seed=self.seed_generator)
             kept = tf.math.divide_no_nan(tf.cast(words >= rate, outputs.dtype), 1.0 - rate)

@@ -1,6 +1,5 @@
 """Losses of a self-tuning model: the training loss may depend on hyperparameters, the validation loss does not."""
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,7 +14,7 @@ from farhox.stn.strengths import checked_strength, strength_value
 class FunctionLoss(keras.losses.Loss):
     """A function (targets, predictions) -> losses of the examples, or one loss, as a Keras loss."""
 
-    def __init__(self, function: Callable[..., Any], dtype: Any) -> None:
+    def __init__(self, function: Any, dtype: Any) -> None:
         super().__init__(name="loss", dtype=dtype)
         self._function = function
 
@@ -51,7 +50,7 @@ class LabelSmoothing(keras.losses.Loss):
         ValueError: If the smoothing can leave [0, 1], or the loss leaves out a class.
     """
 
-    def __init__(self, smoothing: Strength, sparse: bool = True, loss: Loss | None = None,
+    def __init__(self, smoothing: Strength, sparse: bool = True, loss: Any = None,
                  name: str = "label_smoothing", **kwargs: Any) -> None:
         if loss is None:
             kind = keras.losses.SparseCategoricalCrossentropy if sparse else keras.losses.CategoricalCrossentropy

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.logs import log_values, unique_names
-from farhox._core.types import Array, Batch, Callbacks, Config, Data, Logs, Loss, Metrics, Nest, Optimizer
+from farhox._core.types import Array, Batch, Config, Data, Logs, Loss, Metrics, Nest, Optimizer
 from farhox.dynamics.base import check_keras_optimizer
 from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.serialization import deserialized, serialized
@@ -188,7 +188,7 @@ class SelfTuningModel(keras.Model):
         network, delta = self._network, self.method == "delta"
         if delta and response_optimizer is None:
             response_optimizer = type(self.optimizer).from_config(self.optimizer.get_config())
-        self.response_optimizer = keras.optimizers.get(response_optimizer) if delta else None
+        self.response_optimizer: Any = keras.optimizers.get(response_optimizer) if delta else None
         self.optimizer.build(network.general if delta else network.general + network.response)
         self.hyper_optimizer.build(self.draws.variables_of)
         if delta:
@@ -203,7 +203,7 @@ class SelfTuningModel(keras.Model):
 
     def fit(self, x: Data = None, y: Data = None, batch_size: int | None = None, epochs: int = 1,
             validation_data: Data = None, sample_weight: Data = None, shuffle: bool = True,
-            validation_batch_size: int | None = None, callbacks: Callbacks | None = None,
+            validation_batch_size: int | None = None, callbacks: Any = None,
             **kwargs: Any) -> keras.callbacks.History:
         """Trains and tunes. One step of an epoch is one training step or one validation step.
 
@@ -259,7 +259,7 @@ class SelfTuningModel(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:
         if self.train_function is None or force:
             super().make_train_function(force)
-            train = self.train_function
+            train: Any = self.train_function
             self.train_function = lambda iterator: self._measured(train(iterator))
         return self.train_function
 

@@ -24,12 +24,12 @@ class Pass(NamedTuple):
     Attributes:
         value: What the function of the predictions returned.
         updates: List of (variable, tensor) of statistics and seeds.
-        read: Set of the ids of the variables that were read.
+        read: Dictionary from their ids to the variables that were read.
     """
 
     value: Any
     updates: list
-    read: set
+    read: dict
 
 
 class Network:

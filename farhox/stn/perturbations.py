@@ -33,7 +33,7 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
     """
 
     STRENGTHS = {}
-    plain = None
+    plain: Any = None
 
     def __init__(self, seed: int | None = None, name: str | None = None, dtype: DType | None = None,
                  trainable: bool = True, **strengths: Strength) -> None:
@@ -135,7 +135,7 @@ class ActivityRegularization(PerturbationLayer):
 
     STRENGTHS = {"l1": (0.0, math.inf), "l2": (0.0, math.inf), "temporal": (0.0, math.inf)}
 
-    def __init__(self, l1: Strength = 0.0, l2: Strength = 0.0, temporal: bool = 0.0, **kwargs: Any) -> None:
+    def __init__(self, l1: Strength = 0.0, l2: Strength = 0.0, temporal: float = 0.0, **kwargs: Any) -> None:
         super().__init__(l1=l1, l2=l2, temporal=temporal, **kwargs)
 
     def perturb(self, inputs: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from farhox._core.types import Config, DType, Initializer, Shape, Tensor, Variables
+from farhox._core.types import Config, DType, Initializer, InKeras, Shape, Tensor, Variables
 from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform, Gate
@@ -100,7 +100,7 @@ class Response:
         return (tf.cast(entry.weight, self._dtype), tf.cast(entry.hyper_weight, self._dtype),
                 tf.reshape(self._gates[name], [-1, *entry.gate_shape]))
 
-    def linear(self, name: str, function: Callable[..., Any], output_axes: tuple[int, ...] = (-1,)) -> Tensor:
+    def linear(self, name: str, function: Callable[..., Any], output_axes: Sequence[int] = (-1,)) -> Tensor:
         """function(W(u)) of every example, for a function linear in the weight: function(W) + gates function(V).
 
         Args:
@@ -117,7 +117,7 @@ class Response:
         response = function(hyper_weight)
         return outputs + on_axes(gates, response.shape.rank, output_axes) * response
 
-    def added(self, name: str, outputs: Tensor, output_axes: tuple[int, ...] = (-1,)) -> Tensor:
+    def added(self, name: str, outputs: Tensor, output_axes: Sequence[int] = (-1,)) -> Tensor:
         """The outputs plus W(u), with the axes of the weight on the given axes of the outputs; for a bias."""
         weight = self.weight(name)
         weight = weight if self.per_example else weight[tf.newaxis]
@@ -134,7 +134,7 @@ class Response:
         return tf.cast(entry.weight, self._dtype) + gates * tf.cast(entry.hyper_weight, self._dtype)
 
 
-class Twin:
+class Twin(InKeras):
     """What has a plain twin: `convert` makes it from that, `bake` makes that from it.
 
     Attributes:
@@ -144,7 +144,7 @@ class Twin:
         rates: Tuple of the names of settings of the plain twin that can be hyperparameters, with a rate per example.
     """
 
-    plain = None
+    plain: Any = None
     parts = {}
     rates = ()
     own_settings = ("hyperparameters", "gate_initializer", "centred", "reference")
@@ -308,6 +308,8 @@ class SelfTuningParts(Twin):
         hyperparameters, gate_initializer, centred, reference: See `SelfTuning`.
     """
 
+    _responds: _Responds
+
     def __init__(self, *arguments: Any, hyperparameters: Sequence[OuterVariable],
                  gate_initializer: Initializer | None = None, centred: bool = False, reference: Any = None,
                  **kwargs: Any) -> None:
@@ -332,7 +334,7 @@ class SelfTuningParts(Twin):
         return super().from_config(deserialized(config, "hyperparameters"))
 
 
-def on_axes(values: Tensor, rank: int, axes: tuple[int, ...]) -> Tensor:
+def on_axes(values: Tensor, rank: int, axes: Sequence[int]) -> Tensor:
     """Values [batch or 1, ...] in a shape that broadcasts to outputs of a rank, with what follows on the given axes.
 
     Args:
@@ -341,15 +343,15 @@ def on_axes(values: Tensor, rank: int, axes: tuple[int, ...]) -> Tensor:
         axes: Axes of the outputs, one for each axis of the values after the first, or a single one for all of them.
     """
     sizes = list(values.shape[1:])
-    axes = [axis % rank for axis in axes]
-    if len(axes) == 1:
+    places = [axis % rank for axis in axes]
+    if len(places) == 1:
         sizes = [math.prod(sizes)]
-    elif axes != sorted(axes):
-        order = sorted(range(len(axes)), key=axes.__getitem__)
+    elif places != sorted(places):
+        order = sorted(range(len(places)), key=places.__getitem__)
         values = tf.transpose(values, [0, *(place + 1 for place in order)])
-        axes, sizes = [axes[place] for place in order], [sizes[place] for place in order]
+        places, sizes = [places[place] for place in order], [sizes[place] for place in order]
     shape = [1 if values.shape[0] == 1 else -1] + [1] * (rank - 1)
-    for axis, size in zip(axes, sizes):
+    for axis, size in zip(places, sizes):
         shape[axis] = size
     return tf.reshape(values, shape)
 

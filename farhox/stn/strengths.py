@@ -15,14 +15,14 @@ def strength_value(strength: Strength) -> Tensor:
     return tf.stop_gradient(value_of(strength))
 
 
-def checked_strength(strength: Any, name: str, least: float, greatest: float) -> Strength:
+def checked_strength(strength: Any, name: str, least: float, greatest: float) -> Any:
     """The strength, if it is a scalar that stays within its range."""
     if isinstance(strength, OuterVariable):
         low, high, shape = strength.low, strength.high, tuple(strength.variable.shape)
         if shape:
             raise ValueError(f"{name} must be a scalar hyperparameter. Received: {strength!r}")
     elif isinstance(strength, numbers.Real) and not isinstance(strength, bool):
-        low, high = strength, strength
+        low, high = float(strength), float(strength)
     else:
         raise TypeError(f"{name} must be a number or a farhox.Hyperparameter. Received: {strength!r}")
     inside = low is not None and low >= least and (high is None or high < math.inf) and (

@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -57,8 +58,10 @@ class BestModel(keras.callbacks.Callback):
         self.path = None if path is None else os.fspath(path)
         self.data, self.monitor, self._sign = data, monitor, 1.0 if mode == "min" else -1.0
         self.loss = math.inf if mode == "min" else -math.inf
-        self.values, self.outer, self.hyper_iteration = {}, None, None
-        self._state = None
+        self.values: dict[str, Any] = {}
+        self.outer: Any = None
+        self.hyper_iteration: int | None = None
+        self._state: Any = None
         self._is_written = True
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
@@ -83,7 +86,7 @@ class BestModel(keras.callbacks.Callback):
             if self.monitor not in (logs or {}):
                 raise ValueError(f"monitor must be a value in the logs of an epoch, one of {sorted(logs or {})}. "
                                  f"Received: {self.monitor!r}")
-            self._look(float(logs[self.monitor]), self._outer_values(), self.model.hyper_iterations)
+            self._look(float((logs or {})[self.monitor]), self._outer_values(), self.model.hyper_iterations)
         if self._is_written or self.path is None:
             return
         problem, outer = self.model.problem, [tf.convert_to_tensor(value) for value in self.outer]

@@ -60,8 +60,9 @@ class HyperparameterTrace(keras.callbacks.Callback, Resumable):
         self.log_dir = None if log_dir is None else os.fspath(log_dir)
         self.every = every
         self._records = []
-        self._named = self._writer = None
-        self._last = None
+        self._named: Any = None
+        self._writer: Any = None
+        self._last: Any = None
         self._begun = False
 
     @property

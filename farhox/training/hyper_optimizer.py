@@ -14,7 +14,7 @@ import tensorflow as tf
 from farhox._core import checks, tree
 from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
-from farhox._core.types import Batch, Callbacks, Data, InnerBatches, Metrics, Optimizer, Tensor, Tensors
+from farhox._core.types import Batch, Data, InnerBatches, Metrics, Optimizer, Tensor, Tensors
 from farhox.data.batches import as_inner_batches, as_tensors, examples_of
 from farhox.data.datasets import as_hyper_iterations, pair, raise_if_endless
 from farhox.dynamics.base import check_keras_optimizer
@@ -76,7 +76,7 @@ class HyperOptimizer(keras.Model):
     """
 
     def __init__(self, problem: BilevelProblem, hypergradient: HyperGradient | None = None, online: bool = False,
-                 max_skipped_updates: int = 10, name: str = "hyper_optimizer") -> None:
+                 max_skipped_updates: int = 10, name: str | None = "hyper_optimizer") -> None:
         super().__init__(name=name)
         hypergradient = ReverseHG() if hypergradient is None else hypergradient
         if not isinstance(problem, BilevelProblem):
@@ -118,8 +118,8 @@ class HyperOptimizer(keras.Model):
         self._kept = Kept(problem, hypergradient, self.online)
         self._slots, self._carry = self._kept.slots, self._kept.carry
         self.built = True
-        self._step_function = None
-        self._inner_function = None
+        self._step_function: Any = None
+        self._inner_function: Any = None
 
     def compile(self, optimizer: Optimizer = "adam", metrics: Metrics | None = None, jit_compile: bool = False,
                 **kwargs: Any) -> None:
@@ -168,7 +168,7 @@ class HyperOptimizer(keras.Model):
         done = int(self.optimizer.iterations.numpy()) if self.compiled else 0
         return done + int(self._watch.skipped.numpy())
 
-    def fit(self, x: Data = None, callbacks: Callbacks | None = None, validation_data: Data = None,
+    def fit(self, x: Data = None, callbacks: Any = None, validation_data: Data = None,
             **kwargs: Any) -> keras.callbacks.History:
         """Runs hyper-iterations, one per element of the data set; arguments and callbacks are those of Keras.
 
@@ -337,7 +337,7 @@ class HyperOptimizer(keras.Model):
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(read_names(self, store))
 
-    def train_step(self, data: Any) -> Logs:
+    def train_step(self, data: Any) -> dict[str, Any]:
         inner_batches, outer_batch = self._hyper_iteration_data(data, training=True)
         result = self._hyper_iteration(inner_batches, outer_batch)
         self._inner_loss.update_state(result.inner_losses[..., -1])
@@ -356,11 +356,11 @@ class HyperOptimizer(keras.Model):
             done = tf.cast(self.optimizer.iterations, tf.int64) + tf.cast(self._watch.skipped, tf.int64)
             self.problem.hyper_iteration.assign(done)
 
-    def test_step(self, data: Data) -> Logs:
+    def test_step(self, data: Data) -> dict[str, Any]:
         inner_batches, outer_batch = self._hyper_iteration_data(data)
         self._count_for_tolerance()
         if self.online:
-            state = self._kept.state_now()
+            state: Any = self._kept.state_now()
             loss, predictions = self.problem.judged(state, self.problem.outer_values(), outer_batch)
             logs = self._logs(loss, lambda: predictions)
             del logs["inner_loss"]  # No inner training has been measured.
@@ -517,7 +517,7 @@ class HyperOptimizer(keras.Model):
             logs.update({name: value for name, value in values.items() if name not in own})
         return logs
 
-    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch=None):
         """Makes the variables of metrics before training, as a distribution strategy needs it.
 
         Keras' own way averages the data of all replicas, which makes fractions of indices and labels.

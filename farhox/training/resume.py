@@ -61,7 +61,7 @@ class Resume(keras.callbacks.Callback):
         OSError: When training begins or a state is saved, with the path, if it cannot be written. The last state stays.
     """
 
-    def __init__(self, directory: str | os.PathLike, every: int | None = "epoch", seconds: float | None = 0.0,
+    def __init__(self, directory: str | os.PathLike, every: int | str = "epoch", seconds: float | None = 0.0,
                  replay: bool = True) -> None:
         super().__init__()
         if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
@@ -72,9 +72,10 @@ class Resume(keras.callbacks.Callback):
         self._states = SavedStates(directory)
         self._signals = Signals(self._is_running)
         # A state to go on from, until the run is where it was saved.
-        self._state = None
-        self._functions = None
-        self._list, self._others = None, []
+        self._state: Any = None
+        self._functions: Any = None
+        self._list: Any = None
+        self._others: list[Any] = []
 
     @property
     def initial_epoch(self) -> int:
@@ -148,7 +149,7 @@ class Resume(keras.callbacks.Callback):
             return
         self._epoch, self._batch = epoch + 1, 0
         last = self.model.stop_training or self._epoch >= self.params["epochs"]
-        due = self.every == "epoch" or self._unsaved >= self.every
+        due = self.every == "epoch" or self._unsaved >= int(self.every)
         if last or self._signals.received is not None or (due and self._is_time()):
             self._save({})
         if self._signals.received is not None:
@@ -280,7 +281,7 @@ def variables_with_names(model: Any) -> dict[str, Any]:
     return {owner: _named(variables) for owner, variables in _owners(model).items()}
 
 
-def assign_variables(model: Any, saved: Any, path: str, all_built: bool = True) -> None:
+def assign_variables(model: Any, saved: Any, path: str | os.PathLike | None, all_built: bool = True) -> None:
     """Gives the variables of a model the values that `variables_with_names` had when they were saved.
 
     Args:
@@ -367,7 +368,7 @@ def _callback_list(callback):
     """The list of callbacks that is calling. Keras tells a callback nothing of the others, whose state is needed."""
     frame = inspect.currentframe()
     while frame is not None:
-        owner = frame.f_locals.get("self")
+        owner: Any = frame.f_locals.get("self")
         if isinstance(owner, keras.callbacks.CallbackList) and any(entry is callback for entry in owner.callbacks):
             return owner
         frame = frame.f_back

@@ -46,7 +46,7 @@ class SavedStates:
             raise ValueError("States are saved in a folder of a file system of this machine, where renaming a file is "
                              f"one step. Received: {os.fspath(directory)!r}")
         self.directory = pathlib.Path(directory)
-        self.path = None
+        self.path: pathlib.Path | None = None
         self._good = []  # Numbers of the states that this object has read or written.
 
     def load(self) -> Any:
@@ -164,10 +164,10 @@ class _Damaged(Exception):
 
 def _write(path, content, arrays):
     header = json.dumps({"content": content, "arrays": [[array.dtype.name, array.shape] for array in arrays]}).encode()
-    digest = hashlib.sha256()
+    digest: Any = hashlib.sha256()
     with open(path, "wb") as file:
         parts = (_KIND + b"%d\n" % _VERSION, len(header).to_bytes(8, "little"), header)
-        for part in (*parts, *(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)):
+        for part in (*parts, *(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays)):
             digest.update(part)
             file.write(part)
         file.write(digest.digest())

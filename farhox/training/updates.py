@@ -99,8 +99,9 @@ class GuardedUpdate:
 
         def least(distance):
             # Between two bounds a part of the range, so that being held again and again does not lead to the bound.
-            both = entry.low is not None and entry.high is not None
-            return tf.minimum(part * (entry.high - entry.low), distance) if both else part * distance
+            if entry.low is None or entry.high is None:
+                return part * distance
+            return tf.minimum(part * (entry.high - entry.low), distance)
 
         def far_enough(moved):
             natural, beyond = self._judged(entry, variable, moved)

@@ -140,7 +140,7 @@ class SkipGuard(keras.callbacks.Callback):
         self.model.warn_once()
 
 
-def counter(value: int, name: str) -> keras.Variable:
+def counter(value: Any, name: str) -> keras.Variable:
     """An int32 `keras.Variable` that is not trained."""
     return keras.Variable(value, dtype="int32", trainable=False, name=name, aggregation="only_first_replica")
 

@@ -52,7 +52,7 @@ def read_names(optimizer: HyperOptimizer, store: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def unchanged_on_error(optimizer: HyperOptimizer, path: str) -> Iterator[None]:
+def unchanged_on_error(optimizer: HyperOptimizer, path: str | os.PathLike) -> Iterator[None]:
     """Loading in this context changes nothing where it fails; the error names the file and what does not fit."""
     variables = list(optimizer.variables) + (list(optimizer.optimizer.variables) if optimizer.compiled else [])
     before = [variable.numpy() for variable in variables]

@@ -18,7 +18,7 @@ _MOST_EVALUATED = 256
 
 
 def rounds_of(train: Data, validation: Data, batch_size: int | None, steps_per_epoch: int | None,
-              seed: int | None) -> Any:
+              seed: int) -> Any:
     """Data as rounds of steps.
 
     Args:

@@ -49,7 +49,8 @@ class Objective:
     """
 
     def __init__(self, objective: Any, model: Any) -> None:
-        self.loss = self.metric = None
+        self.loss: Any = None
+        self.metric: Any = None
         self.maximize = False
         if isinstance(objective, keras.losses.Loss):
             self.name, self.loss = f"val_{objective.name}", objective
@@ -74,7 +75,7 @@ class Objective:
             raise TypeError(f"objective must be a name, a Keras loss or a Keras metric. Received: {objective!r}")
         self.name = f"val_{_name(metric)}"
         counts = metric in ("accuracy", "acc") if isinstance(metric, str) else False
-        metric = keras.metrics.get(metric) if isinstance(metric, str) and not counts else metric
+        metric: Any = keras.metrics.get(metric) if isinstance(metric, str) and not counts else metric
         smooth = {**_SMOOTH, **_CROSS_ENTROPIES}.get(type(metric))
         if smooth is not None:
             config = {key: value for key, value in metric.get_config().items() if key not in ("name", "dtype")}
@@ -82,7 +83,7 @@ class Objective:
             self.note = f"objective: {self.name}, which hypergradients follow"
             return
         # What EarlyStopping goes by too.
-        direction = True if counts else {"up": True, "down": False}.get(getattr(metric, "_direction", None))
+        direction = True if counts else {"up": True, "down": False}.get(getattr(metric, "_direction", ""))
         if direction is None:
             raise ValueError("Whether a metric is to be large or small must be known. Received: "
                              f"{self.name} of type {type(metric).__name__}: give objective a Keras loss")
@@ -115,7 +116,8 @@ class Network:
         self.penalties = Penalties(model, choice)
         self.responses = Responses(model, choice)
         self.found = self.losses.found + self.penalties.found + self.responses.found
-        self.model = self._draws = None
+        self.model: Any = None
+        self._draws: Any = None
         self._added = [] if objective.metric is None else [objective.metric]
         self._mean = keras.metrics.Mean()
         self._evaluate = tf.function(self._evaluated, reduce_retracing=True, autograph=False)

@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core.types import Tensor
-from farhox.outer.outer_variable import OuterVariable
 
 
 class Rate:
@@ -25,7 +24,7 @@ class Rate:
         schedule: The optimizer's own `LearningRateSchedule`, or None.
     """
 
-    def __init__(self, hyperparameter: OuterVariable, schedule: Any) -> None:
+    def __init__(self, hyperparameter: Any, schedule: Any) -> None:
         self._hyperparameter, self._schedule = hyperparameter, schedule
         # Whether it sweeps, first, slope; steps in all, share of them that is annealed.
         self._sweep = keras.Variable(np.zeros(3), trainable=False, dtype="float32")
@@ -40,7 +39,7 @@ class Rate:
         """Lets the rate rise from `low` to `high` over the steps."""
         self._sweep.assign([1.0, math.log(low), math.log(high / low) / max(1, steps - 1)])
 
-    def train(self, steps: Any, annealed: bool) -> None:
+    def train(self, steps: Any, annealed: float) -> None:
         """Lets the rate be that of a training of so many steps, of which the share `annealed` ends in a cosine."""
         self._sweep.assign([0.0, 0.0, 0.0])
         self._annealing.assign([float(steps), float(annealed)])

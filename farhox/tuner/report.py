@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import sys
 import textwrap
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ def number(value: Any) -> str:
     return text.replace("e-0", "e-").replace("e+0", "e")
 
 
-def switched_off(row: Any, sweeps: Sequence[Any], online: bool) -> Any:
+def switched_off(row: Any, sweeps: bool, online: bool) -> Any:
     """The row with what is switched off fixed."""
     if row.tuned and row.kind.route == tunables.SWEEP and not sweeps:
         return dataclasses.replace(row, tuned=False, reason="the sweep is off")
@@ -39,7 +38,7 @@ def switched_off(row: Any, sweeps: Sequence[Any], online: bool) -> Any:
     return row
 
 
-def table(rows: Any, sweeps: Sequence[Any]) -> Any:
+def table(rows: Any, sweeps: bool) -> Any:
     """The table of hyperparameters."""
     del sweeps
     lines = [("hyperparameter", "where", "value", "range", "route", "tuned or fixed")]

@@ -174,15 +174,15 @@ class Guard:
         self.good = initial
         self.fired = 0
 
-    def watch(self, done: int, state: Any) -> bool:
+    def watch(self, done: Round, state: Any) -> bool:
         """Takes in one `Round`. Returns whether it is bad; `state` is called for what to keep where it is the best."""
         if self._least is None:
             self._least = done.first_loss if math.isfinite(done.first_loss) else math.inf
         self._losses = [*self._losses, done.loss][-self._window:]
         mean = float(np.mean(self._losses))
         self._waited += 1
-        due = self._reached is not None and self._waited == self._rounds
-        behind = due and done.loss > self._reached
+        due = self._waited == self._rounds
+        behind = due and self._reached is not None and done.loss > self._reached
         if not done.finite or behind or mean > self.factor * self._least + self.margin:
             self._losses.clear()
             self.fired += 1

@@ -205,8 +205,8 @@ class Choice:
 
     def strength(self, hyperparameter: OuterVariable, kind_name: str, places: list[Place]) -> Tunable:
         """The `Tunable` of the strength of layers that perturb, with its start and its range set."""
-        kind = Kind(kind_name, hyperparameter.low, math.inf if hyperparameter.high is None else hyperparameter.high,
-                    False, RESPONSE)
+        high = math.inf if hyperparameter.high is None else hyperparameter.high
+        kind = Kind(kind_name, hyperparameter.low or 0.0, high, False, RESPONSE)
         start = self._lookup(self.start, hyperparameter.name, kind, None)
         given = self._lookup(self.ranges, hyperparameter.name, kind, None)
         if start is not None:

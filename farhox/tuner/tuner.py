@@ -95,7 +95,8 @@ class Tuner:
         choice.check_used(self._rows)
         self._rows = [report.switched_off(row, self._sweeps, bool(online)) for row in self._rows]
         self._network.build(self._rows)
-        self._history, self._best = [], None
+        self._history: list[Any] = []
+        self._best: Any = None
         self._values_before = self.get_hyperparameters()
         self.notes = [self._objective.note]
 
@@ -219,7 +220,7 @@ class Tuner:
 
     def _swept(self, training, data, interval, steps):
         training.rate.sweep(*interval, steps)
-        rates, losses = np.geomspace(*interval, steps), np.zeros([0])
+        rates, losses = np.geomspace(interval[0], interval[1], steps), np.zeros([0])
         while True:
             for inner_batches, _ in data:
                 losses = np.concatenate([losses, training.forward(inner_batches)])[:steps]
