@@ -3,7 +3,8 @@
 The second computation can get a tensor in two ways. Either it was kept, which costs its bytes, or the operation behind
 it is run again, which costs that operation's arithmetic and asks for the operation's own inputs. The cheapest choice
 for all tensors together is a minimum cut: every operation hangs on the source by its arithmetic and on each of its
-tensors by the price of keeping that; an operation that is run again needs its inputs, and what is needed hangs on the sink.
+tensors by the price of keeping that; an operation that is run again needs its inputs, and what is needed hangs on the
+sink.
 """
 
 import collections

@@ -169,7 +169,7 @@ def _check_dense(name, spec):
             raise TypeError(f"The parts of {name} must be dense tensors. Received: {part}")
 
 
-def is_batched(spec):
+def is_batched(spec: Any) -> bool:
     """Whether elements are batches: all parts have a leading axis, and one length as far as lengths are known."""
     shapes = [part.shape for part in tf.nest.flatten(spec)]
     if any(shape.rank == 0 for shape in shapes):

@@ -440,7 +440,8 @@ class BilevelProblem:
                 f"The inner objective must leave inner variables to the dynamics. It assigned {variable_names(trained)}"
                 ", which it trains. A layer that replaces its weights in each call, as "
                 "keras.layers.SpectralNormalization does in training, has no inner gradient of its own: give the "
-                "weights a Keras constraint, which holds after each inner step, or write the layer without the assignment.")
+                "weights a Keras constraint, which holds after each inner step, or write the layer without the "
+                "assignment.")
         if stray:
             raise ValueError(
                 "The inner objective may assign state variables only: what it assigns elsewhere is lost from step to "
