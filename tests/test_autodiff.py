@@ -16,7 +16,8 @@ def scalar(inputs):
 
 
 def forward(inputs):
-    return [autodiff.forward_product(lambda inputs: (function(inputs), []), inputs, [tf.constant(a), tf.constant(b)])[1][0]
+    return [autodiff.forward_product(
+        lambda inputs: (function(inputs), []), inputs, [tf.constant(a), tf.constant(b)])[1][0]
             for a, b in ((1.0, 0.0), (0.0, 1.0))]
 
 

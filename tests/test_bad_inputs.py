@@ -1,4 +1,4 @@
-"""What people give by mistake to the public entry points, and the error that each mistake gets: its type and its words."""
+"""What people give by mistake to the public entry points, and the error that each mistake gets: type and words."""
 
 import keras
 import numpy as np

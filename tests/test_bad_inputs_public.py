@@ -379,7 +379,8 @@ def test_a_file_that_is_no_trace_is_named(text, words, tmp_path):
 WITHOUT_ARGUMENTS_OF_USERS = {
     "HyperGradientResult", "SingleHyperGradient", "HyperGradient", "result", "InnerDynamics", "InnerState", "Penalty",
     "LinearOperator", "LinearSolution", "LinearSolver", "OuterLoss", "OuterVariable", "value_of", "Resumable",
-    "EpisodeSource", "SelfTuning", "SelfTuningParts", "Response", "PerturbationLayer", "ServedModel", "is_chief", "load_omniglot"}
+    "EpisodeSource", "SelfTuning", "SelfTuningParts", "Response", "PerturbationLayer", "ServedModel", "is_chief",
+    "load_omniglot"}
 SHARED_CHECKS = {"Conv2D", "Conv2DTranspose", "GroupQueryAttention"}
 
 

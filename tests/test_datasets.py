@@ -312,7 +312,8 @@ def test_order_follows_from_seed_and_iteration_however_the_data_are_read():
 
 
 @pytest.mark.parametrize("shape, index, place", [
-    ((), (), [2, -1, -1]), ((3,), (2,), [2, 2, -1]), ((3, 4), (1, 3), [2, 1, 3]), ((3, 4, 2, 2), (1, 3, 0, 1), [2, 1, 3]),
+    ((), (), [2, -1, -1]), ((3,), (2,), [2, 2, -1]), ((3, 4), (1, 3), [2, 1, 3]),
+    ((3, 4, 2, 2), (1, 3, 0, 1), [2, 1, 3]),
     ((0, 4), None, [0, 0, 0]), ((3, 4), None, [0, 0, 0])])
 def test_the_place_of_a_value_that_is_not_finite_is_found_eagerly_in_graphs_and_by_xla(shape, index, place):
     values = np.zeros(shape)

@@ -21,7 +21,6 @@ import farhox
 from farhox import meta
 
 
-
 def maml(model):
     return meta.MAML(model, farhox.Hyperparameter(0.3, low=0.0, name="rate"), 2)
 

@@ -10,7 +10,6 @@ import pytest
 from script_files import import_script, script_path
 
 
-
 @pytest.fixture
 def quickstart(monkeypatch):
     return import_script("quickstart", monkeypatch)

@@ -243,7 +243,8 @@ def test_forward_product_in_the_draws_is_the_derivative_of_finite_differences(na
     def outputs(draws):
         return [with_draws(layer, x, draws[0])]
 
-    _, (product,), _ = autodiff.forward_product(lambda draws: (outputs(draws), []), [tf.constant(DRAWS)], [tf.constant(tangent)])
+    _, (product,), _ = autodiff.forward_product(
+        lambda draws: (outputs(draws), []), [tf.constant(DRAWS)], [tf.constant(tangent)])
     step = 1e-6
     difference = (outputs([DRAWS + step * tangent])[0] - outputs([DRAWS - step * tangent])[0]) / (2 * step)
     np.testing.assert_allclose(product, difference, atol=1e-8)

@@ -9,8 +9,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from script_files import import_script, script_path
 from absl import flags
+from script_files import import_script, script_path
 
 import farhox
 

@@ -12,7 +12,8 @@ K = keras.layers
 
 def test_a_bilevel_problem_tunes_dropout_through_gates_and_a_strength_of_weights_through_training(float64):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((4,)), K.Dense(5, "tanh"), K.BatchNormalization(), K.Dropout(0.3), K.Dense(3)])
+    model = keras.Sequential([
+        keras.Input((4,)), K.Dense(5, "tanh"), K.BatchNormalization(), K.Dropout(0.3), K.Dense(3)])
     network = stn.convert(model, strengths=stn.strengths_of(model), gate_initializer="ones")
     draws = stn.TrainingDraws(network)
     rate, = draws.hyperparameters

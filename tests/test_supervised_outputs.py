@@ -1,4 +1,4 @@
-"""Losses of several outputs, a model's own loss, and what of a model can be trained: as in Keras' `compile` and `fit`."""
+"""Losses of several outputs, a model's own loss, and what of a model can be trained: as in `compile` and `fit`."""
 
 import keras
 import numpy as np
@@ -59,7 +59,8 @@ CASES = {
         as_dict, {"a": "mse", "b": SPARSE}, None, {"a": A, "b": B}, {"b": WEIGHTS[0], "a": WEIGHTS[1]}),
     "objects": (as_list, [keras.losses.Huber(), keras.losses.SparseCategoricalCrossentropy(ignore_class=0)], None,
                 [A, B], None),
-    "a callable": (as_list, [lambda y, p: keras.ops.max(keras.ops.abs(y - p), axis=-1), SPARSE], [1.0, 0.1], [A, B], None),
+    "a callable": (as_list, [lambda y, p: keras.ops.max(keras.ops.abs(y - p), axis=-1), SPARSE], [1.0, 0.1], [A, B],
+                   None),
     "nested": (lambda a, b: {"p": [a, b], "q": a}, {"p": ["mse", SPARSE], "q": "mae"}, None,
                {"p": [A, B], "q": A}, None),
     "a tuple": (lambda a, b: (a, b), ("mse", SPARSE), (0.5, 2.0), (A, B), None),
@@ -364,7 +365,7 @@ def test_a_layer_that_assigns_a_trained_weight_is_refused_with_what_to_do_instea
     keras.utils.set_random_seed(0)
     model = keras.Sequential([
         keras.Input([3]), keras.layers.SpectralNormalization(keras.layers.Dense(2, name="normed"))])
-    with pytest.raises(ValueError, match="assigned '.*normed/kernel', which it trains.*SpectralNormalization.*constraint"):
+    with pytest.raises(ValueError, match="assigned '.*normed/kernel', which it trains.*SpectralNorm.*constraint"):
         losses_of(problem_of(model, "mse"), (X, A))
 
 
@@ -403,7 +404,7 @@ def test_fit_says_that_a_label_is_not_whole():
 def test_an_index_without_example_weights_is_refused_and_not_taken_for_sample_weights():
     problem = problem_of(CLASSIFIER, SPARSE)
     for objective in (0, 1):
-        with pytest.raises(ValueError, match=r"third entry of a batch, must be floating-point. Received: int64. An index"):
+        with pytest.raises(ValueError, match=r"third entry of a batch, must be floating-point. Received: int64. An"):
             if objective:
                 problem.outer_loss(problem.initial_state(), problem.outer_values(), (X, B, np.arange(8)))
             else:

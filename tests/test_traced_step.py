@@ -107,8 +107,8 @@ def test_an_assignment_to_a_variable_of_tensorflow_is_refused():
 
 def test_the_outer_objective_may_draw():
     w = keras.Variable(0.5)
-    problem = farhox.BilevelProblem(lambda _: 0.5 * tf.square(w), lambda _: w * tf.random.uniform([], 1.0, 2.0), [w], [w],
-                                    farhox.GradientDescent(0.1))
+    problem = farhox.BilevelProblem(lambda _: 0.5 * tf.square(w), lambda _: w * tf.random.uniform([], 1.0, 2.0), [w],
+                                    [w], farhox.GradientDescent(0.1))
     assert 0.9 <= float(farhox.ReverseHG().compute(problem, farhox.repeat(0.0, 1), 0.0).gradients[0]) <= 1.8
 
 

@@ -10,7 +10,6 @@ import pytest
 from script_files import import_script, script_path
 
 
-
 @pytest.fixture
 def script(monkeypatch):
     return import_script("tune_model", monkeypatch)

@@ -83,7 +83,7 @@ class InnerDynamics(abc.ABC):
         del variables, new_variables, step
         return gradients
 
-    def at_learning_rate(self, learning_rate: float) -> "InnerDynamics":
+    def at_learning_rate(self, learning_rate: float) -> InnerDynamics:
         """The same dynamics with another learning rate, where one scales the whole step and moves no fixed point.
 
         Args:

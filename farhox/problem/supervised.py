@@ -243,8 +243,8 @@ def _unpacked(batch: Any, needed=None):
         length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         if isinstance(batch, tf.Tensor):
             length = (f" of shape {tf.convert_to_tensor(batch).shape}. A hyper-iteration is (inner_batches, "
-                      "outer_batch), as farhox.bilevel_dataset makes it, with inner_batches=farhox.repeat((x, y), steps) "
-                      "for instance")
+                      "outer_batch), as farhox.bilevel_dataset makes it, with inner_batches=farhox.repeat((x, y), "
+                      "steps) for instance")
         advice = "; farhox.bilevel_dataset(..., index=True) adds the index" if needed == "(x, y, index)" else ""
         raise ValueError(f"A batch must be a tuple {needed or '(x, y) or (x, y, sample_weight)'}. "
                          f"Received: {type(batch).__name__}{length}{advice}")

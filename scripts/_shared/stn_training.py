@@ -6,7 +6,7 @@ intervals, and the result is the test loss of the weights with the least one.
 
 import dataclasses
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import keras
 import numpy as np
