@@ -69,7 +69,8 @@ class HyperGradient(abc.ABC):
     takes_episodes = False
 
     def compute(self, problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
-                state: InnerState | None = None, carry: Carry = None, iteration: int | Tensor = 0) -> HyperGradientResult:
+                state: InnerState | None = None, carry: Carry = None,
+                iteration: int | Tensor = 0) -> HyperGradientResult:
         """Runs T inner steps and computes the hypergradient. Pure TensorFlow: no variable changes.
 
         Called eagerly it runs a compiled function, which is traced once for each structure and shape of the arguments

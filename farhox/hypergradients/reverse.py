@@ -224,8 +224,8 @@ class _Walk:
 
         # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds
         # up the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
-        # The last step back of all has no use for the adjoint before it, unless the initial state is learned. Taken apart
-        # from the others it would be a step of another graph, and the last bit of the result would depend on the
+        # The last step back of all has no use for the adjoint before it, unless the initial state is learned. Taken
+        # apart from the others it would be a step of another graph, and the last bit of the result would depend on the
         # checkpoints; a single step is worth it.
         to_start = not isinstance(self.most, int) or self.most > 1 or training.learns_initial_state
 
