@@ -22,8 +22,8 @@ class ReptileHG(HyperGradient):
 
     With gradient descent of rate ε as the outer optimizer this is Reptile: φ <- φ + ε mean(φ_T - φ). The inner training
     needs no derivative, and memory does not grow with T. Batches have a leading axis of episodes, whether the problem
-    is one `over_episodes` or not; episodes are trained one after the other, and the slots and the step count of the inner
-    dynamics go on from one to the next and, in the carry, from one hyper-iteration to the next.
+    is one `over_episodes` or not; episodes are trained one after the other, and the slots and the step count of the
+    inner dynamics go on from one to the next and, in the carry, from one hyper-iteration to the next.
 
     Args:
         step_weights: Tuple of T numbers, or None for ones: the direction is Σ_t weight_t (φ_t - φ_{t+1}). With

@@ -138,7 +138,7 @@ class BilevelProblem:
         self.state_variables = _checked_variables("state_variables", state_variables or [], state=True)
         self.proximal = proximal
         self.outer_predictions: Any = outer_predictions
-        self.stop_tolerance = stop_tolerance
+        self.stop_tolerance: Any = stop_tolerance
         if stop_tolerance is not None and not self.dynamics.rests_at_minimum:
             raise ValueError(
                 f"stop_tolerance needs dynamics that come to rest where the inner gradient is zero. "
