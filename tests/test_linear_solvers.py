@@ -428,5 +428,6 @@ def test_conjugate_gradients_say_that_a_matrix_is_not_symmetric(float64):
     assert not good.failed and good.residual < 1e-6
     assert bad.failed and bad.residual > 1e-3
     exact = GMRES().solve(
-        LinearOperator(lambda v: tf.linalg.matvec(skewed, v), lambda v: tf.linalg.matvec(skewed, v, transpose_a=True)), rhs)
+        LinearOperator(lambda v: tf.linalg.matvec(skewed, v),
+                       lambda v: tf.linalg.matvec(skewed, v, transpose_a=True)), rhs)
     np.testing.assert_allclose(exact.vector, np.linalg.solve(skewed, rhs), rtol=1e-9)

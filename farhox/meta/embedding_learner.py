@@ -58,7 +58,7 @@ class EmbeddingLearner(keras.Model, abc.ABC):
         self.embedding, self.ways = embedding, checks.positive_integer("ways", ways)
         self.episodes_seen = new_episodes_seen()
         self.built = True
-        self._judge_function = None
+        self._judge_function: Any = None
 
     @abc.abstractmethod
     def head(self, features: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
