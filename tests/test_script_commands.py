@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import re
+import signal
 import subprocess
 import sys
 
@@ -68,3 +69,19 @@ def test_a_mistake_in_the_flags_is_one_line_and_code_two(name, arguments, rule, 
     assert raised.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and re.search(rule, lines[0]) and lines[1] == "--help lists all flags."
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_script_that_is_told_to_stop_ends_with_one_line_from_its_first_moment_on(number, code, monkeypatch, capsys):
+    program = import_script("program", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with given_flags(lambda: None), pytest.raises(SystemExit) as raised:
+            program.parse(lambda: None, when_stopped="The same command starts anew.", tensorflow=False)
+            signal.raise_signal(number)
+    finally:
+        for handled, handler in before.items():
+            signal.signal(handled, handler)
+    assert raised.value.code == code
+    assert capsys.readouterr().err == f"\nStopped by {number.name}. The same command starts anew.\n"

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import sys
+import textwrap
 import time
 
 import keras
@@ -14,7 +15,7 @@ import numpy as np
 
 from _shared import program
 from farhox.callbacks import Resumable, Resume
-from farhox.training.progress import line
+from farhox.training.progress import WIDTH, line
 
 # These change where and how often something runs, not what one run is.
 _NOT_SETTINGS = ("data_dir", "output", "seed", "num_seeds", "quick")
@@ -190,7 +191,20 @@ def mean_and_range(values, form="{:.2f}"):
 
 
 def markdown_table(header, rows):
-    """A table in Markdown with padded columns, to be read on a screen as well."""
+    """A table in Markdown with padded columns, to be read on a screen of 80 columns as well.
+
+    Where its rows are longer it is turned, and where that does not help either it is a list with an entry for each row.
+    """
+    turned = [list(column) for column in zip(header, *rows)]
+    for first, *others in ([header, *rows], turned):
+        text = _table(first, others)
+        if len(text.split("\n")[0]) <= WIDTH:
+            return text
+    return "\n".join(textwrap.fill("; ".join([f"- {row[0]}", *(
+        f"{name} {cell}" for name, cell in zip(header[1:], row[1:]))]), WIDTH, subsequent_indent="  ") for row in rows)
+
+
+def _table(header, rows):
     cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
