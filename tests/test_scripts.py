@@ -173,16 +173,17 @@ def test_progress_is_one_line_of_eighty_columns(load, monkeypatch, capsys, on_sc
     assert shown[0].startswith("━━━━━───── 21/40")
 
 
-def test_a_table_that_is_too_wide_is_turned_or_a_list(load):
+def test_a_table_that_is_too_wide_is_turned_or_in_parts(load):
     table = load("experiment").markdown_table
     assert table(["", "a"], [["first", "1"], ["second", "22"]]).split("\n") == [
         "|        | a  |", "| ------ | -- |", "| first  | 1  |", "| second | 22 |"]
     names = [f"accuracy of part {i}" for i in range(6)]
     assert table(["", *names], [["first", *"123456"]]).split("\n")[:3] == [
         "|                    | first |", "| ------------------ | ----- |", "| accuracy of part 0 | 1     |"]
-    text = table(["", *names], [[f"row {i}", *"123456"] for i in range(20)])
-    assert text.startswith("- row 0; accuracy of part 0 1; ") and max(map(len, text.split("\n"))) <= 80
-    assert text.count("\n- row ") == 19
+    first, second = table(["", *names], [[f"row {i}", *"123456"] for i in range(20)]).split("\n\n")
+    assert max(map(len, (first + "\n" + second).split("\n"))) <= 80
+    assert first.split("\n")[21].split() == "| row 19 | 1 | 2 | 3 |".split()
+    assert second.split("\n")[21].split() == "| row 19 | 4 | 5 | 6 |".split()
 
 
 def test_a_finished_run_is_not_done_again(load, tmp_path):

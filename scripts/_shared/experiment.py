@@ -7,7 +7,6 @@ import pathlib
 import re
 import shutil
 import sys
-import textwrap
 import time
 
 import keras
@@ -193,15 +192,29 @@ def mean_and_range(values, form="{:.2f}"):
 def markdown_table(header, rows):
     """A table in Markdown with padded columns, to be read on a screen of 80 columns as well.
 
-    Where its rows are longer it is turned, and where that does not help either it is a list with an entry for each row.
+    Where its rows are longer it is turned, and where that does not help either its columns are in several tables.
     """
     turned = [list(column) for column in zip(header, *rows)]
     for first, *others in ([header, *rows], turned):
-        text = _table(first, others)
-        if len(text.split("\n")[0]) <= WIDTH:
+        if _width(text := _table(first, others)) <= WIDTH:
             return text
-    return "\n".join(textwrap.fill("; ".join([f"- {row[0]}", *(
-        f"{name} {cell}" for name, cell in zip(header[1:], row[1:]))]), WIDTH, subsequent_indent="  ") for row in rows)
+    parts = [turned[:2]]
+    for column in turned[2:]:
+        longer = [*parts[-1], column]
+        if _width(_table(*_rows(longer))) <= WIDTH:
+            parts[-1] = longer
+        else:
+            parts.append([turned[0], column])
+    return "\n\n".join(_table(*_rows(part)) for part in parts)
+
+
+def _rows(columns):
+    header, *rows = map(list, zip(*columns))
+    return header, rows
+
+
+def _width(text):
+    return len(text.split("\n")[0])
 
 
 def _table(header, rows):

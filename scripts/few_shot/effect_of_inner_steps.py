@@ -62,7 +62,7 @@ import farhox
 from farhox import meta
 from farhox.data.batches import batch_at
 from farhox.hypergradients import HyperGradient, HyperGradientResult
-from farhox.hypergradients.base import Evaluation
+from farhox.problem.evaluation import Evaluation
 
 BODIES = ("convolutional", "residual")
 
