@@ -13,6 +13,13 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
+def axes_and_values(item):
+    """What a case takes from each `parametrize` of its test: pairs of names and the objects they stand for."""
+    axes = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    axes = [[name.strip() for name in (axis.split(",") if isinstance(axis, str) else axis)] for axis in axes]
+    return {(tuple(axis), tuple(id(item.callspec.params[name]) for name in axis)) for axis in axes}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of a cross product marked `covering` the default run keeps cases that hold every value of every axis once.
@@ -24,11 +31,11 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("covering") is not None and item.get_closest_marker("slow") is None:
             products.setdefault(item.nodeid.split("[")[0], []).append(item)
     for cases in products.values():
-        missing = {value for case in cases for value in case.callspec.indices.items()}
+        missing = set().union(*map(axes_and_values, cases))
         while missing:
-            chosen = max(cases, key=lambda case: len(missing & set(case.callspec.indices.items())))
+            chosen = max(cases, key=lambda case: len(missing & axes_and_values(case)))
             cases.remove(chosen)
-            missing -= set(chosen.callspec.indices.items())
+            missing -= axes_and_values(chosen)
         for case in cases:
             case.add_marker(pytest.mark.slow)
 

@@ -1,5 +1,6 @@
 """HyperparameterTrace: what it records, where it puts it, and files that go on after an interruption."""
 
+import functools
 import importlib.util
 import pathlib
 
@@ -15,7 +16,24 @@ from farhox.callbacks import HyperparameterTrace, Resume, read_trace
 PER_EPOCH = 4
 
 
+@functools.cache
+def traced(goal, **compiled):
+    """What `new` makes, and the values of all its variables."""
+    made = new(goal, **compiled)
+    everything = [*made[0].variables, *made[0].optimizer.variables]
+    return made, [(variable, variable.numpy()) for variable in everything]
+
+
 def make(goal=1.0, **compiled):
+    """One of each kind for all tests, which is traced once, at its initial values."""
+    made, initial = traced(goal, **compiled)
+    for variable, value in initial:
+        variable.assign(value)
+    made[0].reset_metrics()
+    return made
+
+
+def new(goal=1.0, **compiled):
     """A quadratic with a scalar, a small and a large array, and a plain scalar variable as outer variables."""
     w, shift = variable(np.linspace(1.0, 2.0, 20)), variable(0.5, name="shift")
     rate = farhox.Hyperparameter(0.1, low=0.0, high=1.0, name="rate", dtype="float64")
@@ -91,7 +109,7 @@ def test_resumed_file_is_that_of_a_run_that_was_not_interrupted(tmp_path, every,
     def run(name, extra=()):
         callbacks = [HyperparameterTrace(tmp_path / name, every=every),
                      keras.callbacks.BackupAndRestore(tmp_path / f"backup_{name}", save_freq=save_freq)]
-        optimizer = make()[0]
+        optimizer = new()[0]  # Keras' callback leaves its mark on a model.
         fit(optimizer, [*(callbacks if trace_first else callbacks[::-1]), *extra])
         return optimizer
 
