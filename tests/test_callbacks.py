@@ -21,14 +21,14 @@ def traced(goal, **compiled):
     """What `new` makes, and the values of all its variables."""
     made = new(goal, **compiled)
     everything = [*made[0].variables, *made[0].optimizer.variables]
-    return made, [(variable, variable.numpy()) for variable in everything]
+    return made, [(own, own.numpy()) for own in everything]
 
 
 def make(goal=1.0, **compiled):
     """One of each kind for all tests, which is traced once, at its initial values."""
     made, initial = traced(goal, **compiled)
-    for variable, value in initial:
-        variable.assign(value)
+    for own, value in initial:
+        own.assign(value)
     made[0].reset_metrics()
     return made
 
