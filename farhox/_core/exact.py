@@ -9,8 +9,8 @@ are those of the training that happens.
 - `SoftmaxCrossEntropyWithLogits` has no mixed derivative with respect to logits and labels.
 - The gradient of `ImageProjectiveTransformV3` is not its adjoint; see `image_rules`.
 - The gradients of resizing with interpolation have no derivative, or one that is silently missing; softsign's has none.
-- Where a mask is an infinite constant, the first derivative meets zero times infinity and a `where` discards it; in the
-  second one it would be met again. There what a cotangent of zero is multiplied with counts as finite.
+- Where infinities are masked, the first derivative meets zero times infinity and a `where` discards it; in the second
+  one it would be met again. There what a cotangent of zero is multiplied with counts as finite.
 - In update rules, `sqrt`, `rsqrt`, powers less than one and quotients have an infinite derivative at zero, which
   optimizers multiply by an exact zero: not a number. Here their derivative there is zero, the value the product has.
 
@@ -49,7 +49,7 @@ def finite_roots() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _marked(rules, where_infinite=None):
-    """Sets rules by the type of operation; `where_infinite` in graphs with constants that are not finite."""
+    """Sets rules by the type of operation; `where_infinite` in graphs that mask what is not finite."""
     if tf.executing_eagerly():
         yield
         return
@@ -57,7 +57,7 @@ def _marked(rules, where_infinite=None):
     before = len(graph.get_operations())
     yield
     operations = list(operations_of(graph, before))
-    if where_infinite and _has_infinite_constants(graph, operations):
+    if where_infinite and _masks_infinities(graph, operations):
         rules = rules | where_infinite
     for operation in operations:
         rule = rules.get(operation.type)
@@ -66,10 +66,11 @@ def _marked(rules, where_infinite=None):
             operation._set_attr("_gradient_op_type", value)
 
 
-def _has_infinite_constants(graph, operations):
-    """Whether a graph holds a floating-point constant that is not finite, now or when it was asked before."""
+def _masks_infinities(graph, operations):
+    """Whether a graph holds a constant that is not finite or asks for such numbers, now or when it was asked before."""
     if not graph.get_collection(_INFINITE) and any(
-            operation.type == "Const" and operation.outputs[0].dtype.is_floating
+            operation.type in ("IsNan", "IsInf", "IsFinite") or operation.type == "Const"
+            and operation.outputs[0].dtype.is_floating
             and not np.all(np.isfinite(tf.make_ndarray(operation.node_def.attr["value"].tensor).astype(np.float64)))
             for operation in operations):
         graph.add_to_collection(_INFINITE, True)
@@ -165,6 +166,13 @@ def _log(operation, cotangent):
     return tf.math.multiply_no_nan(tf.math.reciprocal(operation.inputs[0]), cotangent)
 
 
+@tf.RegisterGradient("FarhoxMaskedDiv")
+def _masked_div(operation, cotangent):
+    x, y = operation.inputs
+    return (_summed(tf.math.multiply_no_nan(tf.math.reciprocal(y), cotangent), x),
+            _summed(tf.math.multiply_no_nan(-x / tf.square(y), cotangent), y))
+
+
 @tf.RegisterGradient("FarhoxSqrt")
 def _sqrt(operation, cotangent):
     (y,) = operation.outputs
@@ -223,6 +231,7 @@ _SECOND = {
     "ResizeNearestNeighborGrad": "FarhoxResizeNearestNeighborGrad",
     "ImageProjectiveTransformV3": "FarhoxImageProjectiveTransform",
 }
-_MASKED = {"Mul": "FarhoxMul", "Reciprocal": "FarhoxReciprocal", "Inv": "FarhoxReciprocal", "Log": "FarhoxLog"}
-_INFINITE = "farhox_infinite_constants"
+_MASKED = {"Mul": "FarhoxMul", "Reciprocal": "FarhoxReciprocal", "Inv": "FarhoxReciprocal", "Log": "FarhoxLog",
+           "RealDiv": "FarhoxMaskedDiv"}
+_INFINITE = "farhox_masks_infinities"
 _ROOTS = {"Sqrt": "FarhoxSqrt", "Rsqrt": "FarhoxRsqrt", "Pow": "FarhoxPow", "RealDiv": "FarhoxRealDiv"}
