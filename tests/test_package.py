@@ -66,6 +66,13 @@ def test_every_parameter_and_result_of_a_public_function_and_every_field_has_a_t
     assert untyped == []
 
 
+def test_style_is_clean():
+    root = pathlib.Path(__file__).resolve().parents[1]
+    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", str(root)],
+                           capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def test_the_package_says_that_it_is_typed():
     assert (pathlib.Path(farhox.__file__).parent / "py.typed").exists()
 
