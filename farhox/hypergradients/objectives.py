@@ -36,7 +36,7 @@ class ObjectivesHG(HyperGradient):
         ValueError: When computing: if a variable is named twice or is not an outer variable of the problem.
     """
 
-    hypergradient: HyperGradient
+    hypergradient: SingleHyperGradient
     objectives: Any
 
     def __post_init__(self):

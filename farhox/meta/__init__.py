@@ -25,8 +25,8 @@ from farhox.meta.statistics import StepBatchNormalization
 from farhox.meta.tasks import TaskEpisodes
 
 __all__ = [
-    "ANIL", "CAVIA", "IMAML", "MAML", "ClassificationEpisodes", "EmbeddingLearner", "Episode", "EpisodeSource",
-    "HyperRepresentation", "JointTraining", "Learner", "MAMLPlusPlus", "MetaCurvature", "PreconditionedDescent",
+    "ANIL", "CAVIA", "ClassificationEpisodes", "EmbeddingLearner", "Episode", "EpisodeSource", "HyperRepresentation",
+    "IMAML", "JointTraining", "Learner", "MAML", "MAMLPlusPlus", "MetaCurvature", "PreconditionedDescent",
     "PrototypicalNetwork", "Reptile", "RidgeNetwork", "SinusoidEpisodes", "StepBatchNormalization", "TaskContext",
     "TaskEpisodes", "convolutional_body", "episode_problem", "evaluate_episodes", "few_shot_classifier",
     "fit_distributed", "identity_factors", "is_chief", "load_omniglot", "mean_and_interval", "residual_body",

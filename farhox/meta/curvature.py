@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox._core.types import Loss, Nest, Tensor, Tensors
+from farhox._core.types import Loss, Nest, Tensor, Tensors, Variables
 from farhox.dynamics.base import InnerDynamics
 from farhox.dynamics.settings import check_setting, setting_per_variable
 from farhox.meta.episode_checks import check_model
@@ -44,7 +44,7 @@ class PreconditionedDescent(InnerDynamics):
     def __post_init__(self) -> None:
         check_setting("learning_rate", self.learning_rate, low=0.0, per_variable=True)
 
-    def bound_to(self, variables: Sequence[keras.Variable]) -> InnerDynamics:
+    def bound_to(self, variables: Variables) -> InnerDynamics:
         sizes = [[factor.shape[0] for factor in factors] for factors in self.factors]
         needed = [_merged(variable.shape) for variable in variables]
         if sizes != needed:

@@ -155,7 +155,8 @@ class BilevelProblem:
         # What the batch of an inner step was like in the last training, a nest of `tf.TensorSpec`.
         self.last_batch = None
         # Batches have no axis of episodes: `over_episodes` adds one.
-        self.one_episode, self._aggregation = self, None
+        self.one_episode: BilevelProblem = self
+        self._aggregation: Any = None
         self._inner_objective = inner_objective
         self.allow_unused = bool(allow_unused)
         self._features: Any = features
