@@ -184,7 +184,7 @@ def test_imaml_solves_with_the_curvature_of_the_examples_asked_for(curvature, fl
     learner = meta.IMAML(model, 0.1, 3, proximal=2.0, linear_solver=farhox.linear_solvers.Direct(), batch_size=2,
                          loss=squared, curvature=curvature)
     learner.compile("sgd")
-    support, query = of_one(task)
+    query = of_one(task)[1]
     examples = of_one((curvature or (lambda support, query: support))(*task))
     state = learner.hypergradient.compute(learner.problem, *learner._hyper_iteration_data(task, training=True)).state
     shapes = [variable.shape for variable in model.trainable_variables]
@@ -243,6 +243,43 @@ def test_single_variables_are_a_representation(float64):
     assert_close(meta_gradients(learner, task), outer.gradient(loss, weights), 1e-9)
     anil = meta.ANIL(model, [context, model.layers[3]])
     assert anil.problem.inner_variables == [context, model.layers[3].kernel]
+
+
+def test_targets_may_be_a_dictionary_for_a_loss_of_ones_own(float64):
+    def gain(action, gains, logits):
+        chosen = tf.gather(tf.nn.log_softmax(logits), tf.cast(action, tf.int32), batch_dims=1)
+        return -gains * chosen
+
+    random = np.random.default_rng(0)
+    parts = [(random.normal(size=[n, 3]), random.integers(0, 2, n), random.normal(size=n)) for n in (4, 5, 6, 3)]
+    model, made = network(), []
+    for loss, pack in (
+            (lambda y, logits: gain(y["action"], y["gain"], logits), lambda a, g: {"action": a, "gain": g}),
+            (lambda y, logits: gain(y[:, 0], y[:, 1], logits), lambda a, g: np.stack([a, g], axis=1))):
+        support, query, *other = [(x, pack(action, gains)) for x, action, gains in parts]
+        episodes = next(iter(meta.TaskEpisodes([(support, query), tuple(other)]).dataset(2)))
+        learner = meta.MAML(model, RATE, STEPS, loss=loss)
+        made.append([*meta_gradients(learner, episodes), learner._judge(episodes)["loss"],
+                     learner.predict(support, query[0]), learner.adapt(support)(query[0])])
+    assert np.linalg.norm(made[0][0]) > 1e-3
+    assert_close(made[0], made[1], 1e-9)
+
+
+@pytest.mark.parametrize("freeze", ["layer", "variable"])
+def test_frozen_layers_neither_adapt_nor_learn(freeze, float64):
+    model = network()
+    if freeze == "layer":
+        model.layers[0].trainable = False
+        learner = meta.MAML(model, RATE, STEPS, loss=squared)
+    else:
+        learner = meta.ANIL(model, [model.layers[3].kernel], RATE, STEPS, loss=squared)
+    frozen = [variable.numpy() for variable in model.layers[0].variables]
+    support, _ = of_one(episode())
+    adapted = learner.adapt(support)
+    for a, b in zip(frozen, adapted.layers[0].variables):
+        np.testing.assert_array_equal(a, b)
+    assert not np.allclose(adapted.layers[3].kernel, model.layers[3].kernel)
+    assert len(learner.problem.outer_variables) == (1 if freeze == "layer" else 3)
 
 
 @pytest.mark.parametrize("rates", [True, "positive"])

@@ -102,11 +102,15 @@ def as_support(support: Any, network: Any, classes: int | None = None, ignored: 
                         f"Received: {_in_words(support)}")
     x = as_inputs("support inputs", support[0], network)
     count = tf.nest.flatten(x)[0].shape[0]
-    labels = _tensor("support labels", support[1])
-    if labels.shape.rank == 0 or labels.shape[0] != count:
-        raise ValueError(f"There must be one label for each of the {count} support inputs. "
-                         f"Received: labels of shape {labels.shape}")
-    _check_finite("support labels", labels)
+    given = support[1]
+    nested = isinstance(given, dict) and classes is None
+    labels = {key: _tensor(f"support labels {key!r}", part) for key, part in given.items()} if nested else _tensor(
+        "support labels", given)
+    for part in tf.nest.flatten(labels):
+        if part.shape.rank == 0 or part.shape[0] != count:
+            raise ValueError(f"There must be one label for each of the {count} support inputs. "
+                             f"Received: labels of shape {part.shape}")
+        _check_finite("support labels", part)
     if classes is not None:
         labels = _class_numbers(labels, x, network, classes, ignored)
     if len(support) == 2:

@@ -297,6 +297,8 @@ class Learner(HyperOptimizer):
 
     def _has_accuracy(self, targets, predictions):
         """Whether predictions are right or wrong: by a cross-entropy, or by class numbers for several outputs."""
+        if isinstance(targets, dict):
+            return False
         numbers = targets.dtype.is_integer and targets.shape.rank < predictions.shape.rank
         return classifies(self._loss) or (numbers and predictions.shape[-1] != 1)
 

@@ -18,7 +18,7 @@ def with_both_weights(support: Batch, query: Batch) -> Any:
 def with_weights(part: Any) -> Any:
     """(x, y, weights) of (x, y) or (x, y, weights) with a leading axis of episodes: ones by default, floating point."""
     if len(part) == 2:
-        return *part, tf.ones(tf.shape(part[1])[:2], keras.config.floatx())
+        return *part, tf.ones(tf.shape(tf.nest.flatten(part[1])[0])[:2], keras.config.floatx())
     weights = tf.convert_to_tensor(part[2])
     return *part[:2], weights if weights.dtype.is_floating else tf.cast(weights, keras.config.floatx())
 

@@ -16,6 +16,9 @@ LABEL_RULE = "Labels must be integers from 0 to the number of classes - 1"
 class SupervisedLoss:
     """`targets, predictions -> scalar`: the sum over the outputs of weight * mean loss, as in `keras.Model.compile`.
 
+    Targets of a model with one output may be a dictionary of several entries for a loss of your own, which is given all
+    of it, numbers as floats, as in Keras.
+
     Losses, loss weights, targets and sample weights are given as the model's outputs are: one entry, a list, a
     dictionary (by key, or by the name of an output), or nested. One loss alone is that of every output; one sample
     weight alone counts for every output; an output whose loss is None has none, and may have no targets.
@@ -65,7 +68,10 @@ class SupervisedLoss:
         needed = [i for i, loss in enumerate(losses) if loss is not None]
         of_output: Any = [1.0] * len(outputs) if self._loss_weights is None else self._spread(
             "loss_weights", self._loss_weights, predictions, needed=needed)
-        targets = self._spread("targets", self._all_targets(targets, losses, needed), predictions, needed=needed)
+        if len(outputs) == 1 and isinstance(targets, dict) and len(targets) > 1 and _is_own(losses[0]):
+            targets = [targets]
+        else:
+            targets = self._spread("targets", self._all_targets(targets, losses, needed), predictions, needed=needed)
         weights = self._spread("sample_weight", weights, predictions, repeat=True)
         if class_weights is not None and len(outputs) > 1:
             raise ValueError("class_weights need a model with one output, as in Keras. "
@@ -187,7 +193,20 @@ def _loss(loss, dtype):
     if not isinstance(loss, (str, keras.losses.Loss)) and not callable(loss):
         raise TypeError(f"loss must be the name of a Keras loss, a keras.losses.Loss or a callable. Received: {loss!r}")
     loss = keras.losses.get(loss)
-    return loss if isinstance(loss, keras.losses.Loss) else LossFunctionWrapper(loss, dtype=dtype)
+    return loss if isinstance(loss, keras.losses.Loss) else FunctionLoss(loss, dtype=dtype)
+
+
+class FunctionLoss(LossFunctionWrapper):
+    """A loss that is a function; of a dictionary of targets Keras would fit each entry to the predictions."""
+
+    def call(self, y_true, y_pred):
+        return self.fn(y_true, y_pred) if isinstance(y_true, dict) else super().call(y_true, y_pred)
+
+
+def _is_own(loss):
+    """Whether a loss is a user's, which knows what to make of a dictionary of targets for one output."""
+    written = loss.fn if isinstance(loss, FunctionLoss) else type(loss)
+    return not (getattr(written, "__module__", None) or "").startswith("keras.")
 
 
 def _value(loss, targets, predictions, weights, class_weights):
