@@ -221,7 +221,7 @@ def test_what_is_exported_is_the_state_of_a_training_that_goes_on(tmp_path, scri
     script("export_model", run=tmp_path, seed=0, directory=tmp_path / "served", version=None, labels=None,
            serialized_examples=False, warmup=False, float16=False, jit_compile=False)
     printed = capsys.readouterr().out
-    assert "maml with 3 ways" in printed and "support_labels int64 (None,)" in printed
+    assert "maml with 3 ways" in printed and "support_labels: int64 (None,)" in printed
     random = np.random.default_rng(0)
     support, labels, query = random.random((3, 28, 28, 1)), np.arange(3), random.random((4, 28, 28, 1))
     answer = export.load(tmp_path / "served").predict(support_inputs=support, support_labels=labels, query_inputs=query)

@@ -65,9 +65,10 @@ def main(_):
         flags.FLAGS.warmup, flags.FLAGS.float16, flags.FLAGS.jit_compile)
     print(f"{settings['algorithm']} with {settings['ways']} ways: {path.resolve()}")
     for name, sides in export.load(path.parent, int(path.name)).signatures.items():
-        takes, gives = ("; ".join(f"{spec.name} {spec.dtype.name} {spec.shape}" for spec in sides[side].values())
-                        for side in ("inputs", "outputs"))
-        print(f"  {name}: {takes} -> {gives}")
+        print(f"  {name}")
+        for side, arrow in (("inputs", " "), ("outputs", "->")):
+            for spec in sides[side].values():
+                print(f"    {arrow:2} {spec.name}: {spec.dtype.name} {spec.shape}")
 
 
 if __name__ == "__main__":
