@@ -201,8 +201,8 @@ def test_the_path_is_that_of_apply_on_the_model(case, float64):
     assert all(np.all(np.isfinite(value)) for values in path for value in values)
 
 
-# Those whose settings another case has too.
-COVERED = {"SGD", "SGD momentum", "Adam", "RMSprop"}
+# Those whose rule another case has too, up to constants; the paths of all are compared with Keras' above.
+COVERED = {"SGD", "SGD momentum", "Adam", "AdamW", "Adamax", "Nadam", "Lamb", "RMSprop", "Adagrad"}
 
 
 @pytest.mark.parametrize("case", [
