@@ -5,7 +5,7 @@ dependency is reported as None, so that callers can tell "does not depend" from 
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -88,7 +88,7 @@ class ForwardLinearization:
                                 tape.gradient(self.outputs, inputs, output_gradients=self._cotangents)]
         self.depends = [product is not None for product in self._transposed]
 
-    def product(self, tangents: Tensors) -> Tensors:
+    def product(self, tangents: Sequence[Tensor | None]) -> Tensors:
         """(d outputs / d inputs) tangents as a list, zero where an output is independent.
 
         Args:

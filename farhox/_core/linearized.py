@@ -49,7 +49,7 @@ class LinearizedMap:
         """(d outputs / d parameters)' cotangents as a list, None where no output depends on a parameter."""
         return self._transposed("parameters", self._parameters, cotangents, self._held)
 
-    def product(self, tangents: Tensors, of_parameters: Tensors) -> Tensors:
+    def product(self, tangents: Sequence[Tensor | None], of_parameters: Sequence[Tensor | None]) -> Tensors:
         """(d outputs / d (inputs, parameters)) tangents as a list, zero where an output is independent.
 
         Args:

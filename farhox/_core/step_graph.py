@@ -65,7 +65,7 @@ class StepGraph:
         with self.graph.as_default():
             return [tf.compat.v1.placeholder(tensor.dtype, tensor.shape) for tensor in like]
 
-    def pullback(self, outputs: Any, inputs: Any, cotangents: Tensors, held: Sequence[Tensor] = ()) -> Any:
+    def pullback(self, outputs: Any, inputs: Any, cotangents: Sequence[Tensor | None], held: Sequence[Tensor] = ()) -> Any:
         """cotangents' (d outputs / d inputs) as tensors of the graph, None where independent.
 
         Args:
@@ -90,7 +90,7 @@ class StepGraph:
             products = _symbolic_gradients(list(outputs), list(inputs), list(given), list(held))
             return [None if product is None else tf.convert_to_tensor(product) for product in products]
 
-    def pushforward(self, outputs: Any, inputs: Any, tangents: Tensors) -> Any:
+    def pushforward(self, outputs: Any, inputs: Any, tangents: Sequence[Tensor | None]) -> Any:
         """(d outputs / d inputs) tangents as tensors of the graph, None where independent.
 
         It is the derivative of the pullback, which is linear in the cotangents, along the tangents.

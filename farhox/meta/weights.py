@@ -83,7 +83,7 @@ def order_of_present(weights: Tensor, steps: int, batch_size: int, seed: Tensor)
     return tf.gather(tf.reshape(order, [tf.shape(order)[0], taken * examples]), places, batch_dims=1)
 
 
-def weighted_mean(values: Tensor, weights: Tensor, axis: int = 0) -> Tensor:
+def weighted_mean(values: Tensor, weights: Tensor | None, axis: int = 0) -> Tensor:
     """sum(weights * values) / sum(weights) over the examples of an episode; without weights the mean; NaN of none.
 
     Args:

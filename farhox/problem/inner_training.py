@@ -273,7 +273,7 @@ class InnerTraining:
         return LinearizedMap(graph, self.inputs(state, t), gradients, self.parameter_inputs,
                              list(graph.outputs.state.variables), list(state.variables), held=gradients)
 
-    def mixed_difference(self, state: Any, t: Tensor, direction: Tensor, distance: Tensor) -> Any:
+    def mixed_difference(self, state: Any, t: Tensor, direction: Tensors, distance: Tensor) -> Any:
         """(∂g/∂λ)' direction, of the inner gradient g on the batch of step t, by a central difference in w.
 
         Values under `tf.stop_gradient` stay those at `state`: g is the gradient with them held.

@@ -14,7 +14,7 @@ from farhox.outer.outer_variable import OuterVariable, owners
 
 def found_outer_variables(inner_objective: Objective, outer_objective: Objective, dynamics: InnerDynamics,
                           inner_variables: Any, proximal: Any, features: Tensor, batches: Any,
-                          fixed: Sequence[OuterVariable], weights: Tensor = ()) -> list[OuterVariable]:
+                          fixed: Sequence[OuterVariable], weights: Any = ()) -> list[OuterVariable]:
     """The outer variables that are read, in the order: inner objective, outer objective, dynamics, proximal strength.
 
     Args:

@@ -106,7 +106,7 @@ class Watch:
             f"Training stopped: {in_a_row} updates in a row were skipped because a value was not finite. At the last "
             f"one: {', '.join(causes)}. {advice}")
 
-    def warn_once(self, stationarity_gap: Tensor) -> None:
+    def warn_once(self, stationarity_gap: float) -> None:
         """Warns, once each, of implicit hypergradients far from a stationary point and of values held at a bound.
 
         Args:
