@@ -1,4 +1,4 @@
-"""Every layer and every activation of Keras: its hypergradient is that of finite differences, or it is refused by name."""
+"""Every layer and activation of Keras: its hypergradient is that of finite differences, or it is refused by name."""
 
 import inspect
 
@@ -87,7 +87,8 @@ def data_for(name):
         return "tokens"
     if name.startswith("ConvLSTM"):
         return {"ConvLSTM1D": "rows", "ConvLSTM2D": "frames", "ConvLSTM3D": "volumes"}[name]
-    if name.startswith(("Rand", "Auto", "Aug", "Mix", "Cut", "Contrast", "Equalization", "Solarization", "CenterCrop", "Resizing", "Rescaling")):
+    if name.startswith(("Rand", "Auto", "Aug", "Mix", "Cut", "Contrast", "Equalization", "Solarization", "CenterCrop",
+                        "Resizing", "Rescaling")):
         return "image"
     if name in SEQUENCES:
         return "sequence"
@@ -132,7 +133,7 @@ def check(make, kind, tolerance=1e-5):
 @pytest.mark.parametrize("name", every_layer())
 def test_every_layer_of_keras_is_exact_or_refused_by_name(name, float64):
     make = CALLS.get(name) or (lambda x: getattr(layers, name)(*ARGUMENTS.get(name, []))(x))
-    if name == "AugMix":  # Divisions by zero that it masks are met again in the second derivative: never a wrong number.
+    if name == "AugMix":  # Divisions by zero that it masks meet the second derivative: never a wrong number.
         assert check(make, "image") in ("exact", "not a number")
         return
     found = check(make, data_for(name), 1e-2 if name in IN_FLOAT32 else 1e-5)

@@ -65,7 +65,8 @@ class StepGraph:
         with self.graph.as_default():
             return [tf.compat.v1.placeholder(tensor.dtype, tensor.shape) for tensor in like]
 
-    def pullback(self, outputs: Any, inputs: Any, cotangents: Sequence[Tensor | None], held: Sequence[Tensor] = ()) -> Any:
+    def pullback(self, outputs: Any, inputs: Any, cotangents: Sequence[Tensor | None],
+                 held: Sequence[Tensor] = ()) -> Any:
         """cotangents' (d outputs / d inputs) as tensors of the graph, None where independent.
 
         Args:

@@ -8,6 +8,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,7 +26,7 @@ _WARMUP = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
 
 
 def saved_model(learner_or_model: keras.Model, directory: str | os.PathLike, version: int | None = None,
-                labels: Sequence[str] | None = None, serialized_examples: bool = False, warmup: int = False,
+                labels: Sequence[str] | None = None, serialized_examples: bool = False, warmup: Any = False,
                 float16: bool = False, jit_compile: bool = False) -> pathlib.Path:
     """Writes a SavedModel as a new version of a served model: `directory/<version>/saved_model.pb`.
 
