@@ -184,6 +184,8 @@ def test_a_table_that_is_too_wide_is_turned_or_in_parts(load):
     assert max(map(len, (first + "\n" + second).split("\n"))) <= 80
     assert first.split("\n")[21].split() == "| row 19 | 1 | 2 | 3 |".split()
     assert second.split("\n")[21].split() == "| row 19 | 4 | 5 | 6 |".split()
+    first, second = table(["", "", *names[:4]], [["task", f"row {i}", *"1234"] for i in range(20)]).split("\n\n")
+    assert second.split("\n")[21].split() == "| task | row 19 | 4 |".split()
 
 
 def test_a_finished_run_is_not_done_again(load, tmp_path):

@@ -198,13 +198,15 @@ def markdown_table(header, rows):
     for first, *others in ([header, *rows], turned):
         if _width(text := _table(first, others)) <= WIDTH:
             return text
-    parts = [turned[:2]]
-    for column in turned[2:]:
+    # Each of them begins with as many columns as it takes to tell the rows apart.
+    keys = next((n for n in range(1, len(header)) if len({tuple(row[:n]) for row in rows}) == len(rows)), 1)
+    parts = [turned[:keys + 1]]
+    for column in turned[keys + 1:]:
         longer = [*parts[-1], column]
         if _width(_table(*_rows(longer))) <= WIDTH:
             parts[-1] = longer
         else:
-            parts.append([turned[0], column])
+            parts.append([*turned[:keys], column])
     return "\n\n".join(_table(*_rows(part)) for part in parts)
 
 

@@ -133,6 +133,8 @@ def _import_tensorflow():
     with contextlib.nullcontext() if verbose else _without_log_lines():
         import tensorflow as tf
         tf.config.list_physical_devices()  # Looks for GPUs, and tells at length of those that are not there.
+    if not verbose:
+        tf.get_logger().setLevel("ERROR")  # Where many models are made it warns of as many traces, in long lines.
 
 
 @contextlib.contextmanager
