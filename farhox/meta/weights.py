@@ -93,10 +93,10 @@ def weighted_mean(values: Tensor, weights: Tensor | None, axis: int = 0) -> Tens
     """
     if weights is None:
         return tf.reduce_mean(values, axis=list(range(axis, values.shape.rank)))
-    weights = tf.cast(weights, values.dtype)
-    if weights.shape.rank > values.shape.rank:
-        weights = tf.squeeze(weights, -1)
-    if values.shape.rank > weights.shape.rank:
-        values = tf.reduce_mean(values, axis=list(range(weights.shape.rank, values.shape.rank)))
+    counts = tf.cast(weights, values.dtype)
+    if counts.shape.rank > values.shape.rank:
+        counts = tf.squeeze(counts, -1)
+    if values.shape.rank > counts.shape.rank:
+        values = tf.reduce_mean(values, axis=list(range(counts.shape.rank, values.shape.rank)))
     axes = list(range(axis, values.shape.rank))
-    return tf.reduce_sum(weights * values, axes) / tf.reduce_sum(weights, axes)
+    return tf.reduce_sum(counts * values, axes) / tf.reduce_sum(counts, axes)
