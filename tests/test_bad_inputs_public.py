@@ -51,6 +51,12 @@ def learner():
     return made
 
 
+def self_tuning(optimizer="sgd", hyper_optimizer="sgd", **optimizers):
+    network = keras.Sequential([keras.Input([3]), stn.Dense(3, [HP(0.1, name="strength")])])
+    stn.SelfTuningModel(network, method="delta").compile(
+        optimizer, hyper_optimizer=hyper_optimizer, loss="mse", **optimizers)
+
+
 def distributed(model=None, meta_batch_size=2, meta_steps=3, folder="never_made", **arguments):
     return meta.fit_distributed(model or learner(), EPISODES, meta_batch_size, meta_steps, folder, **arguments)
 
@@ -350,6 +356,23 @@ ROWS = [
     (lambda: distributed(meta_batch_size="2"), ValueError, "meta_batch_size must be a positive integer"),
     (lambda: distributed(save_every=-1), ValueError, "save_every must be a non-negative"),
     (lambda: distributed(report=3), TypeError, "report must be a callable"),
+    (lambda: farhox.HyperOptimizer(PROBLEM).compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())),
+     ValueError, "optimizer must take gradients as they are.*inner_optimizer"),
+    (lambda: farhox.HyperOptimizer(PROBLEM).compile(keras.optimizers.SGD(loss_scale_factor=8.0)), ValueError,
+     "hypergradients are not scaled.*loss_scale_factor=8.0"),
+    (lambda: training.OptimizerGroups(keras.optimizers.SGD(), [(keras.optimizers.SGD(loss_scale_factor=8.0), [RATE])]),
+     ValueError, "hypergradients are not scaled"),
+    (lambda: self_tuning(hyper_optimizer=keras.optimizers.SGD(loss_scale_factor=8.0)), ValueError,
+     "hyper_optimizer must take gradients as they are"),
+    (lambda: self_tuning(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), response_optimizer="sgd"),
+     ValueError, "Where the loss is scaled, response_optimizer must be left out"),
+    (lambda: meta.CAVIA(MODEL), ValueError, "CAVIA needs a context"),
+    (lambda: meta.TaskContext(0), ValueError, "size must be a positive integer"),
+    (lambda: meta.MetaCurvature(None), TypeError, "model must be a keras.Model"),
+    (lambda: meta.PreconditionedDescent(-1.0, []), ValueError, "learning_rate must be finite and at least"),
+    (lambda: meta.MAMLPlusPlus(MODEL, inner_steps=0), ValueError, "inner_steps must be a positive integer"),
+    (lambda: meta.RidgeNetwork(None, 3), TypeError, "embedding must be a keras.Model"),
+    (lambda: meta.StepBatchNormalization(0), ValueError, "steps must be a positive integer"),
     (lambda: meta.TaskEpisodes([], shots=0), ValueError, "shots must be a positive integer"),
     (lambda: meta.TaskEpisodes([BATCH], queries=2), ValueError, "queries needs shots"),
     (lambda: meta.episode_problem(None), TypeError, "model must be a keras.Model"),
@@ -377,6 +400,7 @@ def test_a_file_that_is_no_trace_is_named(text, words, tmp_path):
 
 # Classes to derive from, what is made by farhox alone, and layers that share the checks of those in a table.
 WITHOUT_ARGUMENTS_OF_USERS = {
+    "EmbeddingLearner", "Memory", "identity_factors",
     "HyperGradientResult", "SingleHyperGradient", "HyperGradient", "result", "InnerDynamics", "InnerState", "Penalty",
     "LinearOperator", "LinearSolution", "LinearSolver", "OuterLoss", "OuterVariable", "value_of", "Resumable",
     "EpisodeSource", "SelfTuning", "SelfTuningParts", "Response", "PerturbationLayer", "ServedModel", "is_chief",

@@ -9,6 +9,7 @@ import abc
 import dataclasses
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from farhox._core import tree
@@ -265,6 +266,26 @@ def check_keras_optimizer(name: str, optimizer: Any) -> None:
         counterpart = _COUNTERPARTS.get(kind.__name__, "keras.optimizers.Adam")
         raise TypeError(f"{name} must be an optimizer of Keras: write {counterpart}(...). {kind.__name__} is inner "
                         f"dynamics of farhox, a differentiable step of inner training. Received: {optimizer!r}")
+
+
+def unscales(optimizer: Any) -> bool:
+    """Whether a Keras optimizer divides gradients by a scale that the loss is taken to have."""
+    return isinstance(optimizer, keras.optimizers.Optimizer) and (
+        isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor is not None)
+
+
+def check_unscaled(name: str, optimizer: Any) -> None:
+    """Raises a ValueError if a Keras optimizer would unscale hypergradients, which are not scaled.
+
+    Args:
+        name: Name in the error.
+        optimizer: A Keras optimizer; anything else is left to Keras.
+    """
+    if unscales(optimizer):
+        raise ValueError(
+            f"{name} must take gradients as they are: hypergradients are not scaled, so one that unscales them makes "
+            f"next to no step. Received: {type(optimizer).__name__} with loss_scale_factor="
+            f"{optimizer.loss_scale_factor}. Give a LossScaleOptimizer's inner_optimizer, or make it without.")
 
 
 def _root(v):

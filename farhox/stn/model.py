@@ -10,7 +10,7 @@ import tensorflow as tf
 from farhox._core import checks
 from farhox._core.logs import log_values, unique_names
 from farhox._core.types import Array, Batch, Config, Data, Logs, Loss, Metrics, Nest, Optimizer
-from farhox.dynamics.base import check_keras_optimizer
+from farhox.dynamics.base import check_keras_optimizer, check_unscaled, unscales
 from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn import conversion
@@ -161,7 +161,8 @@ class SelfTuningModel(keras.Model):
 
         Raises:
             TypeError: If a loss is not one, or an optimizer is none of Keras'.
-            ValueError: If there is no loss, `response_optimizer` comes with `method="stn"`, or an optimizer has a
+            ValueError: If there is no loss, `response_optimizer` comes with `method="stn"`, an optimizer of
+                hyperparameters or scales unscales gradients (`LossScaleOptimizer`), or an optimizer has a
                 setting that is a hyperparameter: gates do not see what an optimizer does, so it would never be tuned.
         """
         if loss is None:
@@ -172,6 +173,12 @@ class SelfTuningModel(keras.Model):
         for name, given in (("optimizer", optimizer), ("hyper_optimizer", hyper_optimizer),
                             ("scale_optimizer", scale_optimizer), ("response_optimizer", response_optimizer)):
             check_keras_optimizer(name, given)
+            if name in ("hyper_optimizer", "scale_optimizer"):
+                check_unscaled(name, given)
+        if response_optimizer is not None and (unscales(optimizer) or unscales(response_optimizer)):
+            raise ValueError("Where the loss is scaled, response_optimizer must be left out: it is then one of the same "
+                             f"kind. Received: optimizer={type(optimizer).__name__} and response_optimizer="
+                             f"{type(response_optimizer).__name__}")
         dtype = self.model.variable_dtype
         self._losses_given, self._metrics_given = (loss, validation_loss), {
             "metrics": metrics, "weighted_metrics": weighted_metrics, **kwargs}

@@ -17,7 +17,7 @@ from farhox._core.logs import log_names, log_values
 from farhox._core.types import Batch, Data, InnerBatches, Metrics, Optimizer, Tensor, Tensors
 from farhox.data.batches import as_inner_batches, as_tensors, examples_of
 from farhox.data.datasets import as_hyper_iterations, pair, raise_if_endless
-from farhox.dynamics.base import check_keras_optimizer
+from farhox.dynamics.base import check_keras_optimizer, check_unscaled
 from farhox.hypergradients import EpisodesHG, HyperGradient, ReverseHG
 from farhox.hypergradients.base import HyperGradientResult
 from farhox.problem.bilevel import BilevelProblem
@@ -142,6 +142,7 @@ class HyperOptimizer(keras.Model):
             raise ValueError("Metrics need predictions: give BilevelProblem(outer_predictions=batch -> (targets, "
                              "predictions, sample_weight)), or make the problem with farhox.supervised_problem.")
         check_keras_optimizer("optimizer", optimizer)
+        check_unscaled("optimizer", optimizer)
         # Losses are not scaled: a hypergradient is computed before the optimizer sees it.
         super().compile(optimizer=optimizer, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False, **kwargs)
         if not self.optimizer.built:

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from farhox._core.types import Tensors, Variables
-from farhox.dynamics.base import check_keras_optimizer
+from farhox.dynamics.base import check_keras_optimizer, check_unscaled
 from farhox.outer.outer_variable import OuterVariable
 
 
@@ -44,6 +44,7 @@ class OptimizerGroups(keras.optimizers.Optimizer):
         optimizers = [default] + [optimizer for optimizer, _ in groups]
         for optimizer in optimizers:
             check_keras_optimizer("Every optimizer", optimizer)
+            check_unscaled("Every optimizer", optimizer)
             if not isinstance(optimizer, keras.optimizers.Optimizer):
                 raise TypeError(f"Every optimizer must be a keras.optimizers.Optimizer. Received: {optimizer!r}")
         if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
