@@ -176,8 +176,8 @@ class SelfTuningModel(keras.Model):
             if name in ("hyper_optimizer", "scale_optimizer"):
                 check_unscaled(name, given)
         if response_optimizer is not None and (unscales(optimizer) or unscales(response_optimizer)):
-            raise ValueError("Where the loss is scaled, response_optimizer must be left out: it is then one of the same "
-                             f"kind. Received: optimizer={type(optimizer).__name__} and response_optimizer="
+            raise ValueError("Where the loss is scaled, response_optimizer must be left out: it is then one of the "
+                             f"same kind. Received: optimizer={type(optimizer).__name__} and response_optimizer="
                              f"{type(response_optimizer).__name__}")
         dtype = self.model.variable_dtype
         self._losses_given, self._metrics_given = (loss, validation_loss), {
