@@ -67,7 +67,7 @@ class BilevelProblem:
             gradient was below it, and T is the most it can take. A proximal step counts instead of the gradient with
             what it moved by, over the learning rate, and under a Keras constraint w - constraint(w - g), which are zero
             at a minimum where the gradient is not. Or a callable `hyper-iteration -> number`, for a tolerance that
-            tightens: `HyperOptimizer` counts in `problem.hyper_iteration`. Default: none, always T steps.
+            tightens. Default: none, always T steps.
         model: A `keras.Model` that the variables were taken from. Where other variables of it are trainable later on,
             the problem does not fit it any more, and its use is an error. Default: none.
         fixed: List of `OuterVariable` that are read and stay as they are. Of others that something reads and nobody
@@ -82,7 +82,6 @@ class BilevelProblem:
         inner_variables, state_variables, stop_tolerance, model, allow_unused: As given.
         outer_variables: Flat list of `keras.Variable`, the order of every list of hypergradients.
         hyperparameters: The entries of `outer_variables` that have natural units.
-        hyper_iteration: An integer `keras.Variable` where `stop_tolerance` is a callable, else None.
         dynamics: As given, bound to the inner variables.
 
     Raises:
@@ -145,11 +144,6 @@ class BilevelProblem:
                 f"{type(self.dynamics).__name__} does not here, because of a weight decay that is no part of the inner "
                 "objective: the gradient never falls below a tolerance. Make it a part, as farhox.L1L2(l2=...), or "
                 f"train without stop_tolerance. Received: stop_tolerance={stop_tolerance!r}")
-        self.hyper_iteration = None
-        if callable(stop_tolerance):
-            with tf.init_scope():
-                self.hyper_iteration = keras.Variable(
-                    0, dtype="int64", trainable=False, name="hyper_iteration", aggregation="only_first_replica")
         self.stop_gradient = stop_gradient
         self._compiled = {}
         # What the batch of an inner step was like in the last training, a nest of `tf.TensorSpec`.
@@ -173,11 +167,9 @@ class BilevelProblem:
                 raise ValueError("A state variable must not be an inner or an outer variable. "
                                  f"Received: {variable.path!r}")
 
-    def tolerance(self) -> float | Tensor | None:
-        """The tolerance at which the inner training stops, a number or a scalar tensor, or None."""
-        if self.hyper_iteration is None:
-            return self.stop_tolerance
-        return self.stop_tolerance(tf.convert_to_tensor(self.hyper_iteration))
+    def tolerance(self, iteration: Tensor) -> float | Tensor | None:
+        """The tolerance at which the inner training of a hyper-iteration stops: a number, a scalar tensor, or None."""
+        return self.stop_tolerance(iteration) if callable(self.stop_tolerance) else self.stop_tolerance
 
     @property
     def loss_dtype(self) -> tf.DType:
@@ -202,15 +194,12 @@ class BilevelProblem:
         Returns:
             A `BilevelProblem`.
         """
-        other = BilevelProblem(
+        return BilevelProblem(
             self._inner_objective, outer_objective, self.inner_variables, outer_variables, dynamics=self.dynamics,
             state_variables=self.state_variables, proximal=self.proximal, outer_predictions=self.outer_predictions,
-            features=self._features, model=self.model, check_data=self._check_data,
+            stop_tolerance=self.stop_tolerance, features=self._features, model=self.model, check_data=self._check_data,
             fixed=[*self.outer_variables, *self.fixed], stop_gradient=self.stop_gradient,
             allow_unused=self.allow_unused)
-        # With the same count, and no variable made in a graph.
-        other.stop_tolerance, other.hyper_iteration = self.stop_tolerance, self.hyper_iteration
-        return other
 
     def under(self, outer_objective: Objective) -> BilevelProblem:
         """The same problem with all its outer variables under another outer objective.
@@ -265,18 +254,20 @@ class BilevelProblem:
         """Values [episodes, ...] of a problem `over_episodes` as [...]."""
         return self._aggregation(values)
 
-    def evaluate(self, inner_batches: InnerBatches, outer_batch: Batch, state: InnerState | None = None) -> Evaluation:
+    def evaluate(self, inner_batches: InnerBatches, outer_batch: Batch, state: InnerState | None = None,
+                 iteration: int | Tensor = 0) -> Evaluation:
         """T inner steps, the outer objective and its predictions in one pass, without derivatives.
 
         Args:
             inner_batches: T inner batches.
             outer_batch: The batch of the outer objective.
             state: Inner state to start from; default: the initial state Φ_0(λ).
+            iteration: The number of the hyper-iteration, which a `stop_tolerance` may follow.
 
         Returns:
             An `Evaluation`: `outer_loss`, `inner_losses`, `state`, `predictions`.
         """
-        return evaluate(self, inner_batches, outer_batch, state)
+        return evaluate(self, inner_batches, outer_batch, state, iteration)
 
     def predictions(self, state: InnerState, outer_batch: Batch) -> Any:
         """Targets, predictions and sample weights (or None) of the outer batch at the state `state`, for metrics."""

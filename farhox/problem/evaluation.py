@@ -36,23 +36,24 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
-             state: InnerState | None = None) -> Evaluation:
+             state: InnerState | None = None, iteration: int | Tensor = 0) -> Evaluation:
     """See `BilevelProblem.evaluate`."""
     inner_batches = as_inner_batches(inner_batches)
     outer_batch = as_tensors("outer_batch", outer_batch)
+    iteration = tf.cast(iteration, tf.int64)
     if tf.executing_eagerly() and not tf.config.functions_run_eagerly():
-        return with_words_alone(problem.compiled(None, _evaluated), inner_batches, outer_batch, state)
-    return _evaluated(None, problem, inner_batches, outer_batch, state)
+        return with_words_alone(problem.compiled(None, _evaluated), inner_batches, outer_batch, state, iteration)
+    return _evaluated(None, problem, inner_batches, outer_batch, state, iteration)
 
 
-def _evaluated(_, problem, inner_batches, outer_batch, state):
+def _evaluated(_, problem, inner_batches, outer_batch, state, iteration):
     if problem.has_episodes:
         episodes = map_episodes(
-            lambda inner, outer, state: evaluate(problem.one_episode, inner, outer, state),
+            lambda inner, outer, state: evaluate(problem.one_episode, inner, outer, state, iteration),
             inner_batches, outer_batch, state)
         return episodes._replace(outer_loss=problem.aggregated(episodes.outer_loss),
                                  predictions=one_after_the_other(episodes.predictions))
-    training = InnerTraining(problem, inner_batches, state)
+    training = InnerTraining(problem, inner_batches, state, iteration=iteration)
     run = training.run()
     loss, predictions = problem.judged(run.state, training.outer, outer_batch)
     return Evaluation(loss, training.losses(run), run.state, predictions)

@@ -87,7 +87,7 @@ class InnerTraining:
         self.steps = num_steps(self.inner_batches)
         self.from_initial_state = state is None
         self.start = problem.initial_state(self.outer) if state is None else state
-        self._tolerance = problem.tolerance()
+        self._tolerance = problem.tolerance(self.iteration)
         self._feature_graph: Any = None
         self._features: Any = None
         if share_features and problem.has_features and isinstance(self.inner_batches, RepeatedBatch):

@@ -351,22 +351,20 @@ class HyperOptimizer(keras.Model):
         logs["skipped_updates"] = tf.convert_to_tensor(self._watch.skipped)
         return logs
 
-    def _count_for_tolerance(self) -> None:
-        """Tells the problem the number of the hyper-iteration, where the tolerance of inner training goes by it."""
-        if self.problem.hyper_iteration is not None and self.compiled:
-            done = tf.cast(self.optimizer.iterations, tf.int64) + tf.cast(self._watch.skipped, tf.int64)
-            self.problem.hyper_iteration.assign(done)
+    def _iteration(self) -> tf.Tensor:
+        """The number of the hyper-iteration, skipped updates included: a scalar int64 tensor."""
+        done = tf.cast(self.optimizer.iterations, tf.int64) if self.compiled else tf.constant(0, tf.int64)
+        return done + tf.cast(self._watch.skipped, tf.int64)
 
     def test_step(self, data: Data) -> dict[str, Any]:
         inner_batches, outer_batch = self._hyper_iteration_data(data)
-        self._count_for_tolerance()
         if self.online:
             state: Any = self._kept.state_now()
             loss, predictions = self.problem.judged(state, self.problem.outer_values(), outer_batch)
             logs = self._logs(loss, lambda: predictions)
             del logs["inner_loss"]  # No inner training has been measured.
             return logs
-        evaluation = self.problem.evaluate(inner_batches, outer_batch)
+        evaluation = self.problem.evaluate(inner_batches, outer_batch, iteration=self._iteration())
         self._inner_loss.update_state(evaluation.inner_losses[..., -1])
         return self._logs(evaluation.outer_loss, lambda: evaluation.predictions)
 
@@ -406,10 +404,9 @@ class HyperOptimizer(keras.Model):
         return examples_of(inner_batches), outer_batch
 
     def _hyper_iteration(self, inner_batches, outer_batch):
-        self._count_for_tolerance()
         result = self.hypergradient.compute(
             self.problem, inner_batches, outer_batch, state=self._kept.state_now(), carry=self._kept.carry_now(),
-            iteration=tf.cast(self.optimizer.iterations, tf.int64) + tf.cast(self._watch.skipped, tf.int64))
+            iteration=self._iteration())
         new_state, new_carry = self._kept.of(result)
         flags = [tf.logical_not(tree.is_finite(part)) for part in [
             result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]]
@@ -481,7 +478,6 @@ class HyperOptimizer(keras.Model):
         if self._inner_function is None:
             self._inner_function = self._compiled(self._train)
         inner_batches = as_inner_batches(inner_batches)
-        self._count_for_tolerance()
         with clear_errors():
             self._check_data(inner_batches, None)
             run = self._inner_function(inner_batches, outer, state)
@@ -493,7 +489,7 @@ class HyperOptimizer(keras.Model):
         return run
 
     def _train(self, inner_batches, outer, state):
-        training = InnerTraining(self.problem, inner_batches, state, outer)
+        training = InnerTraining(self.problem, inner_batches, state, outer, iteration=self._iteration())
         run = training.run()
         return _Trained(run.state, training.losses(run))
 
