@@ -13,6 +13,7 @@ Curves are over gradient steps, those of the hyperparameters among them, and ove
 where it was.
 """
 
+import itertools
 import math
 import pathlib
 
@@ -153,7 +154,8 @@ def plot(by_seed, task, settings, path):
                 for axis, x in ((time_axis, seconds), (step_axis, share * every * np.arange(1, len(losses) + 1))):
                     axis.plot(x, losses, label=label, drawstyle="steps-post", **styles[name])
                 label = None
-        lowest = min(loss_of(result["stn"]) for result in by_seed.values())
+        lowest = min(loss_of(run) for result in by_seed.values() for run in (
+            result["stn"], *result["fixed"].values(), *itertools.chain(*result["searches"].values())))
         limits = (0.95 * lowest, 2.0 * lowest)
         lines = f", {len(by_seed)} seeds" if len(by_seed) > 1 else ""
         for axis, x in ((time_axis, "CPU seconds"), (step_axis, "Gradient steps")):
