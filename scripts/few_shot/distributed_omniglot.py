@@ -69,9 +69,12 @@ def work(strategy, settings, output, data_dir, seed, save_every):
 
 
 def digest(learner):
-    """SHA-256 over the bytes of all variables of a learner and its optimizer."""
+    """SHA-256 over the bytes of all that a learner learns and of its optimizer's variables.
+
+    Its other variables hold the last outer loss too, which is that of a worker's own share.
+    """
     total = hashlib.sha256()
-    for variable in [*learner.variables, *learner.optimizer.variables]:
+    for variable in [*learner.problem.outer_variables, *learner.optimizer.variables]:
         total.update(keras.ops.convert_to_numpy(variable).tobytes())
     return total.hexdigest()
 
