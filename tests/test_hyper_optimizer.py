@@ -628,11 +628,14 @@ def test_replicas_apply_the_mean_of_their_hypergradients_and_lose_no_value(rate,
         mirrored = make(rate=rate, optimizer=keras.optimizers.SGD(outer_rate), metrics=())
     single = make(rate=rate, optimizer=keras.optimizers.SGD(0.1))
     expected, stands = outer_of(single), rate == outer_rate
+    parts = [farhox.ReverseHG().compute(single.problem, *pair) for pair in hyper_iterations(2)]
     if stands:
-        parts = [farhox.ReverseHG().compute(single.problem, *pair).gradients for pair in hyper_iterations(2)]
-        expected = [s - 0.1 * np.mean([part[i] for part in parts]) for i, s in enumerate(expected)]
+        expected = [s - 0.1 * np.mean([part.gradients[i] for part in parts]) for i, s in enumerate(expected)]
     logs = mirrored.fit(hyper_iterations(2), verbose=0, steps_per_epoch=1).history
     np.testing.assert_allclose(outer_of(mirrored), expected, rtol=1e-5)
+    if stands:
+        mean = np.mean([part.outer_loss for part in parts])
+        np.testing.assert_allclose(mirrored.last_outer_loss.numpy(), mean, rtol=1e-5)
     assert logs["skipped_updates"] == [not stands] and int(mirrored.optimizer.iterations.numpy()) == stands
     with pytest.raises(ValueError, match="needs one replica"):
         with strategy.scope():

@@ -111,7 +111,7 @@ class HyperOptimizer(keras.Model):
         self._guarded_update = GuardedUpdate(problem)
         self._watch = Watch(self._outer, hypergradient, self._guarded_update, self.max_skipped_updates)
         self._counters = self._watch.variables
-        # The outer loss of the last hyper-iteration, where the mean over an epoch says too little.
+        # The outer loss of the last hyper-iteration, over all replicas, where the mean over an epoch says too little.
         self.last_outer_loss = keras.Variable(float("nan"), dtype="float32", trainable=False, name="last_outer_loss",
                                               aggregation="only_first_replica")
         self._solver_metrics = {name: keras.metrics.Mean(name=name) for name in _OF_SOLVERS}
@@ -411,17 +411,21 @@ class HyperOptimizer(keras.Model):
         flags = [tf.logical_not(tree.is_finite(part)) for part in [
             result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]]
         flags = tf.cast(tf.stack(flags), tf.int32)
+        outer_loss = tf.cast(result.outer_loss, tf.float32)
         context = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync > 1:
             if self.online:
                 raise ValueError("online=True keeps one inner state and needs one replica. Received a strategy with "
                                  f"{context.num_replicas_in_sync} replicas.")
-            flags = context.all_reduce(tf.distribute.ReduceOp.SUM, flags)
+            *flags, outer_loss = tf.unstack(context.all_reduce(
+                tf.distribute.ReduceOp.SUM, tf.concat([tf.cast(flags, tf.float32), [outer_loss]], 0)))
+            flags = tf.cast(tf.stack(flags), tf.int32)
+            outer_loss /= context.num_replicas_in_sync
         # A diverged inner loss with a finite hypergradient is a diverged run all the same.
         finite = tf.reduce_all(flags == 0)
         stands = self._update(finite, result.gradients, context)
         self._kept.keep(result.inner_losses, new_state, new_carry)
-        self.last_outer_loss.assign(tf.cast(result.outer_loss, tf.float32))
+        self.last_outer_loss.assign(outer_loss)
         self._watch.record(stands, flags, inner_batches, outer_batch)
         return result
 
