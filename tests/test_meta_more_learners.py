@@ -182,7 +182,7 @@ def test_losses_of_early_steps_fade():
     learner.compile(keras.optimizers.SGD(0.0))
     for iterations, expected in ((0, [1 / 3, 1 / 3, 1 / 3]), (2, [1 / 6, 1 / 6, 2 / 3]), (9, [0, 0, 1])):
         learner.optimizer.iterations.assign(iterations)
-        weights = learner.hypergradient.hypergradient.step_weights()
+        weights = learner.hypergradient.step_weights()
         np.testing.assert_allclose(weights, expected, atol=1e-6)
 
 
