@@ -333,3 +333,9 @@ def test_labels_of_episodes_are_checked_before_xla_which_checks_nothing():
     wrong = element.map(lambda episode: meta.Episode(episode.support, (episode.query[0], episode.query[1] + 1)))
     with pytest.raises(ValueError, match="Labels must be integers from 0 .* Received labels from 1 to 3"):
         learner.fit(wrong, verbose=0)
+
+
+def test_a_folder_without_omniglot_is_named(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(ValueError, match="data_dir must hold the data set 'omniglot'.*Received: data_dir='.*empty'"):
+        meta.load_omniglot(tmp_path / "empty", cache_dir=tmp_path / "cache", download=False)

@@ -40,6 +40,7 @@ def load_omniglot(data_dir: str | os.PathLike | None = None, train: int = 1200, 
 
     Raises:
         ImportError: If the images must be read and tensorflow-datasets is not installed.
+        ValueError: If there are no data in the folder and `download` is false; it is named.
 
     Reference:
         [Vinyals et al., 2016](https://arxiv.org/abs/1606.04080), section 4.1.1.
@@ -104,7 +105,11 @@ def _read(data_dir, download):
         ink = 255.0 - tf.image.resize(paper, [SIZE, SIZE], method="area")
         return tf.cast(tf.round(ink), tf.uint8), example["label"]
 
-    dataset = tfds.load("omniglot", split="train+test", data_dir=str(data_dir), download=download)
+    try:
+        dataset = tfds.load("omniglot", split="train+test", data_dir=str(data_dir), download=download)
+    except AssertionError as error:  # What TensorFlow Datasets raises where there are no data to read.
+        raise ValueError("data_dir must hold the data set 'omniglot' as TensorFlow Datasets prepares it; with "
+                         f"download=True it is fetched. Received: data_dir={str(data_dir)!r}") from error
     dataset = dataset.map(small, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(512)
     parts = list(dataset.as_numpy_iterator())
     return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
