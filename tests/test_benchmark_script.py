@@ -64,8 +64,7 @@ def test_implicit_hypergradient_of_the_benchmark_is_that_of_a_long_training(benc
 def test_plain_training_of_the_benchmark_takes_the_steps_of_the_problem(workload, benchmark):
     task = getattr(benchmark, WORKLOADS[workload])(quick=True)
     batches = task.inner_batches(5)
-    method = next(iter(benchmark.HYPERGRADIENTS.values()))
-    state = method.evaluate(task.problem, batches, task.outer_batch).state
+    state = task.problem.evaluate(batches, task.outer_batch).state
     assert_close(benchmark.plain_training(task, batches), state.variables, 1e-5)
 
 
@@ -73,7 +72,7 @@ def test_plain_training_of_the_benchmark_takes_the_steps_of_the_problem(workload
 def test_plain_episodes_of_the_benchmark_have_the_losses_of_the_problem(method, benchmark):
     task = benchmark.few_shot_learner(quick=True, method=method)
     batches = task.inner_batches(3)
-    evaluation = benchmark.HYPERGRADIENTS[method].evaluate(task.problem, batches, task.outer_batch)
+    evaluation = task.problem.over_episodes().evaluate(batches, task.outer_batch)
     plain = benchmark.plain_episodes(task, batches, task.outer_batch)
     assert plain.shape == (2,) and evaluation.inner_losses.shape == (2, 3)
     assert_close([tf.reduce_mean(plain)], [evaluation.outer_loss], 1e-5)

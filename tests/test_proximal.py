@@ -60,7 +60,7 @@ def data(steps):
 
 @pytest.mark.parametrize("alpha", [0.02, 0.15, 0.6, 3.0])
 def test_the_path_of_the_lasso_is_that_of_scikit_learn(alpha, float64):
-    result = tf.function(farhox.ReverseHG(truncation=0).evaluate)(lasso(alpha), *data(300))
+    result = lasso(alpha).evaluate(*data(300))
     w, loss = scikit_learn(alpha)
     np.testing.assert_allclose(result.state.variables[0], w, atol=1e-10)
     np.testing.assert_array_equal(result.state.variables[0] == 0, w == 0)
@@ -183,7 +183,7 @@ def test_l1_goes_with_a_lower_bound_of_zero_as_in_the_positive_lasso(float64):
     problem.inner_variables[0].constraint = keras.constraints.NonNeg()
     problem = farhox.BilevelProblem(problem._inner_objective, problem.outer_objective, problem.inner_variables,
                                     problem.outer_variables, lasso().dynamics)
-    result = tf.function(farhox.ReverseHG(truncation=0).evaluate)(problem, *data(300))
+    result = problem.evaluate(*data(300))
     expected = Lasso(alpha=ALPHA, fit_intercept=False, tol=1e-14, max_iter=10 ** 5, positive=True).fit(X, Y).coef_
     np.testing.assert_allclose(result.state.variables[0], expected, atol=1e-9)
 

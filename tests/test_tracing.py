@@ -161,7 +161,9 @@ def test_computation_runs_inside_a_distribution_strategy(method, float64):
 
 @methods
 def test_computation_inside_a_saved_module_gives_the_same_numbers_when_loaded(method, tmp_path, float64):
-    case = case_for(method) if method == METHODS["reverse"] else scalar_case_for(method)
+    # Of a scalar case for an implicit method the rate is not an outer variable, and nothing tracks it.
+    own = method == METHODS["reverse"] or isinstance(method, farhox.ImplicitHG)
+    case = case_for(method) if own else scalar_case_for(method)
     inner_batches, outer_batch = tf.nest.map_structure(tf.convert_to_tensor, case[1:3])
 
     class Tuner(tf.Module):
