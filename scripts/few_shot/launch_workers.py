@@ -7,7 +7,7 @@ Each worker finds its place in the environment variable TF_CONFIG. Workers on se
 starts processes there, with a TF_CONFIG of the same form; see distributed_omniglot.py.
 
 SIGTERM, SIGHUP and Ctrl-C are passed on to the workers, which save where they are; those that still run after
-8 seconds are killed.
+6 seconds are killed.
 """
 
 import json
@@ -25,7 +25,7 @@ from absl import flags
 
 from _shared import program
 
-GRACE = 8.0  # Seconds that workers have to save their state.
+GRACE = 6.0  # Seconds that workers have to save their state.
 
 
 def define_flags():
