@@ -109,6 +109,7 @@ def test_every_kept_tensor_counts(float64, monkeypatch):
     assert number >= 1
 
 
+@pytest.mark.slow
 def test_an_index_that_is_off_by_one_and_a_stop_that_is_left_in_are_seen(float64, monkeypatch):
     data = wide_problem()
     expected = hypergradient(data)

@@ -125,6 +125,7 @@ def test_draws_follow_from_the_seed_and_the_number_of_the_hyper_iteration(float6
     assert EvoGradHG(sigma=0.1, seed=3).compute(*case[:3]).gradients[0] != first.gradients[0]
 
 
+@pytest.mark.slow
 def test_hyper_optimizer_draws_anew_in_each_iteration_and_goes_on_after_a_restart(tmp_path):
     model, inner_batches, outer_batch = model_and_data("Dense")
     strength = farhox.Hyperparameter(0.1, low=0.0, log=True, name="strength")

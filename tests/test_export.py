@@ -330,6 +330,7 @@ def test_serialized_examples_are_parsed_in_the_graph(served):
                        query_examples=serialized(inputs["query_inputs"]))
 
 
+@pytest.mark.slow
 def test_half_precision_rounds_the_weights_and_halves_the_size(tmp_path):
     keras.utils.set_random_seed(0)
     learner = meta.MAML(meta.few_shot_classifier(5, meta.convolutional_body((6, 6, 1), filters=64, blocks=2)), 0.3, 2)

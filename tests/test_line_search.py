@@ -83,6 +83,7 @@ def test_hypergradient_equals_finite_differences(method, float64):
     assert_close(result.gradients, unrolled.finite_differences(*case[:3], step=1e-5), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, jit_compile", [(farhox.ReverseHG(), True), (farhox.ForwardHG(), False)])
 def test_eager_computation_is_the_compiled_one(method, jit_compile, float64):
     case = searched_network(steps=2, rate=20.0)

@@ -116,6 +116,7 @@ def test_multi_step_loss_is_the_weighted_sum_of_the_losses_after_each_step(first
     np.testing.assert_allclose(meta_gradients(learner, constant_episodes(3.0))[0], [[expected]], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_weights_of_steps_follow_a_schedule_of_the_meta_step():
     def weights(meta_step):
         first = tf.maximum(1.0 - tf.cast(meta_step, tf.float32) / 2, 0.0)

@@ -87,6 +87,7 @@ print([variable.path for variable in problem.outer_variables], [float(g).hex() f
 """
 
 
+@pytest.mark.slow
 def test_order_and_bits_are_the_same_in_every_process(capsys):
     """FAR-HO orders inner problems by address."""
     exec(_ORDER, {})

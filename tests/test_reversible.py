@@ -82,6 +82,7 @@ def test_hypergradient_is_that_of_reverse_mode_up_to_rounding(momentum, float64)
     assert result.diagnostics.keys() > expected.diagnostics.keys()
 
 
+@pytest.mark.slow
 def test_error_is_that_of_the_fractional_bits(float64):
     case = network(steps=30)
     expected = compiled(farhox.ReverseHG(), case).gradients
@@ -157,6 +158,7 @@ def test_learned_schedules_and_rates_per_variable(float64):
     assert_close(ReversibleHG().compute(problem, *case[1:3]).gradients, expected, 1e-9)
 
 
+@pytest.mark.slow
 def test_state_that_is_passed_back_goes_on(float64):
     case = network(steps=20)
     whole = compiled(ReversibleHG(), case)

@@ -212,6 +212,7 @@ def test_delta_takes_the_network_linearised_in_the_gates(compiled, float64):
     np.testing.assert_allclose(step.hyperparameters, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_delta_trains_recurrent_networks_inside_a_graph():
     rate = farhox.Hyperparameter(0.2, low=0.0, high=0.9, name="dropout")
     net = keras.Sequential([keras.Input((4, 3)), stn.Dropout(rate), stn.LSTM(5, [rate]), K.Dense(2)])
