@@ -116,7 +116,8 @@ class EmbeddingLearner(keras.Model, abc.ABC):
     def train_step(self, data: Data) -> Logs:
         inputs, targets, *weights = self._as_keras(data)
         logs = super().train_step((inputs, targets, *weights))
-        count_episodes(self, tf.shape(targets)[0])
+        with tf.control_dependencies([tf.convert_to_tensor(targets)]):  # As in `Learner`: after the data are drawn.
+            count_episodes(self, tf.shape(targets)[0])
         return logs
 
     def test_step(self, data: Data) -> Logs:

@@ -233,7 +233,9 @@ class Learner(HyperOptimizer):
 
     def _hyper_iteration(self, inner_batches, outer_batch):
         result = super()._hyper_iteration(inner_batches, outer_batch)
-        count_episodes(self, num_episodes(inner_batches))
+        # After the data are drawn: their start may be read from the count, and nothing else orders the two in a graph.
+        with tf.control_dependencies([result.outer_loss]):
+            count_episodes(self, num_episodes(inner_batches))
         return result
 
     def _outer_batch(self, support, query):
