@@ -24,17 +24,10 @@ class PrototypicalNetwork(EmbeddingLearner):
     ```
 
     Args:
-        embedding: A built `keras.Model`, inputs to features.
-        ways: Positive int, classes in an episode.
-        name: Name of the Keras model.
-
-    Attributes:
-        embedding, ways: As given.
-        episodes_seen: As of a `Learner`.
+        embedding, ways, name: As of `EmbeddingLearner`.
 
     Raises:
-        TypeError: If `embedding` is not a Keras model.
-        ValueError: If it is not built, or `ways` is not a positive integer.
+        TypeError, ValueError: As `EmbeddingLearner`.
 
     Reference:
         [Snell et al., 2017](https://arxiv.org/abs/1703.05175), equations 1 and 2.
