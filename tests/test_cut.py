@@ -62,7 +62,7 @@ def test_the_cut_is_the_least_one(seed):
     assert sum(c for a, b, c in edges if a in side and b not in side) == pytest.approx(brute_force(edges))
 
 
-def wide_problem():
+def wide_problem(learn_initialization=False):
     """A network whose products of matrices are dearer than their bytes, with momentum and a stop inside."""
     model = keras.Sequential([
         keras.Input([300]), keras.layers.Dense(6, "tanh"), keras.layers.BatchNormalization(),
@@ -75,9 +75,10 @@ def wide_problem():
         own = keras.ops.mean(keras.ops.square(features - keras.ops.stop_gradient(2.0 * keras.ops.tanh(features))))
         return loss(batch[1], features) + strength * own
 
+    outer_variables = [rate, decay, strength, *(model.trainable_variables if learn_initialization else [])]
     problem = farhox.BilevelProblem(
         inner, lambda batch: loss(batch[1], model(batch[0], training=False)), model.trainable_variables,
-        [rate, decay, strength], farhox.Momentum(rate, decay), model.non_trainable_variables)
+        outer_variables, farhox.Momentum(rate, decay), model.non_trainable_variables)
     random = np.random.default_rng(0)
     x, y = random.normal(size=(4, 5, 300)), random.integers(0, 3, (4, 5))
     return problem, (x, y), (x[0], y[0])
@@ -94,10 +95,10 @@ def test_every_kept_tensor_counts(float64, monkeypatch):
     run = BackStep.run
 
     def disturbed(number):
-        def disturbed_run(self, t, state, after, kept, adjoint):
+        def disturbed_run(self, t, state, after, kept, adjoint, **keywords):
             kept = [(tensor, value * 1.5 if i == number else value) for i, (tensor, value) in enumerate(kept)]
             count.append(len(kept))
-            return run(self, t, state, after, kept, adjoint)
+            return run(self, t, state, after, kept, adjoint, **keywords)
         return disturbed_run
 
     count, number = [], 0
@@ -119,14 +120,32 @@ def test_an_index_that_is_off_by_one_and_a_stop_that_is_left_in_are_seen(float64
             self, tf.minimum(index + 1, 3))),
         "state of the step before": (reverse.Record, "state", lambda self, index: state(
             self, tf.maximum(index - 1, 0))),
-        "state after is that before": (BackStep, "run", lambda self, t, state, after, kept, adjoint: run(
-            self, t, state, state, kept, adjoint)),
+        "state after is that before": (BackStep, "run", lambda self, t, state, after, kept, adjoint, **keywords: run(
+            self, t, state, state, kept, adjoint, **keywords)),
         "a stop": (data[0], "stop_gradient", "tensorflow")}
     for name, fault in faults.items():
         with monkeypatch.context() as patch:
             patch.setattr(*fault)
             found = hypergradient(data)
         assert max(np.max(np.abs(a - b)) for a, b in zip(found, expected)) > 1e-6, name
+
+
+@pytest.mark.parametrize("method,learned,without", [
+    (farhox.ReverseHG(), False, 1), (farhox.ReverseHG(checkpoint_every=2), False, 1), (farhox.ReverseHG(), True, 0),
+    (farhox.ReverseHG(truncation=2), False, 1)])
+def test_the_last_step_back_takes_no_adjoint_that_nothing_reads(method, learned, without, float64, monkeypatch):
+    problem, batches, outer_batch = wide_problem(learned)
+    run, taken = BackStep.run, []
+
+    def counted(self, *arguments, of_state=True):
+        taken.append(of_state)
+        return run(self, *arguments, of_state=of_state)
+
+    monkeypatch.setattr(BackStep, "run", counted)
+    found = tf.function(lambda: method.compute(problem, batches, outer_batch).gradients, autograph=False)()
+    assert taken.count(False) == without and any(taken)
+    monkeypatch.setattr(reverse._Walk, "_has_its_own_first_step", lambda *arguments: False)
+    assert_close(found, method.compute(problem, batches, outer_batch).gradients, 1e-12)
 
 
 def test_the_plan_says_what_is_kept_and_what_is_computed_again(float64):

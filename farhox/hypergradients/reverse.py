@@ -224,34 +224,44 @@ class _Walk:
 
         # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds
         # up the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
-        # The last step back of all has no use for the adjoint before it, unless the initial state is learned. Taken
-        # apart from the others it would be a step of another graph, and the last bit of the result would depend on the
-        # checkpoints; a single step is worth it.
-        to_start = not isinstance(self.most, int) or self.most > 1 or training.learns_initial_state
-
-        def segment(index):
-            if self.segment is None:
-                return first, steps, records
-            start, stop = self._bounds(index, first, steps)
-            state = tf.nest.pack_sequence_as(training.start, [array.read(index) for array in records])
-            return start, stop, training.run(start, stop, training.before_first_step()._replace(state=state),
-                                             self._record(), replay=True).record
+        apart = self._has_its_own_first_step(first, steps)
+        lowest = first + 1 if apart else first
 
         def body(index, adjoint, parts):
-            start, stop, record = segment(index)
-            return index - 1, *self._steps_back(record, start, start, stop, adjoint, parts)
+            if self.segment is None:
+                start, stop, record = first, steps, records
+            else:
+                start, stop = self._bounds(index, first, steps)
+                record = self._recomputed(records, index, start, stop)
+            return index - 1, *self._steps_back(record, start, tf.maximum(start, lowest), stop, adjoint, parts)
 
-        last = tf.convert_to_tensor(self._num_segments(first, steps) - 1, tf.int32)
-        _, adjoint, parts = tf.while_loop(
-            lambda index, *_: index >= (0 if to_start else 1), body, [last, adjoint, parts], parallel_iterations=1)
-        if not to_start:
-            start, stop, record = segment(tf.constant(0))
-            adjoint, parts = self._steps_back(record, start, start + 1, stop, adjoint, parts)
-            parts = self._without_adjoint(start, record, adjoint, parts)
+        if not apart or self.most > 1:
+            last = tf.convert_to_tensor(self._num_segments(first, steps) - 1, tf.int32)
+            _, adjoint, parts = tf.while_loop(
+                lambda index, *_: index >= 0, body, [last, adjoint, parts], parallel_iterations=1)
+        if apart:
+            record = records if self.segment is None else self._recomputed(records, 0, first, lowest)
+            parts = self._without_adjoint(first, record, adjoint, parts)
         everything = [tf.zeros_like(leaf) for leaf in leaves]
         for i, part in zip(active, adjoint):
             everything[i] = part
         return everything, [part if ok else None for part, ok in zip(parts, reached)]
+
+    def _has_its_own_first_step(self, first, steps):
+        """Whether the last step back, which is the first of those differentiated, is taken apart from the others.
+
+        It has no use for the adjoint before it, unless the initial state is learned.
+        """
+        if not (isinstance(first, int) and isinstance(steps, int)) or self.training.problem.stop_tolerance is not None:
+            return False  # There may be no such step.
+        return steps > first and (first > 0 or not self.training.learns_initial_state)
+
+    def _recomputed(self, arrays, index, start, stop):
+        """The record of the steps `start` to `stop` of segment `index`, run again from its stored state."""
+        training = self.training
+        state = tf.nest.pack_sequence_as(training.start, [array.read(index) for array in arrays])
+        return training.run(start, stop, training.before_first_step()._replace(state=state), self._record(),
+                            replay=True).record
 
     def _without_adjoint(self, t, record, adjoint, parts):
         """Step t, the first of the record, as the last one back: the gradients with its contribution."""
