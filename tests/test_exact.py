@@ -56,11 +56,17 @@ def resized(interpolation):
     return lambda x: tf.cast(tf.image.resize(x[tf.newaxis, ..., tf.newaxis], [7, 5], interpolation), x.dtype)**3
 
 
+def pooled(padding):
+    return lambda x: tf.nn.max_pool2d(x[tf.newaxis, ..., tf.newaxis], 2, [1, 1], padding)**3
+
+
 FUNCTIONS = {
     "moments": variance, "moments of TensorFlow 1": variance_by_compatibility, "variance by hand": variance_by_hand,
     "self-distillation": self_distillation, "loop": in_a_loop, "branch": in_a_branch, "soft targets": soft_targets,
     "softsign": lambda x: tf.nn.softsign(x) * W, "silu": lambda x: tf.nn.silu(x) * W,
     "bilinear": resized("bilinear"), "bicubic": resized("bicubic"), "nearest": resized("nearest"),
+    "max pooling": pooled("VALID"), "padded max pooling": pooled("SAME"),
+    "max pooling, padded by hand": pooled([[0, 0], [1, 0], [0, 1], [0, 0]]),
 }
 
 
@@ -101,12 +107,32 @@ def test_second_derivatives_are_those_of_the_gradient_that_was_traced(name):
         return graph.run(back + forward, [(graph.inputs[0], X), (cotangent, V), (tangent, V)])
 
     values = {"eager": products(), "graph": tf.function(products, autograph=False)()}
-    if name not in ("bilinear", "bicubic", "nearest"):  # XLA has no kernels for these, or none for float64.
+    # XLA has no kernels for these, or none for float64.
+    if name not in ("bilinear", "bicubic", "nearest", "max pooling, padded by hand"):
         values["xla"] = tf.function(products, autograph=False, jit_compile=True)()
     v, scale = np.reshape(V, [-1]), np.max(np.abs(matrix))
     for back, along in values.values():
         np.testing.assert_allclose(np.reshape(back, [-1]), v @ matrix, atol=tolerance * scale)
         np.testing.assert_allclose(np.reshape(along, [-1]), matrix @ v, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("dimensions,padding", [(2, "SAME"), (3, "SAME"), (3, "VALID")])
+def test_maxima_that_agree_in_bfloat16_are_told_apart_under_xla(dimensions, padding):
+    random = np.random.default_rng(0)
+    shape = [2, *[5] * dimensions, 2]
+    x = tf.constant(1.0 + 1e-5 * random.permutation(np.prod(shape)).reshape(shape), tf.float32)
+    tangent = tf.constant(random.normal(size=x.shape), tf.float32)
+    pool = [tf.nn.max_pool2d, tf.nn.max_pool3d][dimensions - 2]
+    gradient = gradient_of(lambda x: pool(x, 2, 2, padding)**2)
+
+    def product():
+        graph = StepGraph(lambda inputs: [gradient(inputs[0])], [x])
+        (cotangent,) = graph.placeholders(graph.outputs)
+        return graph.run(graph.pullback(graph.outputs, graph.inputs, [cotangent]), [
+            (graph.inputs[0], x), (cotangent, tangent)])[0]
+
+    np.testing.assert_allclose(tf.function(product, autograph=False, jit_compile=True)(),
+                               tf.function(product, autograph=False)(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["moments", "self-distillation", "soft targets"])

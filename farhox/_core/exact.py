@@ -8,6 +8,7 @@ are those of the training that happens.
   pass: batch, layer and group normalisation (`tf.nn.moments`), targets that a model makes for itself.
 - `SoftmaxCrossEntropyWithLogits` has no mixed derivative with respect to logits and labels.
 - The gradient of `ImageProjectiveTransformV3` is not its adjoint; see `image_rules`.
+- The gradient of max pooling has a derivative that XLA takes at the wrong place now and then; see `pooling_rules`.
 - The gradients of resizing with interpolation have no derivative, or one that is silently missing; softsign's has none.
 - Where infinities are masked, the first derivative meets zero times infinity and a `where` discards it; in the second
   one it would be met again. There what a cotangent of zero is multiplied with counts as finite.
@@ -26,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import attr_value_pb2
 
-from farhox._core import image_rules  # noqa: F401  Registers its rule.
+from farhox._core import image_rules, pooling_rules  # noqa: F401  They register rules.
 
 
 @contextlib.contextmanager
@@ -230,6 +231,8 @@ _SECOND = {
     "ResizeBicubicGrad": "FarhoxResizeBicubicGrad",
     "ResizeNearestNeighborGrad": "FarhoxResizeNearestNeighborGrad",
     "ImageProjectiveTransformV3": "FarhoxImageProjectiveTransform",
+    "MaxPoolGrad": "FarhoxMaxPoolGrad",
+    "MaxPool3DGrad": "FarhoxMaxPoolGrad",
 }
 _MASKED = {"Mul": "FarhoxMul", "Reciprocal": "FarhoxReciprocal", "Inv": "FarhoxReciprocal", "Log": "FarhoxLog",
            "RealDiv": "FarhoxMaskedDiv"}
