@@ -152,6 +152,12 @@ class StepGraph:
             result.set_shape(fetch.shape)
         return results
 
+    def nest(self, fetches: Any, inputs: Any, feeds: Any = (), checks: bool = False) -> Any:
+        """`run` for a nest of tensors, None staying None, with all inputs of the graph fed."""
+        flat = [fetch for fetch in tf.nest.flatten(fetches) if fetch is not None]
+        values = iter(self.run(flat, [*zip(self.inputs, inputs), *feeds], checks))
+        return tf.nest.map_structure(lambda fetch: None if fetch is None else next(values), fetches)
+
     def _run_eagerly(self, fetches, feeds, checks):
         """`run` by a function of its own: nothing can be imported outside of a graph."""
         tensors = [tensor for tensor, _ in feeds]

@@ -14,8 +14,9 @@ from farhox._core.types import Batch, Carry
 from farhox.data.batches import RepeatedBatch
 from farhox.hypergradients.base import Memory, SingleHyperGradient, result
 from farhox.linear_solvers import ConjugateGradient, FixedPoint, LinearOperator, LinearSolver
-from farhox.problem.bilevel import BilevelProblem, variable_names
+from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
+from farhox.problem.maps import variable_names
 
 if TYPE_CHECKING:
     from farhox.hypergradients.base import HyperGradientResult

@@ -16,8 +16,8 @@ from farhox._core.types import Batch, Carry, Nest, Tensor, Tensors
 from farhox.dynamics.base import Momentum
 from farhox.dynamics.settings import setting_per_variable
 from farhox.hypergradients.base import SingleHyperGradient, result
-from farhox.problem.bilevel import variable_names
 from farhox.problem.inner_training import InnerRun, InnerTraining
+from farhox.problem.maps import variable_names
 
 if TYPE_CHECKING:
     from farhox.hypergradients.base import HyperGradientResult

@@ -21,6 +21,7 @@ from farhox._core.refusals import check_operations
 from farhox._core.step_graph import StepGraph
 from farhox._core.types import Batch, InnerBatches, Nest, Objective, Tensor, Tensors, Variables
 from farhox.data.batches import RepeatedBatch, as_inner_batches, batch_at, num_steps
+from farhox.problem.outer_graph import OuterGraph
 
 if TYPE_CHECKING:
     from farhox.problem.bilevel import BilevelProblem
@@ -97,7 +98,7 @@ class InnerTraining:
                 lambda inputs: problem.features(
                     tf.nest.pack_sequence_as(batch, inputs[len(self.outer):]), inputs[:len(self.outer)]), values)
             check_operations(self._feature_graph, self._feature_graph.outputs)
-            self._features = self._run(self._feature_graph, self._feature_graph.outputs, values, checks=True)
+            self._features = self._feature_graph.nest(self._feature_graph.outputs, values, checks=True)
         self.parameters = self.outer + ([] if self._features is None else float_leaves(self._features))
 
     def under(self, outer_objective: Objective, outer_variables: Variables) -> InnerTraining:
@@ -184,7 +185,7 @@ class InnerTraining:
             return result.state, result.loss, result.gradient_norm, []
         outputs = self.graph.outputs
         flat = [*tf.nest.flatten(outputs.state), outputs.loss, outputs.gradient_norm, *kept]
-        values = self._run(self.graph, flat, self.inputs(state, t), checks=True)
+        values = self.graph.nest(flat, self.inputs(state, t), checks=True)
         count = len(flat) - len(kept) - 2
         return tf.nest.pack_sequence_as(state, values[:count]), values[count], values[count + 1], values[count + 2:]
 
@@ -196,7 +197,7 @@ class InnerTraining:
         """
         outputs = self.graph.outputs
         wanted = [outputs.loss, outputs.gradient_norm, *outputs.gradients, *outputs.state.state_variables]
-        return self._run(self.graph, wanted, self.inputs(state, t))
+        return self.graph.nest(wanted, self.inputs(state, t))
 
     def losses(self, run: InnerRun) -> Tensor:
         """The inner losses of a run as a tensor [T]; after an early stop the last one fills the rest."""
@@ -292,12 +293,12 @@ class InnerTraining:
         stops = [operation.outputs[0] for operation in graph.graph.get_operations()
                  if operation.type == "StopGradient" and operation.name in needed]
         values = self.inputs(state, t)
-        held = list(zip(stops, self._run(graph, stops, values)))
+        held = list(zip(stops, graph.nest(stops, values)))
 
         def at(sign):
             moved = [w + tf.cast(sign * distance, w.dtype) * d for w, d in zip(state.variables, direction)]
             feeds = [*zip(graph.inputs, moved), *held, (one, tf.ones([], loss.dtype))]
-            return self._run(graph, products, values, feeds)
+            return graph.nest(products, values, feeds)
 
         return [None if plus is None else (plus - minus) / tf.cast(2.0 * distance, plus.dtype)
                 for plus, minus in zip(at(1.0), at(-1.0))]
@@ -321,12 +322,12 @@ class InnerTraining:
 
     # The outer objective.
 
-    def outer_graph(self, outer_batch: Batch) -> Any:
+    def outer_graph(self, outer_batch: Batch) -> OuterGraph:
         """The outer objective and its derivatives, traced once: a callable state -> `OuterGradients`.
 
         Its attribute `depends` is a list of bools, whether the objective reads each leaf of the state.
         """
-        return _OuterObjective(self, outer_batch)
+        return OuterGraph(self, outer_batch)
 
     def outer_gradients(self, state: Any, outer_batch: Batch) -> Any:
         """The outer objective and its derivatives at `state`, as `OuterGradients`."""
@@ -369,42 +370,12 @@ class InnerTraining:
         products = graph.pullback(outputs, graph.inputs[:len(self.outer)], cotangents)
         feeds = [(cotangent, gradient) for cotangent, gradient in zip(cotangents, gradients) if cotangent is not None]
         values = self.outer + tf.nest.flatten(self.inner_batches.batch)
-        return self._run(graph, products, values, feeds)
+        return graph.nest(products, values, feeds)
 
     def diagnostics(self, gradients: Tensors, outer_loss: Tensor, run: InnerRun) -> dict[str, Tensor]:
         """The diagnostics that every method reports."""
         return {"inner_gradient_norm": run.gradient_norm, "inner_steps": run.steps,
                 **gradient_diagnostics(gradients, outer_loss)}
-
-    @staticmethod
-    def _run(graph, fetches, inputs, feeds=(), checks=False):
-        """Values of a nest of tensors of the graph, None staying None."""
-        flat = [fetch for fetch in tf.nest.flatten(fetches) if fetch is not None]
-        values = iter(graph.run(flat, [*zip(graph.inputs, inputs), *feeds], checks))
-        return tf.nest.map_structure(lambda fetch: None if fetch is None else next(values), fetches)
-
-
-class _OuterObjective:
-    """See `InnerTraining.outer_graph`."""
-
-    def __init__(self, training: InnerTraining, outer_batch: Batch) -> None:
-        problem, start, outer = training.problem, training.start, training.outer
-        flat = tf.nest.flatten(outer_batch)
-        counts = [len(tf.nest.flatten(start)), len(outer)]
-
-        def gradients(inputs):
-            state = tf.nest.pack_sequence_as(start, inputs[:counts[0]])
-            return problem.outer_gradients(state, inputs[counts[0]:sum(counts)],
-                                           tf.nest.pack_sequence_as(outer_batch, inputs[sum(counts):]))
-
-        self._graph = StepGraph(gradients, tf.nest.flatten(start) + outer + flat)
-        check_operations(self._graph, self._graph.outputs, outer=True)
-        self._rest = outer + flat
-        self.depends = [part is not None for part in self._graph.outputs.state]
-
-    def __call__(self, state: Any) -> Any:
-        return InnerTraining._run(
-            self._graph, self._graph.outputs, tf.nest.flatten(state) + self._rest, checks=True)
 
 
 def gradient_diagnostics(gradients: Tensors, outer_loss: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from farhox._core.types import Batch, InnerBatches, Logs, Tensor, Variables
 from farhox.data.finite import first_not_finite, place_in_words
 from farhox.hypergradients import ImplicitHG, ObjectivesHG
 from farhox.hypergradients.base import HyperGradient
-from farhox.problem.bilevel import variable_names
+from farhox.problem.maps import variable_names
 
 if TYPE_CHECKING:
     from farhox.training.updates import GuardedUpdate
