@@ -3,8 +3,11 @@
 import configparser
 import pathlib
 import re
+import types
 
 import pytest
+
+import farhox
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -58,6 +61,55 @@ def test_links_and_pictures_of_a_page_exist(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     local = [target.split("#")[0] for target in targets if not re.match(r"https?:|#", target)]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_every_page_has_its_place_in_the_order_of_the_site():
+    order = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M)
+    assert sorted(order) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES if page != README)
+
+
+def anchors(page):
+    """What a link to a heading of a page may say after the #: that of GitHub and of the site."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_to_headings_of_a_page_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    links = [target.split("#") for target in re.findall(r"\]\(([^)\s]+#[^)\s]+)\)", text) if "://" not in target]
+    assert [link for link in links if link[1] not in anchors(page.parent / link[0] if link[0] else page)] == []
+
+
+def public_names():
+    """The full name of every public name but the modules, and the object."""
+    rooms = {f"farhox.{name}": getattr(farhox, name) for name in farhox.__all__
+             if isinstance(getattr(farhox, name), types.ModuleType)}
+    return {f"{path}.{name}": getattr(room, name) for path, room in {"farhox": farhox, **rooms}.items()
+            for name in room.__all__ if not isinstance(getattr(room, name), types.ModuleType)}
+
+
+def test_every_public_name_has_one_entry_in_the_reference():
+    pages = sorted((ROOT / "docs" / "reference").glob("*.md"))
+    entries = [name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), flags=re.M)]
+    assert len(entries) == len(set(entries))
+    names = public_names()
+    assert sorted(set(entries) - set(names)) == []
+    described = [id(names[entry]) for entry in entries]
+    # A name that has two paths is described under one of them.
+    assert [name for name, value in names.items() if described.count(id(value)) != 1] == []
+
+
+def test_public_names_in_code_become_links_and_nothing_else_does(monkeypatch):
+    markdown = pytest.importorskip("markdown")
+    monkeypatch.syspath_prepend(str(ROOT))
+    html = markdown.markdown(
+        "`Neumann`, `farhox.repeat()`, `repeat`, `stn.Dropout`, `Dropout`, `farhox.linear_solvers.GMRES`\n\n# `Box`\n",
+        extensions=["documentation.links_to_reference:LinksToReference"])
+    assert re.findall(r'identifier="([\w.]+)"[^>]*><code>([^<]+)<', html) == [
+        ("farhox.linear_solvers.Neumann", "Neumann"), ("farhox.repeat", "farhox.repeat()"),
+        ("farhox.stn.Dropout", "stn.Dropout"), ("farhox.linear_solvers.GMRES", "farhox.linear_solvers.GMRES")]
 
 
 def test_every_page_is_reached_from_the_index():

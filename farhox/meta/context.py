@@ -62,8 +62,8 @@ class CAVIA(Learner):
         model: A built `keras.Model`.
         context: List of layers and single variables of the model that adapt. Default: its `TaskContext` layers.
         inner_learning_rate: A setting of gradient descent.
-        inner_steps, loss, transductive, evaluation_steps, allow_unused, name, dynamics, support_loss, outer_variables,
-            condition: As for `MAML`.
+        inner_steps, loss, transductive, evaluation_steps, allow_unused, name: As for `MAML`.
+        dynamics, support_loss, outer_variables, condition: As for `MAML`.
 
     Raises:
         TypeError, ValueError: As `MAML`; or if the model has no context.

@@ -67,8 +67,8 @@ class MetaCurvature(MAML):
     Args:
         model: As for `MAML`.
         inner_learning_rate: A setting of gradient descent.
-        inner_steps, first_order, loss, transductive, evaluation_steps, step_weights, allow_unused, name, support_loss,
-            outer_variables, condition: As for `MAML`.
+        inner_steps, first_order, loss, transductive, evaluation_steps, step_weights: As for `MAML`.
+        allow_unused, name, support_loss, outer_variables, condition: As for `MAML`.
 
     Attributes:
         factors: List of the matrices of each trainable weight of the model.

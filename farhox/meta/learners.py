@@ -94,8 +94,8 @@ class ANIL(Learner):
     Args:
         model: As for `MAML`.
         head: List of layers and single variables of the model that adapt. Default: its last layer with weights.
-        inner_learning_rate, inner_steps, first_order, learn_learning_rates, loss, transductive, evaluation_steps,
-            allow_unused, name, dynamics, support_loss, outer_variables, condition: As for `MAML`.
+        inner_learning_rate, inner_steps, first_order, learn_learning_rates, loss, transductive: As for `MAML`.
+        evaluation_steps, allow_unused, name, dynamics, support_loss, outer_variables, condition: As for `MAML`.
 
     Raises:
         TypeError, ValueError: As `MAML`; or if `head` holds what is not the model's, or all of its weights.
