@@ -35,7 +35,7 @@ from farhox.problem import BilevelProblem, supervised_problem  # noqa: E402
 from farhox.training import HyperOptimizer  # noqa: E402
 from farhox.tuner import Tuner  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Adam", "BilevelProblem", "ConjugateGradient", "ExampleWeights", "ForwardHG", "GradientDescent", "HyperOptimizer",

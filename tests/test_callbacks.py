@@ -242,5 +242,5 @@ def test_missing_tensorboard_is_an_import_error_when_it_is_asked_for(monkeypatch
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
     HyperparameterTrace(csv_path="trace.csv")
-    with pytest.raises(ImportError, match="pip install tensorboard"):
+    with pytest.raises(ImportError, match=r"pip install 'farhox\[tensorboard\]'"):
         HyperparameterTrace(log_dir="logs")

@@ -484,7 +484,7 @@ def test_warm_up_requests_must_fit_a_signature(tmp_path):
 
 def test_warm_up_without_the_serving_api_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
-    with pytest.raises(ImportError, match="pip install tensorflow-serving-api"):
+    with pytest.raises(ImportError, match=r"pip install 'farhox\[serving\]'"):
         export.saved_model(plain(), tmp_path / "served", warmup=True)
     assert not (tmp_path / "served").exists()
 

@@ -224,7 +224,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_missing_matplotlib_is_an_import_error_that_names_the_extra(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"needs matplotlib.*farhox\[examples\]"):
+    with pytest.raises(ImportError, match=r"needs matplotlib.*farhox\[plots\]"):
         CALLS[name]()
 
 

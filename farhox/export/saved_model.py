@@ -352,7 +352,7 @@ def _serving_api():
         from tensorflow_serving.apis import prediction_log_pb2
     except ImportError as error:
         raise ImportError("Warm-up requests are written with the package tensorflow-serving-api, which is not "
-                          "installed: pip install tensorflow-serving-api") from error
+                          "installed: pip install 'farhox[serving]'") from error
     return prediction_log_pb2
 
 

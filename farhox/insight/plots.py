@@ -323,8 +323,8 @@ def _pyplot():
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError("farhox.plots needs matplotlib, which is not installed: pip install 'farhox[examples]', or "
-                          "pip install '.[examples]' in a checkout.") from error
+        raise ImportError("farhox.plots needs matplotlib, which is not installed: "
+                          "pip install 'farhox[plots]'") from error
     return pyplot
 
 

@@ -98,7 +98,7 @@ def _read(data_dir, download):
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError("load_omniglot reads the images with the package tensorflow-datasets, which is not "
-                          "installed: pip install 'farhox[examples]'.") from error
+                          "installed: pip install 'farhox[omniglot]'") from error
 
     def small(example):
         paper = tf.cast(example["image"][..., :1], tf.float32)

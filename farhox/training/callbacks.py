@@ -55,7 +55,8 @@ class HyperparameterTrace(keras.callbacks.Callback, Resumable):
         if every != "epoch" and not (checks.is_integer(every) and every >= 1):
             raise ValueError(f'every must be a positive integer or "epoch". Received: every={every!r}')
         if log_dir is not None and importlib.util.find_spec("tensorboard") is None:
-            raise ImportError("log_dir needs the package tensorboard, which is not installed: pip install tensorboard")
+            raise ImportError("log_dir needs the package tensorboard, which is not installed: "
+                              "pip install 'farhox[tensorboard]'")
         self.csv_path = None if csv_path is None else os.fspath(csv_path)
         self.log_dir = None if log_dir is None else os.fspath(log_dir)
         self.every = every

@@ -78,7 +78,7 @@ def wrapped(lines: list[str]) -> list[str]:
 def plot(history: Any, rows: Any, objective: Any, path: Any) -> None:
     """Writes the picture of a run."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("plot needs the package matplotlib, which is not installed: pip install matplotlib")
+        raise ImportError("plot needs the package matplotlib, which is not installed: pip install 'farhox[plots]'")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
