@@ -74,6 +74,29 @@ def test_what_python_draws_is_one_constant_for_all_directions(method):
     np.testing.assert_allclose(result.gradients[0], result.outer_loss, rtol=1e-6)
 
 
+def test_seeded_draws_differ_under_xla_and_the_hypergradient_is_that_of_the_training_with_them(float64):
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(8, "tanh"), keras.layers.Dropout(0.5, seed=1),
+                              keras.layers.Dense(1)])
+    rate = variable(0.1)
+    problem = farhox.supervised_problem(
+        model, "mean_squared_error", farhox.GradientDescent(rate), outer_variables=[rate])
+    inner, outer = data()
+    batches = farhox.repeat(inner, 3)
+
+    functions = [tf.function(lambda: farhox.ReverseHG().compute(problem, batches, outer)[:2], autograph=False,
+                             jit_compile=compiled) for compiled in (False, True)]
+
+    def at(value):
+        rate.assign(value)
+        return [function() for function in functions]
+
+    results, above, below = at(0.1), at(0.1 + 1e-5), at(0.1 - 1e-5)
+    # TensorFlow chooses the generator by the device: this fails once XLA draws the numbers of a graph.
+    assert abs(results[0][1] - results[1][1]) > 1e-3
+    for (gradients, _), (_, more), (_, less) in zip(results, above, below):
+        assert_close(gradients, [(more - less) / 2e-5], 1e-6)
+
+
 def normal():
     return tf.random.normal([])
 
