@@ -135,6 +135,17 @@ def test_maxima_that_agree_in_bfloat16_are_told_apart_under_xla(dimensions, padd
                                tf.function(product, autograph=False)(), rtol=1e-5)
 
 
+def test_cumulative_logsumexp_is_exact_in_reverse_mode_and_no_number_in_forward_mode(float64):
+    w, rate = variable(np.array([0.3, -0.2, 0.5])), variable(0.1)
+    problem = farhox.BilevelProblem(
+        lambda x: keras.ops.sum(tf.sin(tf.math.cumulative_logsumexp(w * x))), lambda x: keras.ops.sum(w * x),
+        [w], [rate], farhox.GradientDescent(rate))
+    data = farhox.repeat(np.array([1.0, 2.0, 0.5]), 2), np.array([0.5, 1.0, -1.0])
+    reverse, forward = (method.compute(problem, *data) for method in (farhox.ReverseHG(), farhox.ForwardHG()))
+    assert_close(reverse.gradients, unrolled.finite_differences(problem, *data), 1e-6)
+    assert not forward.diagnostics["finite"]
+
+
 @pytest.mark.parametrize("name", ["moments", "self-distillation", "soft targets"])
 def test_a_tape_around_the_operations_does_not_know_the_rules(name):
     """Once this fails TensorFlow is right, and a rule of `farhox._core.exact` can go."""
