@@ -68,6 +68,29 @@ def test_episodes_equal_the_mean_of_single_computations(problem, kind, method):
         result.state.variables[0], [part.state.variables[0] for part in parts], rtol=1e-12)
 
 
+def test_episodes_at_the_same_time_change_no_bit():
+    problem, inner, outer = make_problem(learned_bias=False), INNER_BATCHES["stacked"][0], examples(EPISODES, 8)
+    one, several = (farhox.ReverseHG().compute(problem.over_episodes(parallel_iterations=count), inner, outer)
+                    for count in (1, 3))
+    tf.nest.map_structure(np.testing.assert_array_equal, one, several)
+    losses = []
+    for count in (None, 2):
+        for variable in problem.outer_variables:
+            variable.assign(0.1)
+        optimizer = farhox.HyperOptimizer(problem, EpisodesHG(farhox.ReverseHG()))
+        optimizer.compile(keras.optimizers.SGD(0.1), parallel_iterations=count)
+        assert optimizer.problem.parallel_iterations == (count or 1)
+        losses.append(optimizer.fit((inner, outer), epochs=2, verbose=0).history["outer_loss"])
+    assert losses[0] == losses[1] and losses[0][1] < losses[0][0]
+
+
+def test_the_number_of_episodes_at_the_same_time_is_checked(problem):
+    with pytest.raises(ValueError, match="parallel_iterations must be a positive integer"):
+        problem.over_episodes(parallel_iterations=0)
+    with pytest.raises(ValueError, match="parallel_iterations is for a problem over_episodes"):
+        farhox.HyperOptimizer(problem).compile(parallel_iterations=2)
+
+
 def test_order_of_episodes_does_not_matter(problem):
     inner, outer = examples(EPISODES, STEPS, 6), examples(EPISODES, 8)
     method = EpisodesHG(farhox.ReverseHG())

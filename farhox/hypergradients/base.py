@@ -173,7 +173,8 @@ def _over_episodes(method, problem, inner_batches, outer_batch, state, carry, it
     def one(inner_batches, outer_batch, kept):
         return method.compute(problem.one_episode, inner_batches, outer_batch, *(kept or (None, None)), iteration)
 
-    episodes = map_episodes(one, inner_batches, outer_batch, None if state is None else (state, carry or []))
+    episodes = map_episodes(one, inner_batches, outer_batch, None if state is None else (state, carry or []),
+                            problem.parallel_iterations)
     return episodes._replace(
         gradients=[problem.aggregated(gradient) for gradient in episodes.gradients],
         outer_loss=problem.aggregated(episodes.outer_loss),

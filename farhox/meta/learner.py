@@ -146,7 +146,7 @@ class Learner(HyperOptimizer):
             support = with_weights(support)
             leaf = tf.nest.flatten(query)[0]
             inputs += support[2], tf.ones(tf.shape(leaf)[:2], support[2].dtype)
-        return map_episodes(one, (), inputs, self._adapted(support)[0])
+        return map_episodes(one, (), inputs, self._adapted(support)[0], self.problem.parallel_iterations)
 
     def adapt(self, support: Batch) -> keras.Model:
         """A plain Keras model adapted to a support set.
@@ -279,7 +279,7 @@ class Learner(HyperOptimizer):
             run = training.run()
             return run.state, training.losses(run)
 
-        return map_episodes(one, inner_batches, ())
+        return map_episodes(one, inner_batches, (), parallel_iterations=self.problem.parallel_iterations)
 
     def _judge(self, episodes):
         """Loss and, of a classifier, accuracy of each episode: a dictionary of tensors [episodes]."""
@@ -295,7 +295,8 @@ class Learner(HyperOptimizer):
                 values["accuracy"] = weighted_mean(correct(targets, predictions), weights)
             return values
 
-        return map_episodes(one, (), self._outer_batch(support, query), states)
+        return map_episodes(
+            one, (), self._outer_batch(support, query), states, self.problem.parallel_iterations)
 
     def _has_accuracy(self, targets, predictions):
         """Whether predictions are right or wrong: by a cross-entropy, or by class numbers for several outputs."""

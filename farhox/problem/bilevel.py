@@ -152,6 +152,7 @@ class BilevelProblem(Maps):
         # Batches have no axis of episodes: `over_episodes` adds one.
         self.one_episode: BilevelProblem = self
         self._aggregation: Any = None
+        self.parallel_iterations = 1
         self._inner_objective = inner_objective
         self.allow_unused = bool(allow_unused)
         self._features: Any = features
@@ -210,7 +211,8 @@ class BilevelProblem(Maps):
         other._outer_objective, other.outer_predictions, other._compiled = outer_objective, None, {}
         return other
 
-    def over_episodes(self, aggregation: Callable[[Tensor], Tensor] | None = None) -> BilevelProblem:
+    def over_episodes(self, aggregation: Callable[[Tensor], Tensor] | None = None,
+                      parallel_iterations: int = 1) -> BilevelProblem:
         """The same problem for batches with one more axis: meta-batches, folds of a cross-validation.
 
         Every tensor of the inner batches and of the outer batch has an additional leading axis of episodes (for
@@ -223,12 +225,15 @@ class BilevelProblem(Maps):
         Args:
             aggregation: Callable, tensor [episodes, ...] to tensor [...], for hypergradients and the outer loss.
                 Default: the mean.
+            parallel_iterations: Positive int, episodes that are computed at the same time where TensorFlow may use
+                several threads, at the price of their memory. The numbers are the same. XLA takes one at a time.
 
         Returns:
             A `BilevelProblem`.
 
         Raises:
             TypeError: If `aggregation` is not callable.
+            ValueError: If `parallel_iterations` is not a positive integer.
 
         Reference:
             [Franceschi et al., 2018](https://arxiv.org/abs/1806.04910), equation 3.
@@ -238,6 +243,7 @@ class BilevelProblem(Maps):
         over = copy.copy(self)
         over.one_episode = self.one_episode
         over._aggregation = aggregation or (lambda values: tf.reduce_mean(values, axis=0))
+        over.parallel_iterations = checks.positive_integer("parallel_iterations", parallel_iterations)
         over._compiled = {}
         return over
 
@@ -245,6 +251,10 @@ class BilevelProblem(Maps):
     def has_episodes(self) -> bool:
         """Whether batches have a leading axis of episodes; see `over_episodes`."""
         return self._aggregation is not None
+
+    def in_parallel(self, parallel_iterations: int) -> BilevelProblem:
+        """A problem `over_episodes` with another number of them at the same time."""
+        return self.one_episode.over_episodes(self._aggregation, parallel_iterations)
 
     def aggregated(self, values: Tensor) -> Tensor:
         """Values [episodes, ...] of a problem `over_episodes` as [...]."""

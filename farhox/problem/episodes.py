@@ -22,10 +22,11 @@ def episode_at(inner_batches: InnerBatches, index: Tensor) -> Any:
 
 
 def map_episodes(function: Callable[..., Any], inner_batches: InnerBatches, outer_batch: Batch,
-                 kept: Nest = None) -> Any:
+                 kept: Nest = None, parallel_iterations: int = 1) -> Any:
     """`function(inner_batches, outer_batch, kept)` of each episode, its results stacked; None stays None.
 
-    The function is traced once, into a graph function that the loop over episodes calls.
+    The function is traced once, into a graph function that the loop over episodes calls, for `parallel_iterations` of
+    them at a time.
     """
     sliced, shared = _sliced_and_shared(inner_batches)
     elements = (sliced, outer_batch, kept)
@@ -43,7 +44,7 @@ def map_episodes(function: Callable[..., Any], inner_batches: InnerBatches, oute
     signature = [tf.TensorSpec(output.shape, output.dtype) for output in outputs if output is not None]
     stacked = iter(tf.map_fn(
         lambda episode: [output for output in tf.nest.flatten(traced(*episode)) if output is not None],
-        leaves, fn_output_signature=signature, parallel_iterations=1))
+        leaves, fn_output_signature=signature, parallel_iterations=parallel_iterations))
     return tf.nest.map_structure(lambda output: None if output is None else next(stacked), traced.structured_outputs)
 
 

@@ -50,7 +50,7 @@ def _evaluated(_, problem, inner_batches, outer_batch, state, iteration):
     if problem.has_episodes:
         episodes = map_episodes(
             lambda inner, outer, state: evaluate(problem.one_episode, inner, outer, state, iteration),
-            inner_batches, outer_batch, state)
+            inner_batches, outer_batch, state, problem.parallel_iterations)
         return episodes._replace(outer_loss=problem.aggregated(episodes.outer_loss),
                                  predictions=one_after_the_other(episodes.predictions))
     training = InnerTraining(problem, inner_batches, state, iteration=iteration)
@@ -64,7 +64,8 @@ def predictions_of(problem: BilevelProblem, state: InnerState, outer_batch: Batc
     if not problem.has_episodes:
         return problem.predict_outer(state, problem.outer_values(), outer_batch)
     return one_after_the_other(map_episodes(
-        lambda _, outer_batch, state: predictions_of(problem.one_episode, state, outer_batch), (), outer_batch, state))
+        lambda _, outer_batch, state: predictions_of(problem.one_episode, state, outer_batch), (), outer_batch, state,
+        problem.parallel_iterations))
 
 
 def one_after_the_other(nest: Nest) -> Nest:

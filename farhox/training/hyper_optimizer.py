@@ -122,7 +122,7 @@ class HyperOptimizer(keras.Model):
         self._inner_function: Any = None
 
     def compile(self, optimizer: Optimizer = "adam", metrics: Metrics | None = None, jit_compile: bool = False,
-                **kwargs: Any) -> None:
+                parallel_iterations: int | None = None, **kwargs: Any) -> None:
         """Configures the outer optimizer and metrics.
 
         Args:
@@ -130,17 +130,25 @@ class HyperOptimizer(keras.Model):
             metrics: List of Keras metrics on the outer batch; needs a problem with `outer_predictions`, as
                 `supervised_problem` makes it.
             jit_compile: Bool. Compile hyper-iterations with XLA; on CPUs this slows convolutions down.
+            parallel_iterations: Positive int, episodes that are computed at the same time, see
+                `BilevelProblem.over_episodes`. Default: what was said there, else one after the other.
             **kwargs: `weighted_metrics`, `run_eagerly`, `steps_per_execution` of `keras.Model.compile`.
 
         Raises:
             TypeError: If the optimizer is none of Keras'.
-            ValueError: If a loss is given (the objectives are part of the problem), or metrics cannot be computed.
+            ValueError: If a loss is given (the objectives are part of the problem), metrics cannot be computed, or
+                `parallel_iterations` is no positive integer or comes without episodes.
         """
         if any(kwargs.pop(name, None) is not None for name in ("loss", "loss_weights")):
             raise ValueError("A HyperOptimizer takes no loss: the inner and outer objective are part of the problem.")
         if (metrics or kwargs.get("weighted_metrics")) and self.problem.outer_predictions is None:
             raise ValueError("Metrics need predictions: give BilevelProblem(outer_predictions=batch -> (targets, "
                              "predictions, sample_weight)), or make the problem with farhox.supervised_problem.")
+        if parallel_iterations is not None:
+            if not self.problem.has_episodes:
+                raise ValueError("parallel_iterations is for a problem over_episodes, which has several trainings in a "
+                                 f"hyper-iteration. Received: parallel_iterations={parallel_iterations!r}")
+            self.problem = self.problem.in_parallel(parallel_iterations)
         check_keras_optimizer("optimizer", optimizer)
         check_unscaled("optimizer", optimizer)
         # Losses are not scaled: a hypergradient is computed before the optimizer sees it.
