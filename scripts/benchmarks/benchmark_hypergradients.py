@@ -73,6 +73,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from _shared import experiment
 import farhox
 from farhox.hypergradients import EpisodesHG
 from farhox import meta
@@ -83,11 +84,11 @@ HYPERGRADIENTS = {
     "reverse_sqrt": farhox.ReverseHG(checkpoint_every="sqrt"),
     "forward": farhox.ForwardHG(),
     # A tolerance that is never reached: always ten products.
-    "implicit": farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=10, tolerance=0.0)),
+    "implicit": farhox.ImplicitHG(farhox.linear_solvers.ConjugateGradient(max_steps=10, tolerance=0.0)),
     "maml": EpisodesHG(farhox.ReverseHG()),
     "fomaml": EpisodesHG(farhox.ReverseHG()),
     "hyper_representation": EpisodesHG(farhox.ReverseHG()),
-    "imaml": EpisodesHG(farhox.ImplicitHG(farhox.ConjugateGradient(max_steps=5, tolerance=0.0))),
+    "imaml": EpisodesHG(farhox.ImplicitHG(farhox.linear_solvers.ConjugateGradient(max_steps=5, tolerance=0.0))),
 }
 
 
@@ -229,10 +230,9 @@ def state_megabytes(problem):
 
 
 def table(rows):
-    """The measurements as text, a line per case."""
-    lines = [[name for name, _ in COLUMNS]] + [[form.format(row[name]) for name, form in COLUMNS] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+    """The measurements as text, a line per case where that fits on a screen."""
+    return experiment.markdown_table(
+        [name for name, _ in COLUMNS], [[form.format(row[name]) for name, form in COLUMNS] for row in rows])
 
 
 # The competitors: plain training, and the tape that records every step.
