@@ -9,6 +9,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 import farhox
+from farhox.training.progress import Progress
 
 X, Y = load_digits(return_X_y=True)
 X = (X / 16).astype("float32")
@@ -139,6 +140,19 @@ def test_an_epoch_is_shown_in_one_line_of_80_columns(verbose, traced, capsys):
     assert "skipped_updates" not in lines[1] and " loss: " not in lines[1]
     hyper_optimizer.evaluate(data, verbose=2)
     assert capsys.readouterr().out.startswith("Evaluation ")
+
+
+@pytest.mark.parametrize("on_a_terminal", [False, True])
+def test_the_line_of_an_epoch_is_written_anew_on_a_terminal_alone(on_a_terminal, capsys, monkeypatch):
+    progress = Progress()
+    progress.set_params({"verbose": 1, "epochs": 1, "steps": 2})
+    monkeypatch.setattr("sys.stdout.isatty", lambda: on_a_terminal)
+    progress.on_epoch_begin(0)
+    progress.on_train_batch_end(0, {"outer_loss": 0.5})
+    progress.on_epoch_end(0, {"outer_loss": 0.25})
+    shown = capsys.readouterr().out
+    assert ("outer_loss: 0.5" in shown) == ("\r" in shown) == on_a_terminal
+    assert shown.endswith("outer_loss: 0.25\n")
 
 
 def test_what_was_skipped_is_shown():

@@ -45,8 +45,9 @@ def _is_quiet(name, value, logs):
 class Progress(keras.callbacks.ProgbarLogger):
     """Shows the logs of a `HyperOptimizer` in one line an epoch.
 
-    With `verbose=1` the line is written anew while the epoch goes on, with `verbose=2` once. What does not fit in
-    80 columns is left out from the end: the outer loss, metrics, validation and the inner loss come first.
+    With `verbose=1` the line is written anew while the epoch goes on, on a terminal and in a notebook; with `verbose=2`
+    and in a file once. What does not fit in 80 columns is left out from the end: the outer loss, metrics, validation
+    and the inner loss come first.
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ class Progress(keras.callbacks.ProgbarLogger):
     def _update_progbar(self, batch, logs=None):
         self.seen = batch + 1
         now = time.monotonic()
-        if self.verbose == 1 and now - self._shown > 0.1:
+        if self.verbose == 1 and now - self._shown > 0.1 and _can_be_written_anew():
             self._shown = now
             done = f"{self.seen}/{self.target}" if self.target else str(self.seen)
             self._write(line(f"{self._head} [{done}]", logs or {}), "")
@@ -84,6 +85,10 @@ class Progress(keras.callbacks.ProgbarLogger):
         self._length = 0 if end else len(text)
         sys.stdout.write(start + text + end)
         sys.stdout.flush()
+
+
+def _can_be_written_anew():
+    return sys.stdout.isatty() or "ipykernel" in sys.modules
 
 
 def line(head: Any, logs: Any) -> str:
