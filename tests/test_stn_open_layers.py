@@ -4,11 +4,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stn_cases import LAYERS, PLAIN, gated, hyperparameters, inputs, layer_and_input
+from stn_cases import LAYERS, PLAIN, VARIANTS, gated, hyperparameters, inputs, layer_and_input
 
 import farhox
 from farhox import stn
 from farhox._core import functional
+from farhox.stn.plain_twins import perturbing_twins, self_tuning_twins
 
 K = keras.layers
 SEQUENCE = (5, 6)
@@ -44,7 +45,8 @@ def at_draws(model, x, draws):
     return functional.call(lambda: model(x), bindings=[], draws=bindings).value
 
 
-@pytest.mark.parametrize("name", [*LAYERS, *ATTENTION])
+@pytest.mark.parametrize("name", [*(
+    pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in LAYERS), *ATTENTION])
 def test_a_converted_layer_with_closed_gates_is_its_plain_twin(name, float64):
     if name in ATTENTION:
         model, shape = attention_model(name), SEQUENCE
@@ -66,6 +68,7 @@ def test_a_converted_layer_with_closed_gates_is_its_plain_twin(name, float64):
     np.testing.assert_allclose(baked(x), model(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_computes_each_example_with_the_projections_of_its_own_draw(name, float64):
     model = stn.convert(attention_model(name), hyperparameters())
@@ -80,7 +83,9 @@ def test_attention_computes_each_example_with_the_projections_of_its_own_draw(na
     np.testing.assert_allclose(stn.bake(model)(x), model(x), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["transpose", "separable", "conv3d", "einsum", "attention", "group_query"])
+@pytest.mark.parametrize("name", [
+    "einsum", "attention", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        "transpose", "separable", "conv3d", "group_query"))])
 def test_gradients_of_elementary_and_hyper_weights_and_gates_are_those_of_finite_differences(name, float64):
     if name in ATTENTION:
         model, shape = stn.convert(attention_model(name), hyperparameters()), SEQUENCE
@@ -171,6 +176,7 @@ def own_model(strength=0.1):
 TWINS = {Scale: SelfTuningScale, Block: SelfTuningBlock}
 
 
+@pytest.mark.filterwarnings("ignore:The l1 strength")
 def test_layers_of_your_own_become_self_tuning_by_twins_and_plain_again(float64, tmp_path):
     strength = farhox.Hyperparameter(0.1, low=0.0, name="strength")
     model = own_model(strength)
@@ -231,6 +237,7 @@ def test_attention_and_own_layers_tune_train_and_come_back_from_a_saved_model(tm
     assert "Layers whose weights do not respond: scale" in stn.summary(model)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_attention_runs_in_half_precision(policy):
     model = stn.convert(attention_model("attention", dtype=policy), hyperparameters())
@@ -307,3 +314,22 @@ def test_twins_that_are_none_are_refused(twins, error, rule):
 def test_an_einsum_layer_without_an_axis_of_examples_in_front_is_refused(equation, output):
     with pytest.raises(ValueError, match="must leave the first axis of its inputs.*Received: equation="):
         stn.EinsumDense(equation, output, [rate()]).build((4, 5, 6))
+
+
+class OwnDense(stn.SelfTuning, K.Dense):
+    """A twin of a layer that farhox has one for."""
+
+    plain = K.Dense
+    gate_axes = {"kernel": (-1,), "bias": (-1,)}
+
+
+def test_layers_become_those_of_farhox_for_each_that_names_them_and_those_of_others_only_when_asked():
+    dense = keras.Sequential([keras.Input([4]), K.Dense(3)])
+    assert type(stn.convert(dense, [rate()]).layers[0]) is stn.Dense
+    assert type(stn.convert(dense, [rate()], twins={K.Dense: OwnDense}).layers[0]) is OwnDense
+    assert set(self_tuning_twins()) == {
+        K.Dense, K.Embedding, K.Conv1D, K.Conv2D, K.Conv3D, K.Conv2DTranspose, K.DepthwiseConv2D, K.SeparableConv2D,
+        K.LSTM, K.GRU, K.EinsumDense, K.MultiHeadAttention, K.GroupQueryAttention}
+    assert set(perturbing_twins()) == {
+        K.Dropout, K.SpatialDropout1D, K.SpatialDropout2D, K.SpatialDropout3D, K.GaussianNoise, K.GaussianDropout,
+        K.AlphaDropout}

@@ -11,17 +11,13 @@ from keras.src.models.functional import Functional
 from farhox._core.types import Initializer
 from farhox.outer.outer_variable import OuterVariable
 from farhox.outer.regularizers import L1L2
-from farhox.stn import attention, convolutions, layers, recurrent
 from farhox.stn.gates import as_hyperparameters, unconstrained
 from farhox.stn.held import hyperparameters_in, layers_of, share_hyperparameters
 from farhox.stn.keras_strengths import checked_strengths, find_layer, perturbing_twin
 from farhox.stn.network import Network
 from farhox.stn.perturbations import PerturbationLayer
+from farhox.stn.plain_twins import self_tuning_twins
 from farhox.stn.self_tuning import Twin
-
-_LAYERS = (layers.Dense, layers.Embedding, convolutions.Conv1D, convolutions.Conv2D, convolutions.Conv3D,
-           convolutions.Conv2DTranspose, convolutions.DepthwiseConv2D, convolutions.SeparableConv2D, recurrent.LSTM,
-           recurrent.GRU, attention.EinsumDense, attention.MultiHeadAttention, attention.GroupQueryAttention)
 
 
 def convert(model: keras.Model, hyperparameters: Sequence[OuterVariable] | None = None,
@@ -58,8 +54,7 @@ def convert(model: keras.Model, hyperparameters: Sequence[OuterVariable] | None 
             already), a layer with strengths is not in the model, or no hyperparameter is found.
     """
     _check_model(model, "stn.convert")
-    table = {layer.plain: layer for layer in _LAYERS}
-    table.update(_checked_twins(twins))
+    table = {**self_tuning_twins(), **_checked_twins(twins)}
     found = {id(layer): (layer, checked_strengths(layer, given)) for layer, given in _found(model, strengths).items()}
     perturbing = {key: perturbing_twin(*entry) for key, entry in found.items()}
     if hyperparameters is None:

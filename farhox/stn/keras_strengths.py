@@ -8,17 +8,10 @@ import numpy as np
 
 from farhox.outer.hyperparameters import Hyperparameter
 from farhox.outer.outer_variable import OuterVariable
-from farhox.stn import dropout
-from farhox.stn.attention import GroupQueryAttention, MultiHeadAttention
 from farhox.stn.held import layers_of
 from farhox.stn.images import Augmentation, augmentation_strengths
-from farhox.stn.recurrent import GRU, LSTM
+from farhox.stn.plain_twins import perturbing_twins, self_tuning_twins
 
-_LAYERS = (dropout.Dropout, dropout.SpatialDropout1D, dropout.SpatialDropout2D, dropout.SpatialDropout3D,
-           dropout.GaussianNoise, dropout.GaussianDropout, dropout.AlphaDropout)
-PERTURBATIONS = {layer.plain: layer for layer in _LAYERS}
-# Layers that drop out besides what they compute, and respond themselves.
-_WITH_RATES = {layer.plain: layer.rates for layer in (LSTM, GRU, MultiHeadAttention, GroupQueryAttention)}
 # Where a rate stands in a denominator, and all is lost at 1.
 _GREATEST_RATE = 0.9
 
@@ -94,11 +87,12 @@ def checked_strengths(layer: keras.Layer, strengths: Mapping[str, Any]) -> dict[
         TypeError: If it has no strengths.
         ValueError: If a strength is none of its arguments.
     """
-    arguments = list(_WITH_RATES.get(type(layer), ())) or list(_values_of(layer))
+    arguments = list(_rates_of(layer)) or list(_values_of(layer))
     if not arguments:
-        kinds = [kind.__name__ for kind in (*PERTURBATIONS, *_WITH_RATES)]
-        raise TypeError("Strengths are those of dropout, noise and augmentation layers of Keras: "
-                        f"{', '.join(kinds)}, and those that stn.Augmentation takes. Received: {layer!r}")
+        kinds = [*perturbing_twins(), *(plain for plain, twin in self_tuning_twins().items() if twin.rates)]
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise TypeError(f"Strengths are those of dropout, noise and augmentation layers of Keras: {names}, and those "
+                        f"that stn.Augmentation takes. Received: {layer!r}")
     if not isinstance(strengths, dict):
         strengths = dict.fromkeys(list(_values_of(layer)) or arguments, strengths)
     unknown = [argument for argument in strengths if argument not in arguments]
@@ -112,17 +106,24 @@ def perturbing_twin(layer: keras.Layer, strengths: Mapping[str, Any]) -> Any:
 
     None for layers that respond themselves, which take the strengths as settings.
     """
-    if type(layer) in _WITH_RATES:
+    if _rates_of(layer):
         return None
-    return PERTURBATIONS.get(type(layer), Augmentation).from_plain(layer, strengths)
+    kind: Any = perturbing_twins().get(type(layer), Augmentation)
+    return kind.from_plain(layer, strengths)
+
+
+def _rates_of(layer):
+    """The rates of a Keras layer that drops out besides what it computes, and responds itself."""
+    twin = self_tuning_twins().get(type(layer))
+    return () if twin is None else twin.rates
 
 
 def _values_of(layer):
     """Dictionary from the strengths of a Keras layer to (value, greatest value), empty for a layer that has none."""
-    if type(layer) in _WITH_RATES:
-        rates = {name: float(getattr(layer, name)) for name in _WITH_RATES[type(layer)]}
+    if _rates_of(layer):
+        rates = {name: float(getattr(layer, name)) for name in _rates_of(layer)}
         return {name: (rate, _GREATEST_RATE) for name, rate in rates.items() if rate > 0.0}
-    twin = PERTURBATIONS.get(type(layer))
+    twin = perturbing_twins().get(type(layer))
     if twin is None:
         return augmentation_strengths(layer)
     return {name: (float(getattr(layer, name)), min(greatest, _GREATEST_RATE) if np.isfinite(greatest) else None)

@@ -24,11 +24,9 @@ from farhox.stn.network import Network
 from farhox.stn.saved_names import check_names, save_names
 from farhox.stn.steps import STN, DeltaSTN
 from farhox.stn.untuned import check_settings, warn_of_untuned
+from farhox.stn.updates import Updates, done, guarded_parts
 
 _METHODS = ("stn", "delta")
-_TRAINING_LOSS, _STATISTICS, _GRADIENTS, _WEIGHTS = _TRAINING_PARTS = (
-    "the training loss", "statistics of layers", "gradients of the weights", "the weights after an update")
-_VALIDATION_LOSS, _SCALES = "the validation loss", "the scales of the draws or their gradient"
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -134,10 +132,7 @@ class SelfTuningModel(keras.Model):
         self._evaluated_loss = keras.metrics.Mean(name="loss")
         self._outer_loss = keras.metrics.Mean(name="outer_loss")
         self._inner_loss = keras.metrics.Mean(name="inner_loss")
-        self._hyper_parts = [f"the hyperparameter {entry.name!r} or its gradient" for entry in self.hyperparameters]
-        self.guard = UpdateGuard({
-            "training": _TRAINING_PARTS, "validation": [_VALIDATION_LOSS, *self._hyper_parts, _SCALES]},
-            self.max_skipped_updates)
+        self.guard = UpdateGuard(guarded_parts(self.hyperparameters), self.max_skipped_updates)
         self._functions = {}
         self.built = True
 
@@ -202,10 +197,14 @@ class SelfTuningModel(keras.Model):
             self.response_optimizer.build(network.response)
         if self.scale_optimizer is not None:
             self.scale_optimizer.build([self.draws.raw_scales])
-        self._scales_loss = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
         self._steps = (DeltaSTN if delta else STN)(
             network, self.draws, self._training_objective, self._validation_objective,
             self.optimizer.scale_loss, self.entropy_weight)
+        self._updates = Updates(
+            self.hyperparameters, self._steps, self.guard, self.optimizer, self.hyper_optimizer,
+            self.response_optimizer, self.scale_optimizer,
+            isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer), self._inner_loss,
+            self._outer_loss, self._compile_metrics)
         self._functions = {}
 
     def fit(self, x: Data = None, y: Data = None, batch_size: int | None = None, epochs: int = 1,
@@ -281,8 +280,8 @@ class SelfTuningModel(keras.Model):
 
         tf.cond(
             is_validation,
-            lambda: tf.cond(due, lambda: _done(self._validation_step, x, y, sample_weight, noise), tf.no_op),
-            lambda: _done(self._training_step, x, y, sample_weight, noise))
+            lambda: tf.cond(due, lambda: done(self._updates.validation, x, y, sample_weight, noise), tf.no_op),
+            lambda: done(self._updates.training, x, y, sample_weight, noise))
         return self._logs()
 
     def test_step(self, data: Data) -> Logs:
@@ -312,7 +311,7 @@ class SelfTuningModel(keras.Model):
         Returns:
             The training loss.
         """
-        return self._by_hand("training", self._training_step, batch, noise)
+        return self._by_hand("training", batch, noise)
 
     def validation_step(self, batch: Batch, noise: Array = None) -> Any:
         """One validation step by hand, whatever `warmup_steps`; compiled unless the model runs eagerly.
@@ -323,7 +322,7 @@ class SelfTuningModel(keras.Model):
         Returns:
             The validation loss.
         """
-        return self._by_hand("validation", self._validation_step, batch, noise)
+        return self._by_hand("validation", batch, noise)
 
     def save_own_variables(self, store: Any) -> None:
         save_names(store, self.hyperparameters)
@@ -360,60 +359,6 @@ class SelfTuningModel(keras.Model):
     def compile_from_config(self, config: Config) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
 
-    def _training_step(self, x, y, sample_weight, noise):
-        step = self._steps.training(x, y, sample_weight, noise)
-        self._check_used(step.read)
-        network = self._network
-        optimizers = [self.optimizer] if self.method == "stn" else [self.optimizer, self.response_optimizer]
-
-        def apply():
-            if self.method == "delta":
-                self.optimizer.apply(step.general, network.general)
-                self.response_optimizer.apply(step.response, network.response)
-            else:
-                self.optimizer.apply(step.general + step.response, network.general + network.response)
-            for variable, value in step.updates:
-                variable.assign(value)
-
-        statistics = [value for _, value in step.updates]
-        parts = {_TRAINING_LOSS: step.loss, _STATISTICS: statistics}
-        if not self._scales_loss:
-            parts[_GRADIENTS] = [step.general, step.response]
-        changed = network.general + network.response + [v for each in optimizers for v in each.variables]
-        done = self.guard.update("training", (x, y, sample_weight), parts, apply, {
-            _WEIGHTS: changed, _STATISTICS: [variable for variable, _ in step.updates]})
-        weight = tf.where(done, tf.shape(noise)[0], 0)
-        self._inner_loss.update_state(tf.where(done, step.loss, tf.zeros_like(step.loss)), sample_weight=weight)
-        if self._compile_metrics is not None:
-            tf.cond(done, lambda: _done(self._compile_metrics.update_state, y, step.predictions, sample_weight),
-                    tf.no_op)
-        return step.loss
-
-    def _validation_step(self, x, y, sample_weight, noise):
-        step = self._steps.validation(x, y, sample_weight, None if self.scale_optimizer is None else noise)
-
-        def apply():
-            self.hyper_optimizer.apply(step.hyperparameters, self.draws.variables_of)
-            if self.scale_optimizer is not None:
-                self.scale_optimizer.apply([step.raw_scales], [self.draws.raw_scales])
-
-        parts = {_VALIDATION_LOSS: step.loss, **dict(zip(self._hyper_parts, step.hyperparameters))}
-        changed = {part: [variable] for part, variable in zip(self._hyper_parts, self.draws.variables_of)}
-        changed[self._hyper_parts[0]] += self.hyper_optimizer.variables
-        if self.scale_optimizer is not None:
-            parts[_SCALES] = step.raw_scales
-            changed[_SCALES] = [self.draws.raw_scales, *self.scale_optimizer.variables]
-        done = self.guard.update(
-            "validation", (x, y, sample_weight), parts, apply, changed, self._natural_values)
-        weight = tf.where(done, tf.shape(noise)[0], 0)
-        self._outer_loss.update_state(tf.where(done, step.loss, tf.zeros_like(step.loss)), sample_weight=weight)
-        return step.loss
-
-    def _natural_values(self):
-        """What hyperparameters and scales must be after an update too: exp(u) can be infinite where u is not."""
-        values = {part: entry.natural_value() for part, entry in zip(self._hyper_parts, self.hyperparameters)}
-        return {**values, _SCALES: self.draws.scales()}
-
     def _training_objective(self, x, y, predictions, sample_weight):
         loss = self._loss(y, predictions, sample_weight=sample_weight)
         return tf.add_n([loss] + [tf.cast(tf.reduce_sum(added), loss.dtype) for added in self.model.losses])
@@ -421,15 +366,10 @@ class SelfTuningModel(keras.Model):
     def _validation_objective(self, x, y, predictions, sample_weight):
         return self._validation_loss(y, predictions, sample_weight=sample_weight)
 
-    def _check_used(self, read):
-        unused = [entry.name for entry in self.hyperparameters if id(entry.variable) not in read]
-        if unused:
-            raise ValueError("Every hyperparameter must have a use in training: a layer, a regularizer or the training "
-                             f"loss that reads it. Received: {', '.join(map(repr, unused))} without any")
-
-    def _by_hand(self, name, step, batch, noise):
+    def _by_hand(self, name, batch, noise):
         if not self.compiled:
             raise ValueError(f"A SelfTuningModel must be compiled before {name}_step().")
+        step = self._updates.training if name == "training" else self._updates.validation
         if name not in self._functions:
             def function(batch, noise):
                 x, y, sample_weight, batch_size = unpack(batch)
@@ -456,9 +396,3 @@ class SelfTuningModel(keras.Model):
             # Compiled metrics are those of training steps.
             unmeasured |= set(self.get_metrics_result()) - {"loss", "outer_loss"}
         return {name: value for name, value in logs.items() if name not in unmeasured}
-
-
-def _done(step, *arguments):
-    """Branches of a condition return the same: nothing."""
-    step(*arguments)
-    return tf.no_op()

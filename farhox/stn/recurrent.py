@@ -32,6 +32,7 @@ class _Cell(Affine):
 
     own_settings = (*Twin.own_settings, "recurrent_dropconnect")
     rates = ("dropout", "recurrent_dropout")
+    alone = False
 
     def __init__(self, units: int, hyperparameters: Sequence[OuterVariable],
                  gate_initializer: Initializer | None = None, kernel_initializer: Initializer | None = None,

@@ -142,11 +142,13 @@ class Twin(InKeras):
         parts: Dictionary from names of attributes to the self-tuning classes of the layers that are there.
         own_settings: Tuple of the names of settings that the plain twin does not take.
         rates: Tuple of the names of settings of the plain twin that can be hyperparameters, with a rate per example.
+        alone: Bool, whether it stands in a model by itself and not only as a part of another layer.
     """
 
     plain: Any = None
     parts = {}
     rates = ()
+    alone = True
     own_settings = ("hyperparameters", "gate_initializer", "centred", "reference")
 
     @classmethod
