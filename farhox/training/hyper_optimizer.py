@@ -5,29 +5,32 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox._core import checks, tree
+from farhox._core import checks
 from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
 from farhox._core.types import Batch, Data, InnerBatches, Metrics, Optimizer, Tensor, Tensors
 from farhox.data.batches import as_inner_batches, as_tensors, examples_of
 from farhox.data.datasets import as_hyper_iterations, pair, raise_if_endless
 from farhox.dynamics.base import check_keras_optimizer, check_unscaled
-from farhox.hypergradients import EpisodesHG, HyperGradient, ReverseHG
+from farhox.hypergradients import HyperGradient, ReverseHG
 from farhox.hypergradients.base import HyperGradientResult
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
-from farhox.training.errors import DivergedError, clear_errors
+from farhox.training.data_checks import with_checks
+from farhox.training.errors import clear_errors
+from farhox.training.hyper_iteration import HyperIteration, checked_settings
 from farhox.training.kept import Kept
-from farhox.training.progress import Logs, add_progress
-from farhox.training.trained import describe, known_model, trained_copy
+from farhox.training.metric_variables import make_metrics, make_metrics_of_replicas
+from farhox.training.progress import Logs, add_progress, as_list
+from farhox.training.trained import Trained, describe, known_model, raise_if_not_finite, trained_copy
 from farhox.training.updates import GuardedUpdate
-from farhox.training.watch import ADVICE, GAP, SkipGuard, Watch
+from farhox.training.watch import GAP, SkipGuard, Watch
 from farhox.training.weights import read_names, unchanged_on_error, write_names
 
 _SAVE_RULE = (
@@ -79,25 +82,7 @@ class HyperOptimizer(keras.Model):
                  max_skipped_updates: int = 10, name: str | None = "hyper_optimizer") -> None:
         super().__init__(name=name)
         hypergradient = ReverseHG() if hypergradient is None else hypergradient
-        if not isinstance(problem, BilevelProblem):
-            raise TypeError(f"problem must be a farhox.BilevelProblem. Received: {problem!r}")
-        if not isinstance(hypergradient, HyperGradient):
-            raise TypeError("hypergradient must be one of farhox' methods, for example farhox.ReverseHG(). "
-                            f"Received: {hypergradient!r}")
-        if isinstance(hypergradient, EpisodesHG):
-            problem, hypergradient = problem.over_episodes(hypergradient.aggregation), hypergradient.hypergradient
-        if hypergradient.takes_episodes and not problem.has_episodes:
-            problem = problem.over_episodes()
-        if online and problem.has_episodes:
-            raise ValueError("Episodes start anew in every hyper-iteration: a problem over episodes cannot be used "
-                             "with online=True.")
-        if hypergradient.needs_online and not online:
-            raise ValueError(f"{type(hypergradient).__name__} makes sense where the inner state goes on from one "
-                             "hyper-iteration to the next. Use online=True.")
-        if online and (problem.learns_initialization or problem.proximal is not None):
-            raise ValueError("online=True goes on from the last inner state, so the initial state must not matter. "
-                             "Received a problem with "
-                             f"{'a proximal term' if problem.proximal is not None else 'learned initial values'}.")
+        problem, hypergradient = checked_settings(problem, hypergradient, online)
         self.problem = problem
         self.hypergradient = hypergradient
         self.online = bool(online)
@@ -117,6 +102,8 @@ class HyperOptimizer(keras.Model):
         self._solver_metrics = {name: keras.metrics.Mean(name=name) for name in _OF_SOLVERS}
         self._kept = Kept(problem, hypergradient, self.online)
         self._slots, self._carry = self._kept.slots, self._kept.carry
+        self._one = HyperIteration(self._outer, hypergradient, self.online, self._kept, self._guarded_update,
+                                   self._watch, self.last_outer_loss)
         self.built = True
         self._step_function: Any = None
         self._inner_function: Any = None
@@ -200,9 +187,7 @@ class HyperOptimizer(keras.Model):
         raise_if_endless(x, "steps_per_epoch", kwargs.get("steps_per_epoch"))
         if validation_data is not None:
             validation_data = self._dataset(validation_data)
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks = callbacks.callbacks
-        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+        callbacks = as_list(callbacks)
         if any(isinstance(c, keras.callbacks.ModelCheckpoint) and not c.save_weights_only for c in callbacks):
             raise ValueError(f"ModelCheckpoint must have save_weights_only=True. {_SAVE_RULE}")
         # First in the list, so that what another one restores is not touched.
@@ -211,7 +196,7 @@ class HyperOptimizer(keras.Model):
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
         self.problem.raise_if_model_changed()
         with clear_errors():
-            self._make_metrics(x)
+            make_metrics(self, self._compile_metrics, x, self._predictions_of)
             history = super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
         history.history = Logs(history.history)
         return history
@@ -234,13 +219,12 @@ class HyperOptimizer(keras.Model):
                 return super().evaluate(x, _use_cached_eval_dataset=True, **kwargs)
         self.problem.raise_if_model_changed()
         as_dictionary = kwargs.pop("return_dict", False)
-        callbacks = kwargs.pop("callbacks", None)
-        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+        callbacks = as_list(kwargs.pop("callbacks", None))
         add_progress(callbacks, kwargs.get("verbose", "auto"))
         with clear_errors():
             x = self._dataset(x)
             raise_if_endless(x, "steps", kwargs.get("steps"))
-            self._make_metrics(x)
+            make_metrics(self, self._compile_metrics, x, self._predictions_of)
             logs = Logs(super().evaluate(x, callbacks=callbacks, return_dict=True, **kwargs))
         if as_dictionary:
             return logs
@@ -412,63 +396,10 @@ class HyperOptimizer(keras.Model):
         return examples_of(inner_batches), outer_batch
 
     def _hyper_iteration(self, inner_batches, outer_batch):
-        result = self.hypergradient.compute(
-            self.problem, inner_batches, outer_batch, state=self._kept.state_now(), carry=self._kept.carry_now(),
-            iteration=self._iteration())
-        new_state, new_carry = self._kept.of(result)
-        flags = [tf.logical_not(tree.is_finite(part)) for part in [
-            result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]]
-        flags = tf.cast(tf.stack(flags), tf.int32)
-        outer_loss = tf.cast(result.outer_loss, tf.float32)
-        context = tf.distribute.get_replica_context()
-        if context.num_replicas_in_sync > 1:
-            if self.online:
-                raise ValueError("online=True keeps one inner state and needs one replica. Received a strategy with "
-                                 f"{context.num_replicas_in_sync} replicas.")
-            *flags, outer_loss = tf.unstack(context.all_reduce(
-                tf.distribute.ReduceOp.SUM, tf.concat([tf.cast(flags, tf.float32), [outer_loss]], 0)))
-            flags = tf.cast(tf.stack(flags), tf.int32)
-            outer_loss /= context.num_replicas_in_sync
-        # A diverged inner loss with a finite hypergradient is a diverged run all the same.
-        finite = tf.reduce_all(flags == 0)
-        stands = self._update(finite, result.gradients, context)
-        self._kept.keep(result.inner_losses, new_state, new_carry)
-        self.last_outer_loss.assign(outer_loss)
-        self._watch.record(stands, flags, inner_batches, outer_batch)
-        return result
-
-    def _update(self, finite, gradients, context):
-        """Applies the hypergradients if they are finite; returns whether an update stands.
-
-        Over replicas the optimizer adds them up: hence the mean. What became of the values, the same on all of them, is
-        looked at once.
-        """
-        replicas = context.num_replicas_in_sync
-        if replicas == 1:
-            return self._guarded(finite, lambda: self._apply(gradients))
-        gradients = [gradient / replicas for gradient in gradients]
-
-        def across_replicas(strategy, finite, gradients):
-            # A condition may not hold a call that merges replicas, so the merge comes first and splits again inside.
-            return self._guarded(
-                strategy.experimental_local_results(finite)[0],
-                lambda: strategy.extended.call_for_each_replica(self._apply, args=(gradients,)))
-
-        return context.merge_call(across_replicas, args=(finite, gradients))
-
-    def _guarded(self, finite, update):
-        return tf.cond(finite, lambda: self._guarded_update.apply(self.optimizer, update), self._no_update)
-
-    def _no_update(self):
-        self._guarded_update.forget()
-        return tf.constant(False)
-
-    def _apply(self, gradients):
-        self.optimizer.apply(gradients, self._outer)
-        return tf.no_op()
+        return self._one.run(self.problem, self.optimizer, self._iteration(), inner_batches, outer_batch)
 
     def trained_state(self, inner_batches: InnerBatches, outer: Tensors | None = None,
-                      state: InnerState | None = None) -> _Trained:
+                      state: InnerState | None = None) -> Trained:
         """Inner training without keeping it: nothing changes.
 
         Args:
@@ -493,17 +424,13 @@ class HyperOptimizer(keras.Model):
         with clear_errors():
             self._check_data(inner_batches, None)
             run = self._inner_function(inner_batches, outer, state)
-        if not tree.is_finite([run.losses, run.state]):
-            bad = np.flatnonzero(~np.isfinite(run.losses.numpy()))
-            where = f"the inner objective at step {bad[0]}" if bad.size else "the state after the last step"
-            raise DivergedError(f"Inner training diverged: {where} of {len(run.losses)} is not finite. The model is as "
-                                f"it was. {ADVICE}", run.losses.numpy())
+        raise_if_not_finite(run)
         return run
 
     def _train(self, inner_batches, outer, state):
         training = InnerTraining(self.problem, inner_batches, state, outer, iteration=self._iteration())
         run = training.run()
-        return _Trained(run.state, training.losses(run))
+        return Trained(run.state, training.losses(run))
 
     def _check_data(self, inner_batches, outer_batch):
         """The checks of the data that XLA leaves out of a compiled hyper-iteration."""
@@ -527,35 +454,10 @@ class HyperOptimizer(keras.Model):
         return logs
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch=None):
-        """Makes the variables of metrics before training, as a distribution strategy needs it.
+        make_metrics_of_replicas(self, self._compile_metrics, iterator, self._predictions_of)
 
-        Keras' own way averages the data of all replicas, which makes fractions of indices and labels.
-        """
-        if self._compile_metrics is None or self._compile_metrics.built or self._distribute_strategy is None:
-            return
-        batch = next(next(iter(iterator))[2])
-        self._build_metrics(tf.nest.map_structure(
-            lambda leaf: self.distribute_strategy.experimental_local_results(leaf)[0], batch))
-
-    def _make_metrics(self, data):
-        """Makes the variables of metrics where no strategy is: TensorFlow traces twice what makes variables itself."""
-        if (self._compile_metrics is None or self._compile_metrics.built or self.run_eagerly
-                or self._distribute_strategy is not None or not isinstance(data, tf.data.Dataset)):
-            return
-        self._build_metrics(data.element_spec)  # No element is read: a stream would go on from it.
-
-    def _build_metrics(self, element):
-        def predictions(element):
-            return self.problem.evaluate(*self._hyper_iteration_data(element)).predictions
-
-        # Traced for its shapes and never run.
-        traced = tf.function(predictions, autograph=False).get_concrete_function(element)
-        targets, outputs, _ = traced.structured_outputs
-        if any(part.shape.rank is None for part in tf.nest.flatten([targets, outputs])):
-            return
-        with self.distribute_strategy.scope():
-            self._compile_metrics.build(*tf.nest.map_structure(
-                lambda part: keras.KerasTensor(part.shape, part.dtype.name), (targets, outputs)))
+    def _predictions_of(self, element):
+        return self.problem.evaluate(*self._hyper_iteration_data(element)).predictions
 
     def _compiled(self, function, **options):
         if self.run_eagerly:
@@ -566,21 +468,6 @@ class HyperOptimizer(keras.Model):
 
     def _dataset(self, x):
         data = as_hyper_iterations(x, self.distribute_strategy)
-        compiled = self.compiled and self.jit_compile
-        if not compiled or not self.problem.has_data_checks or not isinstance(data, tf.data.Dataset):
-            return data
-
-        @tf.autograph.experimental.do_not_convert
-        def checked(*element):
-            (element,) = element if len(element) == 1 else (element,)  # A plain tuple comes in parts, an episode whole.
-            with tf.control_dependencies(self.problem.data_checks(*self._checked_examples(element))):
-                return tf.nest.map_structure(tf.identity, element)
-
-        return data.map(checked, num_parallel_calls=1)
-
-
-class _Trained(NamedTuple):
-    """See `HyperOptimizer.trained_state`."""
-
-    state: InnerState
-    losses: Tensor
+        if self.compiled and self.jit_compile:
+            return with_checks(data, self.problem, self._checked_examples)
+        return data

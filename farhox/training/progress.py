@@ -35,6 +35,13 @@ class Logs(dict):
         return self[name] if name in self or name in self._quiet else default
 
 
+def as_list(callbacks: Any) -> list[Any]:
+    """Callbacks as a list of their own: of one, of a sequence, of Keras' `CallbackList`, of None."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+
+
 def _is_quiet(name, value, logs):
     if name in _ALIAS:
         return _ALIAS[name] in logs

@@ -1,22 +1,43 @@
-"""From a `HyperOptimizer` to models: a trained copy, and a description of what is learned."""
+"""From a `HyperOptimizer` to trained models: a run of inner training, a copy, and what is learned in words."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from farhox._core import tree
 from farhox._core.copies import copy_of
 from farhox._core.inner_state import InnerState
 from farhox._core.logs import log_names, log_values
-from farhox._core.types import Data, Tensors
+from farhox._core.types import Data, Tensor, Tensors
 from farhox.data.datasets import pair
 from farhox.problem.bilevel import BilevelProblem
+from farhox.training.errors import DivergedError
+from farhox.training.watch import ADVICE
 
 if TYPE_CHECKING:
     from farhox.training.hyper_optimizer import HyperOptimizer
+
+
+class Trained(NamedTuple):
+    """An inner training; see `HyperOptimizer.trained_state`."""
+
+    state: InnerState
+    losses: Tensor
+
+
+def raise_if_not_finite(run: Trained) -> None:
+    """Raises a DivergedError that says where an inner training stopped being finite, if it did."""
+    if tree.is_finite([run.losses, run.state]):
+        return
+    bad = np.flatnonzero(~np.isfinite(run.losses.numpy()))
+    where = f"the inner objective at step {bad[0]}" if bad.size else "the state after the last step"
+    raise DivergedError(f"Inner training diverged: {where} of {len(run.losses)} is not finite. The model is as "
+                        f"it was. {ADVICE}", run.losses.numpy())
 
 
 def trained_copy(optimizer: HyperOptimizer, data: Data, outer: Tensors | None = None) -> keras.Model:

@@ -1,0 +1,131 @@
+"""One hyper-iteration: the hypergradient, its update under the guard, over replicas too, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from farhox._core import tree
+from farhox._core.types import Batch, InnerBatches, Optimizer, Tensor, Variables
+from farhox.hypergradients import EpisodesHG, HyperGradient
+from farhox.hypergradients.base import HyperGradientResult
+from farhox.problem.bilevel import BilevelProblem
+
+
+def checked_settings(problem: BilevelProblem, hypergradient: HyperGradient,
+                     online: bool) -> tuple[BilevelProblem, HyperGradient]:
+    """A problem and a method that can be iterated: both over episodes where one of them is.
+
+    Raises:
+        TypeError: If one of them has the wrong type.
+        ValueError: If they do not go with `online`.
+    """
+    if not isinstance(problem, BilevelProblem):
+        raise TypeError(f"problem must be a farhox.BilevelProblem. Received: {problem!r}")
+    if not isinstance(hypergradient, HyperGradient):
+        raise TypeError("hypergradient must be one of farhox' methods, for example farhox.ReverseHG(). "
+                        f"Received: {hypergradient!r}")
+    if isinstance(hypergradient, EpisodesHG):
+        problem, hypergradient = problem.over_episodes(hypergradient.aggregation), hypergradient.hypergradient
+    if hypergradient.takes_episodes and not problem.has_episodes:
+        problem = problem.over_episodes()
+    if online and problem.has_episodes:
+        raise ValueError("Episodes start anew in every hyper-iteration: a problem over episodes cannot be used "
+                         "with online=True.")
+    if hypergradient.needs_online and not online:
+        raise ValueError(f"{type(hypergradient).__name__} makes sense where the inner state goes on from one "
+                         "hyper-iteration to the next. Use online=True.")
+    if online and (problem.learns_initialization or problem.proximal is not None):
+        raise ValueError("online=True goes on from the last inner state, so the initial state must not matter. "
+                         "Received a problem with "
+                         f"{'a proximal term' if problem.proximal is not None else 'learned initial values'}.")
+    return problem, hypergradient
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HyperIteration:
+    """What a `HyperOptimizer` does with one element of its data set.
+
+    Args:
+        outer: List of the outer variables.
+        hypergradient: A `HyperGradient`.
+        online: Bool, whether the inner state goes on.
+        kept: `Kept`, where the inner state and the memory are between hyper-iterations.
+        guarded_update: `GuardedUpdate`, which takes an update back that a value does not survive.
+        watch: `Watch`, which counts what was skipped.
+        last_outer_loss: `keras.Variable` that is given the outer loss, over all replicas.
+    """
+
+    outer: Variables
+    hypergradient: HyperGradient
+    online: bool
+    kept: Any
+    guarded_update: Any
+    watch: Any
+    last_outer_loss: keras.Variable
+
+    def run(self, problem: BilevelProblem, optimizer: Optimizer, iteration: Tensor, inner_batches: InnerBatches,
+            outer_batch: Batch) -> HyperGradientResult:
+        """Computes the hypergradient, applies it with the outer optimizer, and keeps what goes on.
+
+        Raises:
+            ValueError: If an inner state is kept and there are several replicas.
+        """
+        result = self.hypergradient.compute(
+            problem, inner_batches, outer_batch, state=self.kept.state_now(), carry=self.kept.carry_now(),
+            iteration=iteration)
+        new_state, new_carry = self.kept.of(result)
+        flags = [tf.logical_not(tree.is_finite(part)) for part in [
+            result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]]
+        flags = tf.cast(tf.stack(flags), tf.int32)
+        outer_loss = tf.cast(result.outer_loss, tf.float32)
+        context = tf.distribute.get_replica_context()
+        if context.num_replicas_in_sync > 1:
+            if self.online:
+                raise ValueError("online=True keeps one inner state and needs one replica. Received a strategy with "
+                                 f"{context.num_replicas_in_sync} replicas.")
+            *flags, outer_loss = tf.unstack(context.all_reduce(
+                tf.distribute.ReduceOp.SUM, tf.concat([tf.cast(flags, tf.float32), [outer_loss]], 0)))
+            flags = tf.cast(tf.stack(flags), tf.int32)
+            outer_loss /= context.num_replicas_in_sync
+        # A diverged inner loss with a finite hypergradient is a diverged run all the same.
+        finite = tf.reduce_all(flags == 0)
+        stands = self._update(optimizer, finite, result.gradients, context)
+        self.kept.keep(result.inner_losses, new_state, new_carry)
+        self.last_outer_loss.assign(outer_loss)
+        self.watch.record(stands, flags, inner_batches, outer_batch)
+        return result
+
+    def apply(self, optimizer: Any, gradients: Any) -> Any:
+        """The update of the outer optimizer, without a guard."""
+        optimizer.apply(gradients, self.outer)
+        return tf.no_op()
+
+    def _update(self, optimizer, finite, gradients, context):
+        """Applies the hypergradients if they are finite; returns whether an update stands.
+
+        Over replicas the optimizer adds them up: hence the mean. What became of the values, the same on all of them, is
+        looked at once.
+        """
+        replicas = context.num_replicas_in_sync
+        if replicas == 1:
+            return self._guarded(optimizer, finite, lambda: self.apply(optimizer, gradients))
+        gradients = [gradient / replicas for gradient in gradients]
+
+        def across_replicas(strategy, finite, gradients):
+            # A condition may not hold a call that merges replicas, so the merge comes first and splits again inside.
+            return self._guarded(
+                optimizer, strategy.experimental_local_results(finite)[0],
+                lambda: strategy.extended.call_for_each_replica(self.apply, args=(optimizer, gradients)))
+
+        return context.merge_call(across_replicas, args=(finite, gradients))
+
+    def _guarded(self, optimizer, finite, update):
+        return tf.cond(finite, lambda: self.guarded_update.apply(optimizer, update), self._no_update)
+
+    def _no_update(self):
+        self.guarded_update.forget()
+        return tf.constant(False)
