@@ -60,33 +60,37 @@ class ReptileHG(HyperGradient):
         count = num_episodes(inner_batches)
         kept = carry if carry else self.initial_carry(problem)
 
-        def episode(index, kept, direction, losses, outer_losses, ends):
+        def episode(index, kept, direction, losses, outer_losses, ends, norms, taken):
             slots, step = kept
-            training = InnerTraining(problem, episode_at(inner_batches, index),
-                                     start._replace(slots=slots, step=step), share_features=False)
+            training = InnerTraining(problem, episode_at(inner_batches, index), start._replace(slots=slots, step=step),
+                                     share_features=False, iteration=iteration)
             run, direction = _train(training, weights, direction)
             loss = problem.outer_loss(
                 run.state, training.outer, tf.nest.map_structure(lambda leaf: leaf[index], outer_batch))
             ends = [array.write(index, leaf) for array, leaf in zip(ends, tf.nest.flatten(run.state))]
             return (index + 1, [run.state.slots, run.state.step], direction,
                     losses.write(index, training.losses(run)),
-                    outer_losses.write(index, tf.cast(loss, problem.loss_dtype)), ends)
+                    outer_losses.write(index, tf.cast(loss, problem.loss_dtype)), ends, norms + run.gradient_norm,
+                    taken + run.steps)
 
         losses = tf.TensorArray(problem.loss_dtype, count, element_shape=[steps])
         outer_losses = tf.TensorArray(problem.loss_dtype, count, element_shape=[])
         ends = [tf.TensorArray(leaf.dtype, count, element_shape=leaf.shape) for leaf in tf.nest.flatten(start)]
         zeros = [tf.zeros_like(variable) for variable in start.variables]
-        _, kept, direction, losses, outer_losses, ends = tf.while_loop(
+        _, kept, direction, losses, outer_losses, ends, norms, taken = tf.while_loop(
             lambda index, *_: index < count, episode,
-            [tf.constant(0), kept, zeros, losses, outer_losses, ends], parallel_iterations=1)
+            [tf.constant(0), kept, zeros, losses, outer_losses, ends, tf.zeros([], problem.loss_dtype), tf.constant(0)],
+            parallel_iterations=1)
         adjoint = [tf.zeros_like(leaf) for leaf in float_leaves(start)]
         adjoint[:len(direction)] = [part / tf.cast(count, part.dtype) for part in direction]
         gradients = first.gradients([None] * len(first.outer), adjoint=adjoint,
                                     sees="ReptileHG learns initial values alone: name the inner variables as outer "
                                          "variables too, and nothing else.")
         outer_loss = tf.reduce_mean(outer_losses.stack())
+        # Over episodes, as those of other methods.
         diagnostics = {
-            "inner_gradient_norm": tf.zeros([], problem.loss_dtype), "inner_steps": tf.constant(steps),
+            "inner_gradient_norm": norms / tf.cast(count, norms.dtype),
+            "inner_steps": tf.cast(taken, tf.float32) / tf.cast(count, tf.float32),
             **gradient_diagnostics(gradients, outer_loss)}
         states = tf.nest.pack_sequence_as(start, [array.stack() for array in ends])
         return HyperGradientResult(gradients, outer_loss, losses.stack(), states, kept, diagnostics)
@@ -108,6 +112,6 @@ def _train(training, weights, direction):
         return t + 1, after, [a + b for a, b in zip(direction, moved)], losses.write(t, loss), norm
 
     steps, state, direction, losses, norm = tf.while_loop(
-        lambda t, *_: t < training.steps, body,
+        lambda t, state, direction, losses, norm: training.goes_on(t, training.steps, norm), body,
         [tf.constant(0), before.state, direction, before.losses, before.gradient_norm], parallel_iterations=1)
     return InnerRun(state, losses, norm, steps), direction
