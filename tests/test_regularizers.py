@@ -48,6 +48,7 @@ def test_derivative_of_the_absolute_value_is_zero_at_zero():
     np.testing.assert_allclose(tape.gradient(value, weights), [0.0, -0.3], rtol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:The l1 strength")
 @pytest.mark.parametrize("method", [
     farhox.ReverseHG(), pytest.param(farhox.ForwardHG(), marks=pytest.mark.slow)], ids=["reverse", "forward"])
 def test_a_strength_per_layer_and_one_per_weight_have_the_hypergradients_of_finite_differences(method, float64):
@@ -68,6 +69,7 @@ def test_a_strength_per_layer_and_one_per_weight_have_the_hypergradients_of_fini
     assert_close(method.compute(problem, inner_batches, outer_batch).gradients, expected, 1e-7)
 
 
+@pytest.mark.slow
 def test_the_regularizer_of_a_frozen_layer_does_not_count(float64):
     model = keras.Sequential([
         keras.Input([3]), keras.layers.Dense(3, kernel_regularizer=farhox.L1L2(l2=1.0)), keras.layers.Dense(1)])
@@ -88,6 +90,7 @@ def test_configuration_holds_numbers_and_hyperparameters_with_their_current_valu
     np.testing.assert_allclose(restored(tf.constant(WEIGHTS)), 0.1 * L1 + 0.4 * L2, rtol=1e-14)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("strength", [0.3, [[1.0], [2.0]]], ids=["number", "array"])
 def test_a_saved_model_keeps_its_penalty(tmp_path, strength):
     model = keras.Sequential([
