@@ -24,12 +24,19 @@ def axes_and_values(item):
 def pytest_collection_modifyitems(items):
     """Of a cross product marked `covering` the default run keeps cases that hold every value of every axis once.
 
-    The others are slow tests.
+    Of a test marked `one_case` it keeps the first case. The others are slow tests.
     """
-    products = {}
+    products, seen = {}, set()
     for item in items:
-        if item.get_closest_marker("covering") is not None and item.get_closest_marker("slow") is None:
-            products.setdefault(item.nodeid.split("[")[0], []).append(item)
+        name = item.nodeid.split("[")[0]
+        if item.get_closest_marker("slow") is not None:
+            continue
+        if item.get_closest_marker("covering") is not None:
+            products.setdefault(name, []).append(item)
+        elif item.get_closest_marker("one_case") is not None:
+            if name in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(name)
     for cases in products.values():
         missing = set().union(*map(axes_and_values, cases))
         while missing:
@@ -38,6 +45,16 @@ def pytest_collection_modifyitems(items):
             missing -= axes_and_values(chosen)
         for case in cases:
             case.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def graphs_as_they_are_traced(request):
+    """TensorFlow optimizes graphs in slow tests, and in those marked `optimized`, as it does for users.
+
+    It takes a fifth of the time of tests that run most of their graphs once.
+    """
+    optimized = any(request.node.get_closest_marker(name) is not None for name in ("slow", "optimized"))
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not optimized})
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ def proximal_quadratic(dtype="float64", steps=1, initial=None):
 # Small networks: one layer family each, and the shape of an example. Integer inputs are given by their vocabulary.
 _LAYERS = keras.layers
 NETWORKS = {
-    "Dense": ((4,), lambda: [_LAYERS.Dense(4, activation="tanh"), _LAYERS.Dense(3, activation="silu")]),
+    "Dense": ((4,), lambda: [_LAYERS.Dense(3, activation="tanh")]),
     "Activations": ((4,), lambda: [_LAYERS.Dense(4, activation=name) for name in ("gelu", "softplus", "elu", "relu")]),
     "Conv2D": ((4, 4, 1), lambda: [_LAYERS.Conv2D(2, 3, padding="same", activation="tanh"), _LAYERS.Flatten()]),
     "DepthwiseConv2D": ((4, 4, 2), lambda: [_LAYERS.DepthwiseConv2D(3, activation="tanh"), _LAYERS.Flatten()]),

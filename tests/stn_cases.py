@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 
 import farhox
 from farhox import stn
@@ -30,6 +31,15 @@ LAYERS = {
     "gru_before": (lambda h, **k: stn.GRU(4, h, reset_after=False, **k), STEPS),
     "gru_no_bias": (lambda h, **k: stn.GRU(4, h, use_bias=False, **k), STEPS),
 }
+# Further settings of a class that is there already.
+VARIANTS = {"dense_on_steps", "conv2d_groups", "einsum_shared", "einsum_right", "einsum_left", "gru_before",
+            "gru_no_bias"}
+every_layer = pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in LAYERS])
+# One of each way to compute a response: a product, a convolution, rows that are read, a cell.
+layers_of_each_kind = pytest.mark.parametrize("name", [
+    name if name in ("dense", "conv2d", "embedding", "lstm") else pytest.param(name, marks=pytest.mark.slow)
+    for name in LAYERS])
 PLAIN = {"dense": keras.layers.Dense, "dense_on_steps": keras.layers.Dense, "conv1d": keras.layers.Conv1D,
          "conv3d": keras.layers.Conv3D, "transpose": keras.layers.Conv2DTranspose,
          "separable": keras.layers.SeparableConv2D,

@@ -21,6 +21,7 @@ def forward(inputs):
             for a, b in ((1.0, 0.0), (0.0, 1.0))]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("derivatives", [scalar, forward])
 def test_one_tensor_in_two_places_has_a_derivative_for_each(derivatives, compiled):

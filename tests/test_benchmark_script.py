@@ -38,6 +38,7 @@ def test_quick_run_writes_a_row_with_all_measurements(tmp_path, benchmark):
     assert finished.stdout.splitlines() == benchmark.table([row]).splitlines()
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("workload, method", [
     ("W1", "reverse"), ("W2", "reverse_sqrt"), ("W2", "forward"),
     pytest.param("W1", "reverse_sqrt", marks=pytest.mark.slow), pytest.param("W2", "reverse", marks=pytest.mark.slow)])
@@ -60,6 +61,7 @@ def test_implicit_hypergradient_of_the_benchmark_is_that_of_a_long_training(benc
     assert_close(result.gradients, expected, 1e-2)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("workload", list(WORKLOADS))
 def test_plain_training_of_the_benchmark_takes_the_steps_of_the_problem(workload, benchmark):
     task = getattr(benchmark, WORKLOADS[workload])(quick=True)
@@ -68,6 +70,7 @@ def test_plain_training_of_the_benchmark_takes_the_steps_of_the_problem(workload
     assert_close(benchmark.plain_training(task, batches), state.variables, 1e-5)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["maml", "fomaml", "imaml", "hyper_representation"])
 def test_plain_episodes_of_the_benchmark_have_the_losses_of_the_problem(method, benchmark):
     task = benchmark.few_shot_learner(quick=True, method=method)

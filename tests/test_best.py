@@ -33,6 +33,7 @@ class Path(keras.callbacks.Callback):
         self.lam.assign(self.values.pop(0))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("online", [False, True])
 def test_the_best_hyper_iteration_is_kept_and_the_model_trained_with_it_written(tmp_path, online):
     optimizer, lam, batches = quadratic(online)

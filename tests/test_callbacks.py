@@ -102,7 +102,7 @@ def test_every_says_how_many_hyper_iterations_lie_between_records(every, compile
     np.testing.assert_array_equal(trace.history["hyper_iteration"], list(expected))
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @pytest.mark.parametrize("trace_first", [True, False])
 @pytest.mark.parametrize("every, save_freq", [(3, "epoch"), (1, 3)])
 def test_resumed_file_is_that_of_a_run_that_was_not_interrupted(tmp_path, every, save_freq, trace_first):
@@ -127,6 +127,7 @@ def test_resumed_file_is_that_of_a_run_that_was_not_interrupted(tmp_path, every,
         assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every, save_every", [
     (3, 2), pytest.param(1, "epoch", marks=pytest.mark.slow), pytest.param("epoch", 1, marks=pytest.mark.slow)])
 def test_file_of_a_run_that_resume_goes_on_with_is_that_of_one_that_was_not_interrupted(tmp_path, every, save_every):
@@ -141,6 +142,7 @@ def test_file_of_a_run_that_resume_goes_on_with_is_that_of_one_that_was_not_inte
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("damage", [
     lambda text: text[:text.rindex(",") + 4],  # The process ended while it wrote a line,
     lambda text: "".join(text.splitlines(True)[:-1])])  # or between the backup and the record.
@@ -162,6 +164,7 @@ def test_file_cut_off_in_its_first_line_is_begun_anew(tmp_path):
     np.testing.assert_array_equal(read_trace(tmp_path / "trace.csv")["hyper_iteration"], np.arange(5))
 
 
+@pytest.mark.slow
 def test_second_fit_goes_on_and_a_new_run_starts_anew(tmp_path):
     trace = HyperparameterTrace(tmp_path / "trace.csv")
     optimizer, named, _ = make()
@@ -177,6 +180,7 @@ def test_second_fit_goes_on_and_a_new_run_starts_anew(tmp_path):
     np.testing.assert_allclose(found["rate"][0], 0.3)
 
 
+@pytest.mark.slow
 def test_skipped_updates_count_as_hyper_iterations():
     optimizer, _, _ = make(goal=float("nan"))
     assert optimizer.hyper_iterations == farhox.HyperOptimizer(optimizer.problem).hyper_iterations == 0
@@ -186,6 +190,7 @@ def test_skipped_updates_count_as_hyper_iterations():
     assert np.ptp(trace.history["rate"]) == 0 and optimizer.hyper_iterations == 4
 
 
+@pytest.mark.slow
 def test_tensorboard_has_scalars_and_histograms_of_arrays(tmp_path):
     trace = HyperparameterTrace(log_dir=tmp_path, every=2)
     fit(make()[0], [trace], epochs=1)

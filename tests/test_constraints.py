@@ -56,6 +56,7 @@ def kind_of(name, total):
     }[name]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["capped", "simplex", "at_most"])
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @hypothesis.given(values=entries, total=totals)
@@ -65,6 +66,7 @@ def test_projection_equals_bisection_on_random_cases(kind, values, total):
         constraint()(values).numpy(), projected_by_bisection(values, total, cap, exact_sum), rtol=0, atol=1e-8)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["capped", "simplex", "at_most"])
 def test_projection_equals_a_quadratic_program(kind):
     generator = np.random.default_rng(0)
@@ -113,6 +115,7 @@ def test_projecting_twice_changes_nothing_more(constraint):
     np.testing.assert_allclose(constraint(once).numpy(), once.numpy(), rtol=0, atol=1e-15)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda constraint: type(constraint).__name__)
 def test_constraints_give_the_same_in_a_compiled_function(constraint, jit_compile):
@@ -128,6 +131,7 @@ def test_constraints_come_back_from_their_configuration(constraint):
     assert restored.get_config() == constraint.get_config()
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda constraint: type(constraint).__name__)
 def test_keras_optimizers_enforce_constraints_after_an_update(constraint):
     variable = keras.Variable(np.random.default_rng(3).normal(size=[6]), dtype="float32")

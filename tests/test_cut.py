@@ -88,6 +88,7 @@ def hypergradient(data, memory=None):
     return tf.function(lambda: farhox.ReverseHG(memory=memory).compute(*data).gradients, autograph=False)()
 
 
+@pytest.mark.slow
 def test_every_kept_tensor_counts(float64, monkeypatch):
     data = wide_problem()
     expected = hypergradient(data, memory=0)

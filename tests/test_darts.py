@@ -28,6 +28,7 @@ Q = 1 - RATE * CURVATURE
 END = TARGET + Q ** STEPS * (START - TARGET)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-3)])
 def test_quadratic_has_its_published_value(dtype, tolerance):
     (gradient,) = DartsHG().compute(*scalar_quadratic(dtype, ("target",))[:3]).gradients
@@ -35,6 +36,7 @@ def test_quadratic_has_its_published_value(dtype, tolerance):
     np.testing.assert_allclose(gradient, 0.0048576, rtol=tolerance)
 
 
+@pytest.mark.one_case
 @dtypes
 def test_t1_t2_is_a_neumann_series_of_one_term(dtype):
     """T1-T2 of Luketina et al. (2016): the inverse Hessian replaced by the learning rate."""
@@ -43,12 +45,14 @@ def test_t1_t2_is_a_neumann_series_of_one_term(dtype):
     np.testing.assert_allclose(gradient, 0.0048576, rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 def test_settings_of_the_dynamics_have_the_gradient_of_the_last_step():
     case = heavy_ball()
     expected = farhox.ReverseHG(truncation=1).compute(*case[:3]).gradients
     assert_close(DartsHG().compute(*case[:3]).gradients, expected, 1e-9)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("dynamics", ["adam", *(
     pytest.param(name, marks=pytest.mark.slow) for name in ("gradient_descent", "momentum", "nesterov"))])
 def test_network_has_the_hypergradient_of_the_last_step(dynamics, float64):
@@ -67,18 +71,21 @@ def test_network_has_the_hypergradient_of_the_last_step(dynamics, float64):
     assert int(result.diagnostics["inner_steps"]) == 3
 
 
+@pytest.mark.slow
 def test_masks_and_statistics_are_those_of_the_last_step(float64):
     case = network_problem("Dense", extra=[keras.layers.Dropout(0.5)])
     expected = farhox.ReverseHG(truncation=1).compute(*case[:3]).gradients
     assert_close(DartsHG(1e-3).compute(*case[:3]).gradients, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_computation_under_xla_is_the_one_without(float64):
     case = network_problem("Dense", "momentum")
     compiled = tf.function(lambda: DartsHG().compute(*case[:3]), autograph=False, jit_compile=True)()
     assert_close(compiled.gradients, DartsHG().compute(*case[:3]).gradients, 1e-9)
 
 
+@pytest.mark.slow
 def test_first_order_dynamics_leave_the_explicit_parts():
     case = scalar_quadratic(outer=("rate",), dynamics=lambda rate: farhox.GradientDescent(rate, first_order=True))
     expected = farhox.ReverseHG(truncation=1).compute(*case[:3]).gradients

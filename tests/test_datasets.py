@@ -59,6 +59,7 @@ def test_the_order_is_seeded_and_changes_from_epoch_to_epoch():
     np.testing.assert_array_equal(epochs[0], epoch(dataset(batch_size=5, seed=3)))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("make", [
     lambda: dataset(batch_size=5, outer_batch_size=4, seed=0),
     lambda: k_fold_dataset((X, Y), 3, inner_steps=2, batch_size=5, seed=0)], ids=["bilevel", "k_fold"])
@@ -121,6 +122,7 @@ def test_single_examples_of_tf_data_are_batched_here():
     assert [outer[1].numpy().tolist() for _, outer in elements] == [[0, 1], [2, 3]]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("of_unknown_length", [False, True])
 def test_single_examples_without_a_batch_size_are_full_batches_drawn_anew(of_unknown_length):
     def drawn(data):
@@ -136,6 +138,7 @@ def test_single_examples_without_a_batch_size_are_full_batches_drawn_anew(of_unk
         assert not np.intersect1d(old[0], new[0]).size
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("batched", [False, True])
 def test_augmentation_is_drawn_anew_on_every_pass_even_when_it_is_seeded(batched):
     # Of an iterator that starts anew, TensorFlow repeats the draws of seeded operations.
@@ -200,6 +203,12 @@ def test_a_py_dataset_is_read_in_a_new_order_on_each_pass():
     assert labels(next(iter(streamed(Pages(), Pages(2), inner_steps=5, seed=1)))[0]) != seen[:20]
 
 
+def test_outer_batches_of_a_py_dataset_come_in_an_order_of_their_own():
+    inner, outer = zip(*((labels(inner), outer[1].numpy().tolist()) for inner, outer in streamed(
+        Pages(), Pages(), inner_steps=1)))
+    assert len(inner) > 5 and inner != outer
+
+
 def test_example_weights_find_their_examples_in_a_shuffled_stream():
     numbered = examples().enumerate().map(lambda index, example: (*example, index)).shuffle(30, seed=1).batch(5)
     for inner, _ in streamed(numbered):
@@ -207,6 +216,7 @@ def test_example_weights_find_their_examples_in_a_shuffled_stream():
         np.testing.assert_array_equal(y, index)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("make", [
     lambda: streamed(examples().map(lambda x, y: (
         x + tf.random.normal([1], seed=1, dtype=x.dtype), y)).shuffle(9, seed=1).batch(5)),

@@ -84,6 +84,7 @@ def test_check_names_draws_in_an_objective_as_a_likely_cause():
     assert any("draw random numbers" in remark for remark in check.remarks)
 
 
+@pytest.mark.slow
 def test_check_names_stopped_gradients_as_a_likely_cause_of_an_error():
     w, lam = (keras.Variable(np.float64(value), dtype="float64", name=name)
               for name, value in (("w", 1.0), ("lam", 0.5)))
@@ -106,6 +107,7 @@ def test_check_changes_no_variable(quadratic):
     assert before == [variable.numpy() for variable in quadratic.inner_variables + quadratic.outer_variables]
 
 
+@pytest.mark.slow
 def test_check_draws_entries_of_large_variables():
     w = keras.Variable(np.zeros(3), dtype="float64", name="w")
     targets = keras.Variable(np.arange(3.0), dtype="float64", name="targets")

@@ -39,12 +39,25 @@ def blocks(page):
     return found
 
 
+# What makes a block long and not another one: the default run takes at most this much of it.
+AT_MOST = {"epochs": 2, "steps_per_epoch": 3, "episodes": 5, "repeats": 1}
+
+
+def shortened(code):
+    """The block with few epochs, steps and episodes, and grids of three by three."""
+    code = re.sub(rf"\b({'|'.join(AT_MOST)})=(\d+)", lambda found: (
+        f"{found[1]}={min(int(found[2]), AT_MOST[found[1]])}"), code)
+    return re.sub(r"(np.geomspace\([^,()]+, [^,()]+), \d+\)", r"\1, 3)", code)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_code_blocks_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["short", "whole"])
+def test_code_blocks_of_a_page_run_one_after_another(page, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     for language, line, code in blocks(page):
         if language == "python":
+            code = code if whole else shortened(code)
             # Newlines in front make line numbers in errors those of the page.
             exec(compile("\n" * line + code, str(page), "exec"), namespace)
 

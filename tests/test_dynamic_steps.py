@@ -51,6 +51,7 @@ def stopping(name, tolerance=TOLERANCE, steps=STEPS):
         dynamics=(lambda rate: farhox.Momentum(rate, 0.5)) if name == "reversible" else None)
 
 
+@pytest.mark.one_case
 @methods
 def test_early_stop_equals_a_training_of_as_many_steps(name):
     early, fixed = (METHODS[name].compute(*case[:3]) for case in (
@@ -70,6 +71,7 @@ def test_early_stop_equals_a_training_of_as_many_steps(name):
     np.testing.assert_array_equal(losses[taken:], losses[taken - 1])
 
 
+@pytest.mark.one_case
 @methods
 def test_tolerance_that_is_never_reached_changes_no_bit(name):
     never, without = (METHODS[name].compute(*stopping(name, tolerance)[:3]) for tolerance in (1e-9, None))
@@ -77,6 +79,7 @@ def test_tolerance_that_is_never_reached_changes_no_bit(name):
     assert int(never.diagnostics["inner_steps"]) == STEPS
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", [
     name if name in ("checkpoint_3", "forward", "implicit") else pytest.param(name, marks=pytest.mark.slow)
     for name in METHODS])
@@ -93,6 +96,7 @@ def test_truncation_counts_back_from_the_last_step_taken():
         assert_close(result.gradients, [(end - 1.0) * (1 - Q ** min(truncation, TAKEN))], 1e-12)
 
 
+@pytest.mark.slow
 def test_initial_values_have_their_gradient():
     case = scalar_quadratic(outer=("target", "initial"), stop_tolerance=TOLERANCE)
     end = TARGET + Q ** TAKEN * (START - TARGET)
@@ -104,6 +108,8 @@ def test_initial_values_have_their_gradient():
     assert farhox.ReverseHG(truncation=2).compute(*case[:3]).gradients[1] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ["reverse", "checkpoint_sqrt", "truncated", "forward"])
 def test_network_with_masks_and_statistics_replays_the_steps_it_took(name, float64):
     case = network_problem("BatchNormalization", "momentum", steps=12, extra=[keras.layers.Dropout(0.3)])
@@ -125,6 +131,7 @@ def test_network_with_masks_and_statistics_replays_the_steps_it_took(name, float
     assert_close(early.gradients, fixed.gradients, 1e-10)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ["checkpoint_3", "truncated_checkpoints", "forward", "reversible"])
 def test_xla_stops_at_the_same_step(name):
     case = stopping(name)
@@ -140,6 +147,7 @@ def test_loss_that_is_not_a_number_does_not_stop_the_training():
     assert int(farhox.ReverseHG().compute(*case[:3]).diagnostics["inner_steps"]) == STEPS
 
 
+@pytest.mark.slow
 def test_fit_evaluate_and_train_inner_stop_too():
     case = scalar_quadratic("float32", outer=("target",), stop_tolerance=TOLERANCE)
     optimizer = farhox.HyperOptimizer(case.problem)
@@ -155,11 +163,13 @@ def test_fit_evaluate_and_train_inner_stop_too():
     np.testing.assert_allclose(case.problem.inner_variables[0].numpy(), end, 1e-5)
 
 
+@pytest.mark.slow
 def test_hypergradient_check_stops_too():
     case = scalar_quadratic(outer=("target", "rate"), stop_tolerance=TOLERANCE)
     assert farhox.check_hypergradient(*case[:3], farhox.ReverseHG()).maximum_error < 1e-6
 
 
+@pytest.mark.slow
 def test_episodes_stop_by_themselves():
     case = scalar_quadratic(outer=("target",), stop_tolerance=TOLERANCE)
     result = EpisodesHG(farhox.ReverseHG()).compute(
@@ -169,6 +179,7 @@ def test_episodes_stop_by_themselves():
     assert result.diagnostics["inner_steps"] == 3.5
 
 
+@pytest.mark.slow
 def test_health_counts_the_steps_taken():
     case = scalar_quadratic(outer=("target",), stop_tolerance=TOLERANCE)
     assert health(*case[:3], farhox.ReverseHG()).steps == TAKEN
@@ -200,6 +211,7 @@ def on_the_border(dynamics, constraint=None, stop_tolerance=1e-6):
         lambda batch: keras.ops.sum(w), [w], [theta], dynamics, stop_tolerance=stop_tolerance)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("dynamics, constraint, end", [
     (farhox.dynamics.ProximalGradient(0.5, farhox.dynamics.L1(0.5)), None, [0.0, 0.5]),
     (farhox.dynamics.ProximalGradient(0.5, farhox.constraints.Box(low=0.0)), None, [0.0, 1.0]),

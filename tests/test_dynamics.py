@@ -157,8 +157,8 @@ def learned_dynamics(kind):
     return farhox.GradientDescent([rate] if kind == "list" else rate), [rate]
 
 
-@pytest.mark.parametrize("kind", [
-    "momentum", "nesterov", "adam", "schedule", "variable", "per entry", "callable", "list"])
+@pytest.mark.parametrize("kind", ["momentum", "adam", "schedule", "list", *(
+    pytest.param(kind, marks=pytest.mark.slow) for kind in ("nesterov", "variable", "per entry", "callable"))])
 def test_hypergradients_of_settings_equal_finite_differences(kind):
     dynamics, outer_variables = learned_dynamics(kind)
     problem = quadratic(dynamics, outer_variables, size=2)
@@ -178,6 +178,7 @@ def test_first_order_stops_the_gradient_through_the_inner_gradient():
     np.testing.assert_allclose(compute(problem).gradients[0], -(w - 1.0) * sum(gradients), rtol=1e-12)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("make", [farhox.GradientDescent, farhox.Momentum, farhox.Adam])
 def test_first_order_changes_the_hypergradient_and_not_the_path(make):
     rate = keras.Variable(0.1, dtype="float64")

@@ -52,7 +52,7 @@ INNER_BATCHES = {
 }
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", INNER_BATCHES)
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ForwardHG()], ids=["reverse", "forward"])
 def test_episodes_equal_the_mean_of_single_computations(problem, kind, method):
@@ -91,6 +91,7 @@ def test_the_number_of_episodes_at_the_same_time_is_checked(problem):
         farhox.HyperOptimizer(problem).compile(parallel_iterations=2)
 
 
+@pytest.mark.slow
 def test_order_of_episodes_does_not_matter(problem):
     inner, outer = examples(EPISODES, STEPS, 6), examples(EPISODES, 8)
     method = EpisodesHG(farhox.ReverseHG())
@@ -109,6 +110,7 @@ def test_another_aggregation_replaces_the_mean(problem):
     np.testing.assert_allclose(worst.compute(problem, inner, outer).outer_loss, np.max(losses), rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_states_of_episodes_can_go_on():
     problem = make_problem(learned_bias=False)
     inner, outer = examples(EPISODES, 2 * STEPS, 6), examples(EPISODES, 8)
@@ -122,6 +124,7 @@ def test_states_of_episodes_can_go_on():
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_different_inner_problems_are_one_problem_with_a_sum():
     """Two inner problems of different size that share λ: the inner objectives add up, the outer ones are averaged."""
     a, b, lam = (keras.Variable(np.asarray(value), dtype="float64", name=name)
@@ -192,6 +195,7 @@ def test_episodes_refuse_bad_input():
         farhox.HyperOptimizer(make_problem(learned_bias=False), EpisodesHG(farhox.ReverseHG()), online=True)
 
 
+@pytest.mark.slow
 def test_every_method_serves_a_problem_over_episodes(problem):
     """The same as the method said to be one over episodes, with an aggregation of one's own."""
     inner, outer = next(iter(k_fold_dataset(examples(40), folds=3, inner_steps=STEPS, batch_size=6)))
@@ -209,6 +213,7 @@ def test_every_method_serves_a_problem_over_episodes(problem):
     assert farhox.ReverseHG().compute(problem.over_episodes(), inner, outer).outer_loss < result.outer_loss
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_the_predictions_of_the_same_pass():
     calls = []
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2, activation="softmax")])

@@ -32,6 +32,7 @@ def resting_quadratic(dtype="float64", **other):
         inner_variables=[w], outer_variables=[target], dynamics=farhox.GradientDescent(0.0), **other)
 
 
+@pytest.mark.one_case
 @dtypes
 def test_two_opposite_signs_have_the_value_worked_out_by_hand(dtype):
     result = EvoGradHG(perturbations=2, sigma=0.1, temperature=0.05, seed=0).compute(
@@ -45,7 +46,7 @@ def test_two_opposite_signs_have_the_value_worked_out_by_hand(dtype):
     assert_close([result.outer_loss], [0.5], TOLERANCE[dtype])
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @pytest.mark.parametrize("sign", [True, False])
 @pytest.mark.parametrize("perturbations", [2, 5])
 def test_mean_over_draws_is_that_of_one_differentiated_step(perturbations, sign):
@@ -61,6 +62,7 @@ def test_mean_over_draws_is_that_of_one_differentiated_step(perturbations, sign)
     assert error < 0.1 * abs(expected)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("strength", [0.1, 0.5, 2.0])
 def test_direction_is_that_of_the_hypergradient(strength):
     """Inner (w - 1)^2 + λ w^2, outer (w - 1/2)^2, whose hypergradient at the minimum is (λ - 1) / (λ + 1)^3."""
@@ -75,6 +77,7 @@ def test_direction_is_that_of_the_hypergradient(strength):
     assert np.sign(mean) == np.sign((strength - 1) / (strength + 1) ** 3)
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_mixture_of_a_network(float64):
     """Finite differences in λ of the outer loss at the mixture, with w_T held fixed: the same draws are made again."""
     case = trained_network(rate=0.0)
@@ -97,6 +100,7 @@ def test_gradient_is_that_of_the_mixture_of_a_network(float64):
         np.testing.assert_allclose((losses[0] - losses[1]) / 2e-5, np.array(gradient)[entry], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_run_is_that_of_the_inner_training(float64):
     case = trained_network()
     result = EvoGradHG().compute(case.problem, case.inner_batches, case.outer_batch)
@@ -105,6 +109,7 @@ def test_run_is_that_of_the_inner_training(float64):
     assert_close(result.state.variables, evaluation.state.variables, 1e-12)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.skipif(
     tf.__version__.startswith("2.18."), reason="XLA of TensorFlow 2.18 cannot compile the gradient of tf.map_fn"))])
 def test_compiled_computation_is_the_eager_one(jit_compile, float64):
@@ -114,6 +119,7 @@ def test_compiled_computation_is_the_eager_one(jit_compile, float64):
     assert_close(compiled.gradients, method.compute(*case[:3]).gradients, 1e-9)
 
 
+@pytest.mark.slow
 def test_draws_follow_from_the_seed_and_the_number_of_the_hyper_iteration(float64):
     case = trained_network("Dense")
     method = EvoGradHG(sigma=0.1)

@@ -146,6 +146,7 @@ def test_cumulative_logsumexp_is_exact_in_reverse_mode_and_no_number_in_forward_
     assert not forward.diagnostics["finite"]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ["moments", "self-distillation", "soft targets"])
 def test_a_tape_around_the_operations_does_not_know_the_rules(name):
     """Once this fails TensorFlow is right, and a rule of `farhox._core.exact` can go."""
@@ -189,7 +190,7 @@ def test_roots_and_quotients_of_update_rules_have_finite_derivatives_at_zero(fun
         np.testing.assert_allclose(run()[0], derivative, rtol=1e-6)
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @modes
 @methods
 @pytest.mark.parametrize("from_logits", [True, False])
@@ -221,7 +222,7 @@ def image_problem(layer, before=True):
     return problem, (x, y), (x[0], y[0])
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @modes
 @methods
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -244,7 +245,7 @@ def test_an_operation_without_a_derivative_is_an_error_that_names_it_and_its_lay
         MODES[mode](method.compute)(problem, *data)
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @modes
 @methods
 @pytest.mark.parametrize("layer", [
@@ -256,7 +257,7 @@ def test_resized_data_need_no_second_derivative(layer, method, mode, float64):
     assert_close(gradients, unrolled.finite_differences(problem, *data), 1e-7)
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @modes
 @methods
 def test_resized_features_are_no_error_for_first_order_dynamics(method, mode, float64):
@@ -269,7 +270,7 @@ def test_resized_features_are_no_error_for_first_order_dynamics(method, mode, fl
     assert np.isfinite(gradient) and gradient != 0
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @modes
 @methods
 def test_upsampling_by_nearest_neighbours_is_exact(method, mode, float64):

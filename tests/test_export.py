@@ -17,7 +17,9 @@ import farhox
 from farhox import export, meta, stn
 
 WAYS = 20
-MAIN = ("maml", "imaml", "reptile", "hyper_representation", "prototypical_network")
+# One that trains when it is asked, and one that does not.
+main = pytest.mark.parametrize("name", ["maml", "prototypical_network", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("imaml", "reptile", "hyper_representation"))])
 
 
 def body():
@@ -94,7 +96,7 @@ def check_answers(learner, directory, sizes):
             served.predict("embed", inputs=query)["representation"], learner.embed(query), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@main
 def test_every_signature_answers_as_the_live_learner(name, exported):
     learner, directory = exported(name)
     check_answers(learner, directory, [(3, 2), (WAYS, 5)])
@@ -107,6 +109,7 @@ def test_every_signature_answers_for_all_ways_and_shots(name, exported):
     check_answers(*exported(name), [(ways, shots) for ways in (1, 2, 5, 11, WAYS) for shots in (1, 3, 5)])
 
 
+@pytest.mark.slow
 def test_a_learned_state_is_what_is_exported(tmp_path):
     """Learned rates and Reptile's slots are in the export, not their initial values."""
     x, y, query = episode(5, 2)
@@ -126,6 +129,7 @@ def test_a_learned_state_is_what_is_exported(tmp_path):
             served.predict("adapt", **request(5, 2))["probabilities"], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_regression_tasks_have_targets_as_labels(tmp_path):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(1)])
     learner = meta.MAML(model, 0.01, 3, loss="mean_squared_error")
@@ -166,6 +170,7 @@ def test_tasks_of_a_batch_need_labels_for_all_of_them(served):
         served.predict("adapt_batch", support_inputs=x, support_labels=[y[0], y[0]], query_inputs=query)
 
 
+@pytest.mark.slow
 def test_a_hundred_requests_at_once_are_answered_as_one_by_one(served):
     requests = [request(1 + index % 7, 1 + index % 3) for index in range(100)]
     one_by_one = [served.predict("adapt", **entry)["probabilities"] for entry in requests]
@@ -190,17 +195,17 @@ np.savez(sys.argv[2], **answers)
 
 
 def test_exports_are_served_without_keras_and_farhox(exported, tmp_path):
-    folders = [str(exported(name)[1] / "1") for name in MAIN]
+    folders = [str(exported(name)[1] / "1") for name in ("maml", "prototypical_network")]
     np.savez(tmp_path / "request.npz", **request(5, 1))
     subprocess.run([sys.executable, "-c", _CLIENT, tmp_path / "request.npz", tmp_path / "answers.npz", *folders],
                    check=True, cwd=tmp_path)
     answers = np.load(tmp_path / "answers.npz")
     x, y, query = episode(5, 1)
-    for name, folder in zip(MAIN, folders):
+    for name, folder in zip(("maml", "prototypical_network"), folders):
         np.testing.assert_allclose(answers[folder], exported(name)[0].predict((x, y), query), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@main
 def test_no_operation_of_the_graph_needs_python(name, exported):
     (graph,) = saved_model_pb2.SavedModel.FromString(
         (exported(name)[1] / "1" / "saved_model.pb").read_bytes()).meta_graphs
@@ -262,7 +267,7 @@ class _Session:
         return np.frombuffer(data, "float32").reshape(shape)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@main
 def test_the_loader_of_tensorflow_serving_runs_every_signature(name, exported):
     learner, directory = exported(name)
     session = _Session(directory / "1")
@@ -346,6 +351,7 @@ def test_half_precision_rounds_the_weights_and_halves_the_size(tmp_path):
     assert sizes[1] < 0.6 * sizes[0]
 
 
+@pytest.mark.slow
 def test_xla_answers_the_same_and_checks_the_same(tmp_path):
     learner = meta.HyperRepresentation(body(), keras.layers.Dense(WAYS, activation="softmax"), inner_steps=2)
     served = export.load(export.saved_model(learner, tmp_path, jit_compile=True).parent)
@@ -381,6 +387,7 @@ def test_a_self_tuning_model_is_served_baked(tmp_path):
     np.testing.assert_allclose(served.predict(inputs=x)["probabilities"], network(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_inputs_and_tables_of_words_are_served(tmp_path):
     words, numbers = keras.Input((), dtype="string", name="words"), keras.Input((2,), name="numbers")
     vocabulary = keras.layers.StringLookup(vocabulary=["inner", "outer"])

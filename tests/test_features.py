@@ -51,7 +51,7 @@ METHODS = {
     "episodes": EpisodesHG(farhox.ReverseHG())}
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("batches", ["repeated", "stacked"])
 @pytest.mark.parametrize("name", list(METHODS))
@@ -82,6 +82,7 @@ def test_result_is_that_of_a_representation_computed_in_each_step(name, batches,
         shared.diagnostics["hypergradient_norm"], plain.diagnostics["hypergradient_norm"], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_implicit_hypergradient_is_that_of_a_representation_computed_in_each_step(float64):
     gradients = []
     for share in (False, True):
@@ -93,11 +94,13 @@ def test_implicit_hypergradient_is_that_of_a_representation_computed_in_each_ste
     assert_close(gradients[1], gradients[0], 1e-9)
 
 
+@pytest.mark.slow
 def test_hypergradient_is_that_of_finite_differences(float64):
     check = farhox.check_hypergradient(make(True), farhox.repeat((X, Y), 5), OUTER, farhox.ReverseHG())
     assert check.maximum_error < 1e-6
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("steps", [2, 9])
 def test_a_shared_representation_is_computed_once_whatever_the_number_of_steps(steps, float64):
     problem = make(True)
@@ -140,6 +143,7 @@ def test_features_must_not_read_inner_variables():
         farhox.BilevelProblem(lambda b: weight, lambda b: weight, [weight], [factor], features=3)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("body", [
     lambda: [keras.layers.Dense(3, dtype="float64"), keras.layers.Dropout(0.5, dtype="float64")],
     lambda: [keras.layers.Dense(3, dtype="float64"), keras.layers.Masking(dtype="float64")]],

@@ -13,7 +13,7 @@ from farhox._core import autodiff
 dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @dtypes
 @pytest.mark.parametrize("outer", [("target", "rate", "initial"), ("schedule",), ("initial", "schedule", "target")])
 def test_scalar_quadratic_has_its_closed_form(dtype, outer):
@@ -21,7 +21,7 @@ def test_scalar_quadratic_has_its_closed_form(dtype, outer):
     assert_close(farhox.ForwardHG().compute(*case[:3]).gradients, case.expected, TOLERANCE[dtype])
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @dtypes
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_heavy_ball_has_its_hypergradient(dtype, nesterov):
@@ -29,6 +29,7 @@ def test_heavy_ball_has_its_hypergradient(dtype, nesterov):
     assert_close(farhox.ForwardHG().compute(*case[:3]).gradients, case.expected, TOLERANCE[dtype])
 
 
+@pytest.mark.one_case
 @dtypes
 def test_each_step_uses_its_own_minibatch(dtype):
     case = scalar_quadratic(dtype, ("target", "rate"), steps=3, curvatures=[1.0, 2.0, 0.5])
@@ -38,6 +39,7 @@ def test_each_step_uses_its_own_minibatch(dtype):
     assert_close([result.state.variables[0]], [1.58], TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 def test_result_is_that_of_reverse_mode():
     case = scalar_quadratic(outer=("target", "initial"))
     forward, reverse = farhox.ForwardHG().compute(*case[:3]), farhox.ReverseHG().compute(*case[:3])
@@ -49,6 +51,7 @@ def test_result_is_that_of_reverse_mode():
         forward.diagnostics["inner_gradient_norm"], reverse.diagnostics["inner_gradient_norm"])
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("most_loops", [0, 8])
 def test_directions_of_scalars_and_arrays_agree_with_reverse_mode_in_loops_of_their_own_and_in_one(
         most_loops, float64, monkeypatch):
@@ -68,6 +71,7 @@ def test_directions_of_scalars_and_arrays_agree_with_reverse_mode_in_loops_of_th
         assert_close(compute(problem, *data).gradients, expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_carry_holds_the_derivative_of_the_state_in_each_direction():
     case = scalar_quadratic(outer=("target", "rate", "initial"))
     (tangents,) = farhox.ForwardHG().compute(*case[:3]).carry
@@ -98,6 +102,7 @@ def test_initial_carry_has_the_structure_of_the_carry():
     np.testing.assert_array_equal(initial[0], [0.0, 1.0])
 
 
+@pytest.mark.slow
 def test_outer_variables_of_two_types_are_differentiated_together():
     w, target, scale = variable(3.0), variable(0.5), variable(2.0, "float32")
     problem = farhox.BilevelProblem(
@@ -110,6 +115,7 @@ def test_outer_variables_of_two_types_are_differentiated_together():
     assert_close(gradients, unrolled.unrolled_hypergradient(problem, *data), 1e-6)
 
 
+@pytest.mark.slow
 def test_learned_initial_value_with_proximal_term_agrees_with_the_tape():
     case = proximal_quadratic(steps=5)
     case.problem.dynamics = farhox.GradientDescent(0.2)
@@ -137,6 +143,7 @@ def test_accumulator_still_fails_in_the_loop_of_a_recurrent_layer(layer, float64
         product()
 
 
+@pytest.mark.slow
 def test_forward_linearization_gives_the_numbers_of_the_accumulator():
     def function(inputs):
         a, b, unused = inputs
@@ -155,6 +162,7 @@ def test_forward_linearization_gives_the_numbers_of_the_accumulator():
         np.testing.assert_array_equal(none_depends[0], [0.0, 0.0])
 
 
+@pytest.mark.slow
 def test_error_of_the_objective_is_raised_as_it_is():
     w, target = variable(1.0), variable(2.0)
 

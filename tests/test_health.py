@@ -47,6 +47,7 @@ def test_divergence_is_reported_not_hidden():
     assert "diverged" in found.advice[0] and "stretches an adjoint by 3" in found.advice[1]
 
 
+@pytest.mark.slow
 def test_a_growing_inner_loss_asks_for_a_smaller_rate():
     found = report(farhox.ReverseHG(), rate=1.1)
     assert any("inner loss grew" in sentence for sentence in found.advice)
@@ -80,6 +81,7 @@ def test_entries_that_no_batch_reached_are_counted():
     assert found.gradients[0].remark == "2 of 4 entries are zero"
 
 
+@pytest.mark.slow
 def test_many_directions_advise_reverse_mode():
     lam = keras.Variable(np.ones(11), dtype="float64", name="lam")
     w = keras.Variable(np.zeros(11), dtype="float64", name="w")

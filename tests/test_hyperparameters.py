@@ -238,6 +238,7 @@ model.save_weights(sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_plain_keras_training_with_the_exported_schedule_repeats_the_inner_training_without_farhox(tmp_path):
     generator = np.random.default_rng(0)
     x = generator.normal(size=[6, 8, 3]).astype("float32")

@@ -59,7 +59,7 @@ def test_scalar_quadratic_has_the_gradient_of_its_minimum(dtype, solver):
     assert not result.diagnostics["solver_failed"]
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @dtypes
 @pytest.mark.parametrize("terms, published", [(1, 0.0048576), (3, 0.011852544), (10, 0.0216800959), (25, None)])
 def test_neumann_series_and_fixed_point_equal_truncation_on_a_quadratic(dtype, terms, published):
@@ -73,7 +73,7 @@ def test_neumann_series_and_fixed_point_equal_truncation_on_a_quadratic(dtype, t
             np.testing.assert_allclose(result.gradients[0], published, rtol=max(TOLERANCE[dtype], 2e-9))
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @dtypes
 @solvers
 def test_data_weights_have_their_closed_form(dtype, solver):
@@ -83,7 +83,7 @@ def test_data_weights_have_their_closed_form(dtype, solver):
     np.testing.assert_allclose(gradients[0], [-2.5925925926, -1.8148148148, 4.4074074074], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @dtypes
 @solvers
 def test_representation_under_a_ridge_head_has_its_closed_form(dtype, solver):
@@ -96,12 +96,13 @@ def test_representation_under_a_ridge_head_has_its_closed_form(dtype, solver):
         rtol=max(TOLERANCE[dtype], 1e-8), atol=TOLERANCE[dtype] * 0.2)
 
 
+@pytest.mark.slow
 def test_long_reverse_mode_reaches_the_implicit_gradient():
     case = ridge_representation(steps=300, rate=0.2)
     assert_close(farhox.ReverseHG().compute(*case[:3]).gradients, case.expected, 1e-9)
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @dtypes
 @pytest.mark.parametrize("solver", [name for name in EXACT_SOLVERS if name != "fixed_point"])
 def test_proximal_meta_gradient_has_its_closed_form(dtype, solver):
@@ -111,6 +112,7 @@ def test_proximal_meta_gradient_has_its_closed_form(dtype, solver):
     np.testing.assert_allclose(gradients[0] / (5 / 3 - 5), 2 / 3, rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 def test_implicit_gradient_equals_finite_differences_of_a_trained_network(float64):
     case = network_problem("Dense", steps=1)
     problem = case.problem
@@ -125,6 +127,7 @@ def test_implicit_gradient_equals_finite_differences_of_a_trained_network(float6
     assert_close(trained.gradients, unrolled.finite_differences(problem, batches, case.outer_batch, step=1e-3), 1e-6)
 
 
+@pytest.mark.slow
 def test_implicit_gradient_with_random_layers_is_that_of_the_last_step(float64):
     """The statistics of batch norm and the mask of the last state count as constants."""
     case = network_problem("BatchNormalization", steps=2, extra=[keras.layers.Dropout(0.5)])
@@ -178,6 +181,7 @@ def test_warm_start_begins_at_the_carried_solution():
     assert int(cold.compute(*case[:3], carry=first.carry).diagnostics["solver_steps"]) == 2
 
 
+@pytest.mark.slow
 def test_tolerance_tightens_with_the_hyper_iteration():
     case = ridge_representation()
     schedule = keras.optimizers.schedules.ExponentialDecay(0.9, 1, 0.1)
@@ -192,6 +196,7 @@ def test_tolerance_tightens_with_the_hyper_iteration():
     assert steps == sorted(steps) and steps[0] < steps[-1]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("solver", ["cg", "fixed_point"])
 def test_initial_carry_has_the_structure_of_the_carry(solver):
     case = scalar_quadratic(outer=("target",), dynamics=farhox.Momentum)
@@ -209,6 +214,7 @@ def test_fixed_point_sees_what_acts_on_the_fixed_point_of_other_dynamics():
     assert_close(gradients, [TARGET - GOAL], 1e-9)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("solver", list(EXACT_SOLVERS))
 def test_every_solver_solves_the_system_of_the_dynamics_and_that_of_the_objective(solver):
     """Gradient descent and momentum at a minimum: both systems have the gradient of the minimum."""
@@ -246,6 +252,7 @@ def decayed_regression(decay, dynamics):
     return problem, farhox.repeat((x, y), 600), outer, -at_outer @ np.linalg.solve(matrix, solution)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", [
     farhox.ImplicitHG(FixedPoint(3000, tolerance=1e-13)),
     farhox.ImplicitHG(GMRES(tolerance=1e-13), system="dynamics"),
@@ -258,6 +265,7 @@ def test_decoupled_weight_decay_is_seen_in_the_dynamics(method):
     np.testing.assert_allclose(method.compute(*case).gradients, [expected], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_weight_decay_of_adamw_has_the_implicit_gradient_of_its_own_fixed_point(float64):
     """g / (|g| + epsilon) = -decay w: not the minimum of a penalised objective."""
     *case, _ = decayed_regression(1.0, lambda decay: farhox.KerasDynamics(
@@ -277,6 +285,7 @@ def test_decoupled_weight_decay_is_refused_in_the_objective_with_advice():
         farhox.ImplicitHG().compute(*case)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("dynamics", [
     lambda rate: farhox.dynamics.ProximalGradient(rate, farhox.dynamics.L1(0.1)),
     lambda rate: farhox.KerasDynamics(keras.optimizers.SGD(weight_decay=0.1), learning_rate=rate),
@@ -299,6 +308,7 @@ def constrained_mean():
     return problem, farhox.repeat(np.zeros(1), 50), np.zeros(1)
 
 
+@pytest.mark.slow
 def test_the_fixed_point_of_the_dynamics_includes_constraints():
     for solver in (FixedPoint(), GMRES(), Direct()):
         method = farhox.ImplicitHG(solver, system="dynamics")
@@ -320,6 +330,7 @@ def indefinite(goal):
     return problem, farhox.repeat(np.zeros(1), 1), np.zeros(1)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("goal", [[1.0, 1.0], [0.1, 1.0]])
 def test_a_truncated_series_on_an_indefinite_hessian_is_returned_and_reported_where_it_diverges(goal):
     result = farhox.ImplicitHG(Neumann(20, step_size=0.1, tolerance=0.0)).compute(*indefinite(goal))
@@ -330,6 +341,7 @@ def test_a_truncated_series_on_an_indefinite_hessian_is_returned_and_reported_wh
     assert bool(result.diagnostics["solver_failed"]) == (goal[0] < 1.0)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("solver", [farhox.ConjugateGradient(), Neumann(20, step_size=0.1, tolerance=0.0)])
 def test_a_solution_that_failed_is_not_carried_on(solver):
     result = farhox.ImplicitHG(solver).compute(*indefinite([0.1, 1.0]))
@@ -337,6 +349,7 @@ def test_a_solution_that_failed_is_not_carried_on(solver):
     np.testing.assert_array_equal(result.carry[0], np.zeros(2))
 
 
+@pytest.mark.slow
 def test_the_estimate_of_a_neumann_series_is_carried_on():
     case = ridge_representation()
     method = farhox.ImplicitHG(Neumann(5, tolerance=0.0), warm_start=False)
@@ -347,6 +360,7 @@ def test_the_estimate_of_a_neumann_series_is_carried_on():
     assert_close(second.gradients, first.gradients, 1e-2)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("system", ["objective", "dynamics"])
 def test_stationarity_gap_is_the_way_that_is_left_relative_to_the_weights(system):
     """One weight: (w_T - target) / max(|w_0|, |w_T|), whatever the scale of either objective."""

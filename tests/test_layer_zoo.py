@@ -14,7 +14,9 @@ DATA = {
     "vector": R.normal(size=(3, 4)), "sequence": R.normal(size=(3, 5, 4)), "image": R.random((3, 6, 6, 3)),
     "volume": R.normal(size=(3, 4, 4, 4, 2)), "frames": R.random((3, 2, 4, 4, 2)), "rows": R.normal(size=(3, 2, 5, 2)),
     "volumes": R.normal(size=(2, 2, 3, 3, 3, 1)), "tokens": R.integers(0, 6, size=(3, 5)),
+    "words": np.array([["good film"], ["bad play"], ["good play"]]), "sound": R.normal(size=(3, 40)),
 }
+WORDS = ["good", "bad", "film", "play"]
 # What is called with more than one tensor, or wraps another layer.
 CALLS = {
     "Add": lambda x: layers.Add()([x, x * x]), "Average": lambda x: layers.Average()([x, x * x]),
@@ -35,11 +37,26 @@ CALLS = {
     "Reshape": lambda x: layers.Reshape([2, 2])(x), "Permute": lambda x: layers.Permute([2, 1])(x),
     "RandomCrop": lambda x: layers.GlobalAveragePooling2D()(layers.RandomCrop(4, 4)(x)),
     "Masking": lambda x: layers.LSTM(2)(layers.Masking()(x)),
+    "Pipeline": lambda x: layers.Pipeline([layers.RandomContrast(0.3), layers.RandomBrightness(0.3)])(x),
+    # What makes numbers of words and of numbers, in front of what is learned of them.
+    "TextVectorization": lambda x: embedded(layers.TextVectorization(
+        vocabulary=WORDS, output_sequence_length=2)(x)),
+    "StringLookup": lambda x: embedded(layers.StringLookup(vocabulary=["good film", "bad play", "good play"])(x)),
+    "IntegerLookup": lambda x: embedded(layers.IntegerLookup(vocabulary=list(range(6)))(x)),
+    "Hashing": lambda x: embedded(layers.Hashing(4)(x)),
+    "HashedCrossing": lambda x: embedded(layers.HashedCrossing(4)((x[:, :1], x[:, 1:2]))),
+    "CategoryEncoding": lambda x: layers.CategoryEncoding(6, "count")(x),
+    "Discretization": lambda x: embedded(layers.Discretization([-0.5, 0.0, 0.5])(x)),
+    "Normalization": lambda x: layers.Normalization(mean=[0.1] * 4, variance=[0.5] * 4)(x),
+    "STFTSpectrogram": lambda x: layers.STFTSpectrogram(
+        "log", frame_length=16, frame_step=8, fft_length=16)(layers.Reshape([40, 1])(x)),
+    "MelSpectrogram": lambda x: layers.MelSpectrogram(
+        fft_length=16, sequence_stride=8, num_mel_bins=4, sampling_rate=100, min_freq=1.0, max_freq=50.0)(x),
 }
 # Arguments of what cannot do without, and the data that suit it where the name does not tell.
 ARGUMENTS = {
     "Activation": ["tanh"], "ActivityRegularization": [0.1], "AlphaDropout": [0.4], "BatchNormalization": [],
-    "Dense": [2], "Discretization": None, "Dropout": [0.4], "GaussianDropout": [0.4], "GaussianNoise": [0.3],
+    "Dense": [2], "Dropout": [0.4], "GaussianDropout": [0.4], "GaussianNoise": [0.3],
     "GroupNormalization": [2], "Conv1D": [2, 2], "Conv2D": [2, 2], "Conv3D": [2, 2], "Conv1DTranspose": [2, 2],
     "Conv2DTranspose": [2, 2], "Conv3DTranspose": [2, 2], "DepthwiseConv1D": [2], "DepthwiseConv2D": [2],
     "SeparableConv1D": [2, 2], "SeparableConv2D": [2, 2], "ConvLSTM1D": [2, 2], "ConvLSTM2D": [2, 2],
@@ -60,13 +77,13 @@ REFUSED = {
     "SpectralNormalization": "leave inner variables to the dynamics", "RandomHue": "HSVToRGB",
     "RandomSaturation": "HSVToRGB", "RandomColorJitter": "HSVToRGB", "RandomPosterization": "every inner variable",
     "ContrastLimitedAdaptiveHistogramEqualization": "every inner variable", "Equalization": "every inner variable"}
-# Not layers between two others: inputs, cells, bases, what makes data of words, numbers or sounds.
+# Not layers between two others: inputs, cells, bases, other frameworks, boxes.
 ELSEWHERE = {
     "InputLayer", "InputSpec", "Layer", "Wrapper", "GRUCell", "LSTMCell", "SimpleRNNCell", "TorchModuleWrapper",
-    "FlaxLayer", "JaxLayer", "TFSMLayer", "CategoryEncoding", "Discretization", "HashedCrossing", "Hashing",
-    "IntegerLookup", "StringLookup", "TextVectorization", "MelSpectrogram", "STFTSpectrogram", "Normalization",
-    "Pipeline", "MaxNumBoundingBoxes",
+    "FlaxLayer", "JaxLayer", "TFSMLayer", "MaxNumBoundingBoxes",
 }
+IN_WORDS = {"TextVectorization", "StringLookup"}
+IN_TOKENS = {"Embedding", "ReversibleEmbedding", "IntegerLookup", "Hashing", "HashedCrossing", "CategoryEncoding"}
 KINDS = {"1D": "sequence", "2D": "image", "3D": "volume"}
 SEQUENCES = {"GRU", "LSTM", "SimpleRNN", "RNN", "StackedRNNCells", "Bidirectional", "TimeDistributed", "Masking",
              "Attention", "AdditiveAttention", "MultiHeadAttention", "GroupQueryAttention", "Permute"}
@@ -83,22 +100,31 @@ def every_layer():
 
 
 def data_for(name):
-    if name in ("Embedding", "ReversibleEmbedding"):
+    if name in IN_WORDS:
+        return "words"
+    if name in IN_TOKENS:
         return "tokens"
+    if name.endswith("Spectrogram"):
+        return "sound"
     if name.startswith("ConvLSTM"):
         return {"ConvLSTM1D": "rows", "ConvLSTM2D": "frames", "ConvLSTM3D": "volumes"}[name]
     if name.startswith(("Rand", "Auto", "Aug", "Mix", "Cut", "Contrast", "Equalization", "Solarization", "CenterCrop",
-                        "Resizing", "Rescaling")):
+                        "Resizing", "Rescaling", "Pipeline")):
         return "image"
     if name in SEQUENCES:
         return "sequence"
     return next((kind for end, kind in KINDS.items() if end in name), "vector")
 
 
+def embedded(indices):
+    """What stands behind a layer that makes indices."""
+    return layers.Embedding(8, 3)(indices)
+
+
 def model_with(make, kind):
     """The layer behind one with weights, so that the first derivative passes through it, and in front of another."""
-    x = inputs = keras.Input(DATA[kind].shape[1:], dtype="int32" if kind == "tokens" else None)
-    if kind != "tokens":
+    x = inputs = keras.Input(DATA[kind].shape[1:], dtype={"tokens": "int32", "words": "string"}.get(kind))
+    if kind not in ("tokens", "words"):
         x = layers.Dense(x.shape[-1], name="front", activation="sigmoid" if kind == "image" else None)(x)
     x = make(x)
     return keras.Model(inputs, layers.Dense(1, name="back")(layers.Flatten()(x)))

@@ -32,11 +32,17 @@ def check(name, dynamics, steps):
     assert_identical([variable.numpy() for variable in variables], before)
 
 
-@pytest.mark.parametrize("name", list(NETWORKS))
+# A product, statistics, masks, rows that are read; those of all layers of Keras are in test_layer_zoo.
+BASIC = ("Conv2D", "BatchNormalization", "Dropout", "Embedding")
+
+
+@pytest.mark.parametrize("name", [
+    name if name in BASIC else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS])
 def test_reverse_mode_and_finite_differences_agree_on_every_layer(name, float64):
     check_reverse(name)
 
 
+@pytest.mark.slow
 def test_reverse_forward_unrolled_tape_and_finite_differences_agree(float64):
     """The slow tests below have every pair of layers and dynamics."""
     check("Dropout", "nesterov", steps=3)
@@ -49,6 +55,7 @@ def test_all_ways_agree_on_every_layer_for_all_dynamics(name, dynamics, float64)
     check(name, dynamics, steps=4)
 
 
+@pytest.mark.slow
 def test_average_pooling_compiles_under_xla(float64):
     case = network_problem("AveragePooling2D", steps=2)
     compiled = tf.function(farhox.ReverseHG().compute, autograph=False, jit_compile=True)

@@ -64,6 +64,7 @@ def test_each_variable_has_its_own_first_try():
     assert_close(state.variables, [[0.5, 1.0], 2.25], 1e-12)
 
 
+@pytest.mark.slow
 def test_loss_never_rises_on_a_network(float64):
     case = searched_network(steps=20, rate=50.0)
     losses = case.problem.evaluate(*case[1:3]).inner_losses.numpy()
@@ -74,6 +75,7 @@ def test_loss_never_rises_on_a_network(float64):
     assert not np.all(np.diff(descent.evaluate(*case[1:3]).inner_losses) < 0)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ReverseHG(checkpoint_every=2), farhox.ForwardHG()])
 def test_hypergradient_equals_finite_differences(method, float64):
     case = searched_network(steps=4, rate=20.0)
@@ -91,6 +93,7 @@ def test_eager_computation_is_the_compiled_one(method, jit_compile, float64):
     assert_close(method.compute(*case[:3]).gradients, compiled.gradients, 1e-9)
 
 
+@pytest.mark.slow
 def test_masks_of_a_step_are_the_same_in_all_of_its_tries(float64):
     """With another mask in every forward pass a long search would be needed; with the same one the loss decreases."""
     case = searched_network(steps=5, rate=1e-3, extra=[keras.layers.Dropout(0.5)])

@@ -61,6 +61,7 @@ def test_solution_is_that_of_numpy(name, dtype, compiled):
     assert solution.steps.dtype == tf.int32 and not solution.failed
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_solver_compiled_by_xla_gives_the_same_solution(name):
     a, b = positive_definite(4)
@@ -250,12 +251,14 @@ def test_a_series_that_diverges_is_returned_as_it_is_and_reported(solver):
     np.testing.assert_allclose(solution.residual, 32 / np.sqrt(2), rtol=1e-12)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("solver", [Neumann(2000, step_size=1.0), FixedPoint(2000)])
 def test_a_series_that_overflows_is_not_a_number(solver):
     solution = solve(solver, np.diag([3.0, 1.0]), [1.0, 1.0])
     assert solution.failed and not np.all(np.isfinite(solution.vector))
 
 
+@pytest.mark.slow
 def test_estimate_for_the_step_of_a_neumann_series_is_kept_in_its_memory():
     """The first system costs `power_steps` products, later ones a single product; a failure starts anew."""
     a, b = positive_definite(6)
@@ -324,6 +327,7 @@ def test_gmres_is_the_best_of_its_krylov_space():
     np.testing.assert_allclose(solution.vector, best, rtol=1e-8)
 
 
+@pytest.mark.one_case
 @dtypes
 @pytest.mark.parametrize("rho", [1e-2, 1e-4])
 def test_nystrom_of_full_rank_equals_the_exact_damped_solve(dtype, rho):

@@ -32,6 +32,7 @@ def operations():
     return keras.Model(inputs, keras.ops.tanh(shared(shared(inputs))))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("model, inputs", [
     (on_text(keras.layers.TextVectorization(max_tokens=9, output_mode="tf_idf")), TEXTS),
     (on_text(keras.layers.StringLookup(output_mode="multi_hot")), TEXTS),

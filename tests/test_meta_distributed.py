@@ -54,6 +54,7 @@ def mirrored():
         ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice())
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("make, loop", [
     pytest.param(maml, "fit", marks=pytest.mark.skipif(farhox.data.datasets.KERAS_IS_OLD, reason="needs Keras 3.9")),
     pytest.param(hyper_representation, "fit_distributed", marks=pytest.mark.slow), (reptile, "fit_distributed")])
@@ -71,6 +72,7 @@ def test_a_meta_batch_over_two_replicas_gives_the_weights_of_one_device(make, lo
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(start, weights_of(single)))
 
 
+@pytest.mark.slow
 def test_a_training_that_is_told_to_stop_saves_its_state_and_goes_on_to_the_same_weights(tmp_path, capsys):
     source, _ = images()
     whole, first, second = (compiled(maml, metrics=None) for _ in range(3))
@@ -100,6 +102,7 @@ def test_a_training_that_is_told_to_stop_saves_its_state_and_goes_on_to_the_same
     assert meta.fit_distributed(compiled(maml, metrics=None), source, 2, 6, tmp_path / "parts") == again
 
 
+@pytest.mark.slow
 def test_a_diverged_training_ends_with_an_error(tmp_path):
     line = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
     learner = compiled(lambda _: meta.MAML(line, 1e30, 3, loss="mean_squared_error"), metrics=None)
@@ -149,6 +152,7 @@ sys.exit(3 if index == 1 and starts <= int(sys.argv[2]) else len(set(config["clu
 """
 
 
+@pytest.mark.slow
 def test_workers_have_places_of_their_own_and_are_started_again_when_one_dies(tmp_path, launcher, capfd):
     command = [sys.executable, "-c", WORKER, str(tmp_path)]
     launcher.launch([*command, "2"], workers=2, restarts=2)

@@ -163,6 +163,8 @@ def test_intervals_are_two_standard_errors_wide():
     mean, interval = meta.mean_and_interval(values)
     assert mean == pytest.approx(3.0, abs=0.1) and interval == pytest.approx(1.96 * 2.0 / 100, rel=0.03)
     assert np.isnan(meta.mean_and_interval([1.0])[1])
+    # The variance of few values is about their own mean: 2, and the error of their mean 1.
+    assert meta.mean_and_interval([1.0, 3.0]) == pytest.approx((2.0, 1.96))
 
 
 @pytest.mark.skipif("FARHOX_DATA_DIR" not in os.environ, reason="FARHOX_DATA_DIR names no folder of TFDS' data sets")
@@ -238,6 +240,7 @@ def test_prototypes_are_class_means_and_classify_by_squared_distance():
     np.testing.assert_allclose(learner.predict(shuffled, query[0]), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_prototypical_network_learns():
     learner, episodes = prototypes()
     learner.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -275,6 +278,7 @@ def test_networks_have_the_size_of_the_papers(downsampling):
         meta.convolutional_body(downsampling="none")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("normalize_features", [True, False])
 def test_inner_training_on_normalized_features_never_rises_at_a_rate_below_two(normalize_features):
     keras.utils.set_random_seed(0)

@@ -54,6 +54,7 @@ def test_adapted_weight_of_a_quadratic_is_that_of_the_closed_form(float64):
     np.testing.assert_array_equal(learner.model.get_weights()[0], [[1.0]])
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("steps", [60, 400])
 def test_imaml_of_a_quadratic_is_that_of_the_closed_form_and_not_of_the_released_code(steps, float64):
     learner = meta.IMAML(scalar_model(), 0.1, steps, proximal=2.0,
@@ -67,6 +68,7 @@ def test_imaml_of_a_quadratic_is_that_of_the_closed_form_and_not_of_the_released
     assert abs(gradient - (adapted - 3.0) * 0.48) > 0.2
 
 
+@pytest.mark.slow
 def test_damping_of_imaml_is_added_to_the_hessian(float64):
     learner = meta.IMAML(scalar_model(), 0.1, 400, proximal=2.0, damping=3.0,
                          loss=lambda targets, predictions: keras.ops.mean((predictions - targets) ** 2 / 2, axis=-1))
@@ -75,6 +77,7 @@ def test_damping_of_imaml_is_added_to_the_hessian(float64):
     assert gradient == pytest.approx((adapted - 3.0) / (1.0 + (1.0 + 3.0) / 2.0), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_reptile_settles_at_the_mean_of_equal_tasks():
     learner = meta.Reptile(scalar_model(), farhox.GradientDescent(0.1), 3, loss="mean_squared_error")
     learner.compile(keras.optimizers.SGD(0.5))
@@ -84,6 +87,7 @@ def test_reptile_settles_at_the_mean_of_equal_tasks():
     np.testing.assert_allclose(learner.model.get_weights()[0], [[3.0]], rtol=1e-4)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("make", [
     lambda model: meta.MAML(model, 0.3, 3),
     lambda model: meta.MAML(model, 0.3, 3, transductive=False),
@@ -107,6 +111,7 @@ def test_meta_gradients_equal_one_tape_over_a_plain_loop(make, float64):
     assert_close(actual, expected, 1e-8)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("first_order", [False, True], ids=["second order", "first order"])
 def test_multi_step_loss_is_the_weighted_sum_of_the_losses_after_each_step(first_order, float64):
     weights = (0.2, 0.0, 0.8)
@@ -131,6 +136,7 @@ def test_weights_of_steps_follow_a_schedule_of_the_meta_step():
         scheduled.step(*scheduled._hyper_iteration_data(episodes, training=True))
 
 
+@pytest.mark.slow
 def test_imaml_solves_with_identity_plus_hessian_over_the_proximal_strength(float64):
     model = keras.Sequential([keras.Input([6, 6, 1]), keras.layers.Flatten(), keras.layers.Dense(2, "tanh"),
                               keras.layers.Dense(3, "softmax")])
@@ -166,6 +172,7 @@ def test_imaml_solves_with_identity_plus_hessian_over_the_proximal_strength(floa
     assert_close([np.concatenate([np.ravel(g) for g in meta_gradients(learner, episodes)])], [expected], 1e-8)
 
 
+@pytest.mark.slow
 def test_episodes_of_many_sizes_are_predicted_with_two_traces():
     learner = meta.MAML(keras.Sequential([keras.Input([2]), keras.layers.Dense(4, activation="softmax")]))
     random = np.random.default_rng(0)
@@ -177,6 +184,7 @@ def test_episodes_of_many_sizes_are_predicted_with_two_traces():
     assert learner._adapt_function.experimental_get_tracing_count() == 2
 
 
+@pytest.mark.slow
 def test_fomaml_is_the_query_gradient_at_the_adapted_weights(float64):
     learner = meta.MAML(network(normalized=False), 0.3, 3, first_order=True)
     _, episodes = images(episodes=1)
@@ -188,6 +196,7 @@ def test_fomaml_is_the_query_gradient_at_the_adapted_weights(float64):
     assert_close(meta_gradients(learner, episodes), expected, 1e-8)
 
 
+@pytest.mark.slow
 def test_reptile_is_the_way_that_keras_training_goes():
     model, twin = network(), network()
     twin.set_weights(model.get_weights())
@@ -209,6 +218,7 @@ def test_reptile_is_the_way_that_keras_training_goes():
     assert_close(meta_gradients(learner, episodes), expected, 2e-3)
 
 
+@pytest.mark.slow
 def test_slots_of_reptile_go_on_from_one_meta_step_to_the_next_and_into_the_evaluation():
     learner = meta.Reptile(network(), inner_steps=4, batch_size=2)
     source, _ = images()
@@ -221,6 +231,7 @@ def test_slots_of_reptile_go_on_from_one_meta_step_to_the_next_and_into_the_eval
     assert learner.evaluate(source, episodes=4, meta_batch_size=2)["loss"] != before["loss"]
 
 
+@pytest.mark.slow
 def test_step_weights_choose_the_steps_whose_way_counts(float64):
     def direction(weights):
         learner = meta.Reptile(scalar_model(), farhox.GradientDescent(0.1), 3, step_weights=weights,
@@ -279,6 +290,8 @@ OTHERS = [
         inner_steps=3)]
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("make", OTHERS, ids=["anil", "imaml", "joint", "hyper-representation"])
 def test_every_learner_takes_a_meta_step_and_adapts(make):
     learner = make(network())
@@ -289,6 +302,7 @@ def test_every_learner_takes_a_meta_step_and_adapts(make):
     assert learner.adapt(support)(query[0]).shape == (12, 3)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("make", [
     lambda model: meta.MAML(model, 0.3, 2), lambda model: meta.Reptile(model, inner_steps=4, batch_size=3),
     *(pytest.param(make, marks=pytest.mark.slow) for make in OTHERS)],
@@ -326,6 +340,7 @@ def test_training_makes_a_better_learner():
     assert after["accuracy"] > before["accuracy"] + before["accuracy_interval"]
 
 
+@pytest.mark.slow
 def test_regression_is_judged_by_its_loss():
     source = meta.SinusoidEpisodes(shots=5, queries=7)
     model = keras.Sequential([keras.Input([1]), keras.layers.Dense(8, "tanh"), keras.layers.Dense(1)])
@@ -340,6 +355,7 @@ def test_regression_is_judged_by_its_loss():
     assert result["loss_interval"] == pytest.approx(1.96 * np.std(errors, ddof=1) / np.sqrt(10), rel=1e-4)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 def test_episodes_of_a_source_and_those_of_a_users_data_set_train_alike(jit_compile):
     source, values = meta.SinusoidEpisodes(shots=3, queries=4), []

@@ -64,6 +64,7 @@ def test_a_ridge_network_learns_its_strength_and_scale_and_is_saved_and_served(t
     np.testing.assert_allclose(served, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_own_head_in_closed_form_is_a_learner(float64):
     class NearestMean(meta.EmbeddingLearner):
         def head(self, features, members):
@@ -77,6 +78,7 @@ def test_an_own_head_in_closed_form_is_a_learner(float64):
     np.testing.assert_allclose(own.predict(support, query[0]), reference.predict(support, query[0]), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_context_alone_adapts_and_starts_anew_for_each_task(float64):
     model = keras.Sequential([keras.Input([3]), meta.TaskContext(2), keras.layers.Dense(4, "tanh"),
                               keras.layers.Dense(2)])
@@ -116,6 +118,7 @@ def test_a_preconditioned_step_multiplies_the_gradient_along_each_axis(float64):
     np.testing.assert_allclose(new, w - 0.1 * turned, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_meta_curvature_starts_as_maml_and_its_matrices_are_learned_exactly(float64):
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2, use_bias=False)])
     learner = meta.MetaCurvature(model, 0.1, 1, loss="mean_squared_error")
@@ -134,6 +137,7 @@ def test_meta_curvature_starts_as_maml_and_its_matrices_are_learned_exactly(floa
                  outer.gradient(loss, values), 1e-9)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("transductive", [True, False])
 def test_maml_plus_plus_is_a_plain_loop_with_a_rate_a_loss_and_a_normalisation_of_each_step(transductive, float64):
     norm = meta.StepBatchNormalization(2, epsilon=0.1)
@@ -176,6 +180,7 @@ def _normalised(values, used, gamma, beta):
     return tf.tanh((values - mean) / tf.sqrt(variance + 0.1) * gamma + beta)
 
 
+@pytest.mark.slow
 def test_losses_of_early_steps_fade():
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
     learner = meta.MAMLPlusPlus(model, 0.1, 3, annealing_steps=4, loss="mean_squared_error")

@@ -103,6 +103,7 @@ def learned_loss():
     return net, loss, same
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("make", [
     lambda model, **more: meta.MAML(model, RATE, STEPS, loss=squared, **more),
     lambda model, **more: meta.ANIL(model, None, RATE, STEPS, loss=squared, **more)], ids=["MAML", "ANIL"])
@@ -147,6 +148,7 @@ def test_a_condition_on_the_task_gets_the_gradient_of_a_plain_loop_and_stays_in_
     np.testing.assert_array_equal(learner.model.layers[1].shift, np.zeros(4))
 
 
+@pytest.mark.slow
 def test_what_is_open_trains_is_judged_saved_loaded_and_served(tmp_path):
     source = meta.SinusoidEpisodes(shots=3, queries=4)
 
@@ -182,6 +184,8 @@ def test_what_is_open_trains_is_judged_saved_loaded_and_served(tmp_path):
         np.testing.assert_allclose(answer, trained.predict(support, query[0]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("curvature", [None, lambda support, query: query, lambda support, query: tuple(
     tf.concat(pair, axis=1) for pair in zip(support, query))], ids=["support", "query", "both"])
 def test_imaml_solves_with_the_curvature_of_the_examples_asked_for(curvature, float64):
@@ -213,6 +217,7 @@ def test_imaml_solves_with_the_curvature_of_the_examples_asked_for(curvature, fl
     assert_close([found], [expected], 1e-8)
 
 
+@pytest.mark.slow
 def test_a_system_on_other_examples_has_their_curvature_and_mixed_derivative():
     w, target = variable(3.0, name="w"), variable(0.5, name="target")
     problem = farhox.BilevelProblem(  # A batch holds (a, b): curvature mean(a), mixed derivative -mean(b).
@@ -250,6 +255,7 @@ def test_single_variables_are_a_representation(float64):
     assert anil.problem.inner_variables == [context, model.layers[3].kernel]
 
 
+@pytest.mark.slow
 def test_targets_may_be_a_dictionary_for_a_loss_of_ones_own(float64):
     def gain(action, gains, logits):
         chosen = tf.gather(tf.nn.log_softmax(logits), tf.cast(action, tf.int32), batch_dims=1)
@@ -270,6 +276,8 @@ def test_targets_may_be_a_dictionary_for_a_loss_of_ones_own(float64):
     assert_close(made[0], made[1], 1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("freeze", ["layer", "variable"])
 def test_frozen_layers_neither_adapt_nor_learn(freeze, float64):
     model = network()
@@ -287,6 +295,7 @@ def test_frozen_layers_neither_adapt_nor_learn(freeze, float64):
     assert len(learner.problem.outer_variables) == (1 if freeze == "layer" else 3)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("rates", [True, "positive"])
 def test_learned_rates_are_positive_if_asked_for(rates):
     learner = meta.MAML(network(), 0.2, 1, loss=squared, learn_learning_rates=rates)

@@ -37,6 +37,7 @@ def drawn(source, number=6):
     return [tf.nest.map_structure(np.asarray, tuple(source.draw(index))) for index in range(number)]
 
 
+@pytest.mark.slow
 def test_uneven_tasks_have_the_meta_gradient_and_losses_of_tasks_that_are_not_padded(float64):
     model = keras.Sequential([
         keras.Input([3]), keras.layers.Dense(4, use_bias=False), keras.layers.BatchNormalization(),
@@ -92,6 +93,7 @@ def test_one_task_and_nests_of_inputs_are_taken():
         "a": (4, 3), "b": (4, 1)}
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("queries", [None, 2])
 def test_sets_are_divided_anew_into_support_and_queries_of_each_class(queries):
     counts = [[4, 3], [6, 5, 4]]

@@ -91,6 +91,7 @@ def assert_same(got, expected):
         np.testing.assert_allclose(got[key], value, rtol=1e-9, atol=1e-12, err_msg=key)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", list(LEARNERS))
 def test_padded_tasks_of_weight_zero_give_the_numbers_of_those_not_padded_times_the_weight(name, float64):
     learner = LEARNERS[name](network(normalized=True))
@@ -109,6 +110,8 @@ def test_padded_tasks_of_weight_zero_give_the_numbers_of_those_not_padded_times_
                       "accuracy": expected["accuracy"]})
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ["MAML", "PrototypicalNetwork"])
 def test_fit_evaluate_predict_and_adapt_know_what_is_padded(name, float64):
     plain = episodes()
@@ -142,6 +145,7 @@ def test_losses_that_are_sums_are_not_divided_by_the_number_of_queries(float64):
     np.testing.assert_allclose(scaled(0 * weights, "mse"), 0 * weights)
 
 
+@pytest.mark.slow
 def test_inner_batches_hold_examples_of_any_weight_alone_each_before_any_comes_again():
     weights = tf.constant([[1.0, 0.0, 2.0, 1.0, 0.0], [0.0] * 4 + [1.0]])
     places = order_of_present(weights, 3, 2, tf.constant([0, 1], tf.int64)).numpy()

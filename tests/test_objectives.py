@@ -25,9 +25,11 @@ class Quadratic:
 
     def make(self, objective, variables):
         return farhox.BilevelProblem(lambda _: (self.w - self.lam) ** 2, objective, [self.w], variables,
-                                     dynamics=farhox.Momentum(self.rate, 0.5))
+                                     dynamics=farhox.Momentum(self.rate, 0.5),
+                                     fixed=[] if self.rate in variables else [self.rate])
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ForwardHG()], ids=["reverse", "forward"])
 def test_each_variable_follows_its_own_objective(method):
     case = Quadratic()
@@ -39,6 +41,8 @@ def test_each_variable_follows_its_own_objective(method):
     np.testing.assert_allclose(result.diagnostics["hypergradient_norm"], np.linalg.norm(expected), rtol=1e-13)
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.hypergradients.ForwardHG(), farhox.ImplicitHG()],
                          ids=["reverse", "forward", "implicit"])
 def test_all_objectives_share_one_inner_training(method):
@@ -70,6 +74,7 @@ def test_the_problems_own_loss_is_reported_when_no_variable_follows_it():
     np.testing.assert_allclose(result.outer_loss, 0.5 * (result.state.variables[0] - 1) ** 2, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_online_training_carries_the_memory_of_each_objective():
     case = Quadratic()
     method = ObjectivesHG(farhox.ForwardHG(), [(case.other, [case.rate])])
@@ -80,6 +85,7 @@ def test_online_training_carries_the_memory_of_each_objective():
     np.testing.assert_allclose(optimizer.step(BATCHES, OUTER).gradients, whole.gradients, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_groups_apply_their_own_optimizer_and_save_its_slots(tmp_path):
     case, other = Quadratic(), Quadratic()
 

@@ -16,6 +16,7 @@ from farhox.linear_solvers import GMRES, Direct, FixedPoint, Neumann, NormalConj
 CHECKPOINTS = pytest.mark.parametrize("checkpoint_every", [None, 1, 2, "sqrt"])
 
 
+@pytest.mark.one_case
 @CHECKPOINTS
 def test_replay_is_not_off_by_one_batch(checkpoint_every):
     """FAR-HO replays step k with batch k - 1: dE/drate is then -2.436 or -2.088."""
@@ -25,6 +26,7 @@ def test_replay_is_not_off_by_one_batch(checkpoint_every):
     assert_close(result.gradients, [0.32944, -3.219], 1e-9)
 
 
+@pytest.mark.slow
 def test_online_mode_goes_back_to_the_state_it_started_from():
     """FAR-HO does not store that state and walks T - 1 steps back."""
     case = scalar_quadratic(outer=("target",), steps=4)
@@ -34,6 +36,7 @@ def test_online_mode_goes_back_to_the_state_it_started_from():
     assert_close(second.gradients, [(end - 1.0) * (1 - 0.8 ** 3)], 1e-9)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ForwardHG()])
 def test_adam_is_differentiated_as_the_adam_that_runs(method):
     """FAR-HO runs Adam with epsilon outside of the root and differentiates one with epsilon inside."""
@@ -49,6 +52,7 @@ def test_adam_is_differentiated_as_the_adam_that_runs(method):
     assert_close(result.gradients, unrolled.finite_differences(*case[:3]), 1e-8)
 
 
+@pytest.mark.slow
 def test_truncated_adjoint_is_not_multiplied_by_the_initial_dynamics():
     """FAR-HO treats the adjoint at step T - K as if it were that of step 0: an initial value gets (w_T - c) q^K."""
     case = scalar_quadratic(outer=("target", "initial"))
@@ -62,6 +66,7 @@ def test_truncated_adjoint_is_not_multiplied_by_the_initial_dynamics():
     assert_close([gradient], [(end - 5.0) * 0.4 * (1 + 0.4)], 1e-9)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("solver", [
     farhox.ConjugateGradient(), NormalConjugateGradient(), Neumann(), FixedPoint(),
     GMRES(), Nystrom(), Direct()])
@@ -97,6 +102,7 @@ def test_order_and_bits_are_the_same_in_every_process(capsys):
     assert here.startswith("['o0', 'o1', 'o2', 'o3', 'o4']")
 
 
+@pytest.mark.slow
 def test_order_of_inner_variables_leaves_the_hypergradient_unchanged():
     gradients = []
     for order in ([0, 1, 2], [2, 0, 1]):
@@ -123,6 +129,7 @@ def test_conjugate_gradient_keeps_the_iterate_that_met_the_tolerance():
         solve(farhox.ConjugateGradient(), np.diag([1.0, 2.0, 3.0]), np.ones(3)), [1.0, 0.5, 1 / 3], rtol=1e-12)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.1])
 def test_conjugate_gradient_solves_a_scaled_system(scale):
     """Betty scales A in the step size and not in the residual: an error of 12 for a scale of 0.5."""
@@ -133,6 +140,7 @@ def test_conjugate_gradient_solves_a_scaled_system(scale):
     np.testing.assert_allclose(solution, np.linalg.solve(scale * a, b), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_conjugate_gradient_gains_beyond_the_third_step():
     """moskomule/hypergrad builds the direction from the old residual: the error grows from the third step on."""
     a, b = np.diag(np.arange(1.0, 7.0)), np.ones(6)
@@ -142,6 +150,7 @@ def test_conjugate_gradient_gains_beyond_the_third_step():
     assert errors[-1] < 1e-12
 
 
+@pytest.mark.one_case
 @CHECKPOINTS
 def test_batches_of_a_data_set_are_not_drawn_again_on_the_way_back(checkpoint_every):
     """hypertorch calls next() on the data again when it replays a step."""
@@ -167,6 +176,7 @@ def test_proximal_strength_is_neither_scaled_nor_damped_in_secret():
     np.testing.assert_allclose(gradient / (5 / 3 - 5), 2 / 3, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_proximal_strength_may_be_learned():
     """imaml_dev takes every strength for a number."""
     strength = farhox.Hyperparameter(2.0, low=0.0, name="strength", dtype="float64")
@@ -188,6 +198,7 @@ def test_bounds_of_a_hyperparameter_are_the_same_when_it_is_set_and_read():
         np.testing.assert_allclose(length.numpy(), value, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_keras_schedule_of_an_inner_learning_rate_is_stepped():
     """Self-tuning networks' code builds a schedule and never steps it."""
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.1, 0.01])

@@ -138,6 +138,7 @@ def make(outer_loss, units=3, **arguments):
         model, loss, farhox.GradientDescent(rate), [rate], outer_loss=outer_loss, **arguments)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("outer_loss, units, outer", [
     (losses.SoftAUC(), 1, (X, LABELS)), (losses.SoftF1(), 3, (X, CLASSES)), (losses.SoftF1(), 3, (X, CLASSES, WEIGHTS)),
     (losses.WorstGroupLoss("sparse_categorical_crossentropy", 3), 3, (X, CLASSES, GROUPS)),
@@ -154,6 +155,7 @@ def test_the_hypergradient_of_an_outer_loss_equals_finite_differences(outer_loss
     assert_close(farhox.ReverseHG().compute(problem, *data).gradients, expected, 1e-7)
 
 
+@pytest.mark.slow
 def test_a_loss_over_groups_needs_the_group_in_the_outer_batch_and_leaves_metrics_alone():
     problem = make(losses.WorstGroupLoss("sparse_categorical_crossentropy", 3))
     with pytest.raises(ValueError, match=r"A batch must be a tuple \(x, y, group\)"):

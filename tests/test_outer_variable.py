@@ -107,6 +107,7 @@ def self_tuned(make):
     return [entry.variable for entry in tuned]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("use", [every_setting, own_dynamics, self_tuned], ids=lambda use: use.__name__)
 def test_an_own_outer_variable_is_told_from_a_hyperparameter_by_no_bit(use):
     own, same = use(Own), use(plain)
@@ -115,6 +116,8 @@ def test_an_own_outer_variable_is_told_from_a_hyperparameter_by_no_bit(use):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(one), keras.ops.convert_to_numpy(other))
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("learner, setting", [
     (meta.MAML, "inner_learning_rate"), (meta.ANIL, "inner_learning_rate"), (meta.IMAML, "proximal")])
 def test_an_own_outer_variable_is_learned_by_learners(learner, setting):
@@ -144,6 +147,7 @@ def test_an_optimizer_is_told_whether_an_own_outer_variable_is_a_schedule(change
 
 
 # A Keras optimizer computes with rates in float32, which finite differences show.
+@pytest.mark.one_case
 @pytest.mark.parametrize("dynamics, tolerance", [
     (farhox.GradientDescent, 1e-8), (farhox.Momentum, 1e-8),
     (lambda rate: farhox.KerasDynamics(keras.optimizers.SGD(), learning_rate=rate), 1e-4)],
@@ -160,6 +164,7 @@ def test_an_own_outer_variable_is_a_learning_rate_with_a_value_for_each_step(dyn
     np.testing.assert_allclose(gradients[0], np.sum(parts), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_an_own_outer_variable_is_a_proximal_strength_and_a_weight_of_classes():
     strength, weights = Decaying(0.3), Decaying([0.5, 2.0, 1.0, 3.0], "weights")
     problem = farhox.supervised_problem(

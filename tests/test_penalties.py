@@ -51,6 +51,7 @@ def jacobian(function, value):
     return np.stack([tf.reshape(tape.gradient(output, value), [-1]) for output in outputs])
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("case", CASES)
 def test_derivatives_of_proximal_maps_are_those_of_differences_and_symmetric(case):
     penalty, v = CASES[case]

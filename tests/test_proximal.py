@@ -58,6 +58,7 @@ def data(steps):
     return farhox.repeat((X, Y), steps), (X_OUTER, Y_OUTER)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("alpha", [0.02, 0.15, 0.6, 3.0])
 def test_the_path_of_the_lasso_is_that_of_scikit_learn(alpha, float64):
     result = lasso(alpha).evaluate(*data(300))
@@ -67,6 +68,7 @@ def test_the_path_of_the_lasso_is_that_of_scikit_learn(alpha, float64):
     np.testing.assert_allclose(result.outer_loss, loss, rtol=1e-10)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", [
     farhox.ReverseHG(), farhox.ReverseHG(truncation=100), farhox.ForwardHG(),
     farhox.ImplicitHG(FixedPoint(500, tolerance=1e-14)),
@@ -128,6 +130,7 @@ def test_the_l1_part_of_a_regularizer_is_the_penalty_of_the_proximal_step(float6
                                0.2 * np.sum(np.abs(kernel)), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_first_order_proximal_step_keeps_the_derivative_of_its_threshold(float64):
     problem = lasso(first_order=True)
     inner_batches, outer_batch = data(6)
@@ -138,6 +141,8 @@ def test_a_first_order_proximal_step_keeps_the_derivative_of_its_threshold(float
         assert_close(actual, expected, 1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", [GroupLasso, NuclearNorm])
 def test_groups_and_ranks_settle_at_the_closed_form_with_its_hypergradient(kind, float64):
     # With x'x = n the minimum is the proximal map of the least squares solution.
@@ -178,11 +183,12 @@ def test_a_constraint_as_penalty_is_the_constraint_of_the_variable(float64):
     assert_close(paths[0], paths[1], 1e-14)
 
 
+@pytest.mark.slow
 def test_l1_goes_with_a_lower_bound_of_zero_as_in_the_positive_lasso(float64):
     problem = lasso()
     problem.inner_variables[0].constraint = keras.constraints.NonNeg()
     problem = farhox.BilevelProblem(problem._inner_objective, problem.outer_objective, problem.inner_variables,
-                                    problem.outer_variables, lasso().dynamics)
+                                    problem.outer_variables, ProximalGradient(0.3, penalty=L1(ALPHA)))
     result = problem.evaluate(*data(300))
     expected = Lasso(alpha=ALPHA, fit_intercept=False, tol=1e-14, max_iter=10 ** 5, positive=True).fit(X, Y).coef_
     np.testing.assert_allclose(result.state.variables[0], expected, atol=1e-9)

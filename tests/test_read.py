@@ -144,6 +144,7 @@ def stopped(model):
     return stopped_loss
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("make_objective, name", [(counted, "accuracy"), (f1, "f1_score"), (stopped, "stopped_loss")])
 @pytest.mark.parametrize("method", [
     farhox.ReverseHG(), farhox.ForwardHG(), farhox.ImplicitHG(), DartsHG()], ids=lambda m: type(m).__name__)

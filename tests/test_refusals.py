@@ -70,6 +70,7 @@ def test_a_loss_that_tensorflow_differentiates_once_only_is_named(float64):
         farhox.ReverseHG().compute(problem, farhox.repeat(batch, 2), batch)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.hypergradients.ForwardHG()], ids=["reverse", "forward"])
 def test_masks_of_minus_infinity_leave_the_second_derivative_finite(method, float64):
     """The third example has no partner of its class: the logarithm of zero, which the loss masks."""
@@ -104,6 +105,8 @@ def test_what_moves_pixels_goes_back_by_its_adjoint(mode, interpolation):
     np.testing.assert_allclose(np.sum(moved * cotangent), np.sum(images * back), rtol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("make", [
     lambda: layers.RandomZoom((-0.4, -0.3), seed=1), lambda: layers.RandomTranslation(0.4, 0.4, "wrap", seed=3)],
     ids=["zoom", "translation"])
@@ -125,6 +128,8 @@ def test_learned_images_are_exact_through_layers_that_move_pixels(make, float64)
     assert report.maximum_error < 1e-4  # Keras' weights of pixels are float32, hence the wide step.
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.hypergradients.ForwardHG()], ids=["reverse", "forward"])
 def test_rematerialised_layers_run_as_they_are(method, float64):
     def hypergradient(mode, own=False):

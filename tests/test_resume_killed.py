@@ -35,6 +35,7 @@ def finish(process):
     return process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_saves_is_gone_on_with(tmp_path):
     arguments = ["reptile", tmp_path / "run", tmp_path / "result", resumable_runs.EPOCHS]
     # In the middle of the third state or so.

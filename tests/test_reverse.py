@@ -61,6 +61,7 @@ def test_scalar_quadratic_has_the_published_values():
     np.testing.assert_allclose(result.outer_loss, 2.94953472e-4, rtol=1e-9)
 
 
+@pytest.mark.one_case
 @dtypes
 def test_learning_rate_schedule_has_its_closed_form_at_each_step(dtype):
     case = scalar_quadratic(dtype, ("schedule",))
@@ -71,7 +72,7 @@ def test_learning_rate_schedule_has_its_closed_form_at_each_step(dtype):
     np.testing.assert_allclose(np.sum(gradient), -0.2228433715, rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @dtypes
 @pytest.mark.parametrize("checkpoint_every", [None, 2, "sqrt"])
 @pytest.mark.parametrize("truncation, published", [(1, 0.0048576), (3, 0.011852544), (5, None)])
@@ -83,6 +84,7 @@ def test_truncation_keeps_the_last_steps(dtype, truncation, published, checkpoin
         np.testing.assert_allclose(gradient, published, rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("checkpoint_every", [None, 3])
 def test_truncation_beyond_the_first_step_is_the_whole_hypergradient(checkpoint_every):
     case = scalar_quadratic(outer=("target", "rate", "initial"))
@@ -101,7 +103,7 @@ def test_truncation_of_zero_keeps_the_explicit_gradient_alone():
     assert_close(result.gradients, [(result.state.variables[0] - 1.0) ** 2], 1e-12)
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @dtypes
 @checkpoints
 def test_each_step_back_uses_the_minibatch_of_that_step(dtype, checkpoint_every):
@@ -119,7 +121,7 @@ def test_each_step_back_uses_the_minibatch_of_that_step(dtype, checkpoint_every)
         assert_close(result.gradients, [0.32944, -3.219], TOLERANCE[dtype])
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @dtypes
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_heavy_ball_has_its_hypergradient(dtype, nesterov):
@@ -132,6 +134,7 @@ def test_heavy_ball_has_its_hypergradient(dtype, nesterov):
         np.testing.assert_allclose(np.array(result.gradients), [-0.475035561, 5.85997912, 1.17079820], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_many_steps_reach_the_implicit_meta_gradient():
     case = proximal_quadratic(steps=60)
     case.problem.dynamics = farhox.GradientDescent(0.2)
@@ -148,6 +151,7 @@ def test_checkpoints_change_no_bit(truncation, lengths, float64):
         assert_identical(tf.function(lambda: method.compute(*case[:3]), autograph=False)(), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_every", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_what_is_kept_stays_within_the_memory_and_changes_nothing_but_rounding(checkpoint_every, float64):
     # Wide enough for a product of matrices to be dearer than the bytes of what comes out of it.
@@ -177,6 +181,7 @@ def test_memory_must_be_a_number_of_bytes(memory):
         farhox.ReverseHG(memory=memory)
 
 
+@pytest.mark.slow
 def test_replay_is_exact_with_dropout_batch_norm_and_minibatches(float64):
     model, (x, y), outer_batch = model_and_data("BatchNormalization", steps=5, extra=[keras.layers.Dropout(0.5)])
     rate = variable(0.3)
@@ -197,7 +202,7 @@ def test_replay_is_exact_with_dropout_batch_norm_and_minibatches(float64):
     assert seeds, "The network draws no random numbers."
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @pytest.mark.parametrize("checkpoint_every", [None, 2])
 @pytest.mark.parametrize("reads_statistics", [False, True])
 def test_first_order_dynamics_are_exact_whether_or_not_statistics_count(reads_statistics, checkpoint_every, float64):
@@ -211,6 +216,7 @@ def test_first_order_dynamics_are_exact_whether_or_not_statistics_count(reads_st
     assert_close(result.gradients, unrolled.unrolled_hypergradient(problem, inner_batches, outer_batch), 1e-11)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("dynamics, reads_statistics, walked", [
     (farhox.GradientDescent(0.3, first_order=True), False, 0), (farhox.GradientDescent(0.3, first_order=True), True, 1),
     (farhox.GradientDescent(0.3), False, 1), (farhox.Momentum(0.3, 0.5, first_order=True), False, 1)])
@@ -295,6 +301,7 @@ def test_weights_of_steps_give_the_hypergradient_of_the_weighted_outer_losses(ma
         assert_close([result.outer_loss], [last], 1e-12)
 
 
+@pytest.mark.slow
 def test_all_weight_on_the_last_step_is_the_hypergradient_of_the_last_state():
     case = scalar_quadratic(outer=("target", "rate", "initial"))
     weights = (0.0,) * (STEPS - 1) + (1.0,)

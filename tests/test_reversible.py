@@ -53,6 +53,7 @@ def test_multiplication_is_right_up_to_the_last_places():
     assert np.max(np.abs(values[0].numpy() - 0.9 * start)) <= 10
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("momentum", [0.5, 0.9])
 def test_heavy_ball_has_its_hypergradient(momentum):
     w, target, rate = variable(3.0, name="w"), variable(0.5, name="target"), variable(0.1, name="rate")
@@ -94,6 +95,7 @@ def test_error_is_that_of_the_fractional_bits(float64):
     assert errors[1] < errors[0] / 10_000
 
 
+@pytest.mark.slow
 def test_replay_has_the_masks_and_statistics_of_each_step(float64):
     case = network(name="BatchNormalization", extra=[keras.layers.Dropout(0.5)])
     expected, result = compiled(farhox.ReverseHG(), case), compiled(ReversibleHG(), case)
@@ -103,6 +105,7 @@ def test_replay_has_the_masks_and_statistics_of_each_step(float64):
                  [v for v in expected.state.state_variables if v.dtype.is_floating], 1e-9)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 def test_float32_training_is_undone_exactly_in_graphs_and_under_xla(jit_compile):
     case = network(steps=12)
@@ -111,6 +114,7 @@ def test_float32_training_is_undone_exactly_in_graphs_and_under_xla(jit_compile)
     assert_close(result.gradients, compiled(farhox.ReverseHG(), case).gradients, 1e-4)
 
 
+@pytest.mark.slow
 def test_convolutions_are_undone_exactly():
     case = network(steps=30, name="ConvBatchNormalization")
     assert compiled(ReversibleHG(), case).diagnostics["reversed_exactly"]
@@ -134,6 +138,8 @@ def test_ten_thousand_steps_end_at_the_initial_bits_with_a_small_buffer():
     assert stored < entries * steps * 8 / 300  # ReverseHG stores a variable and a momentum of four bytes each.
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("momentum, bits", [(0.9, 0.152), (0.99, 0.0145), (0.5, 1.0)])
 def test_buffer_grows_by_the_logarithm_of_the_momentum(momentum, bits):
     case = scalar_quadratic(outer=("target",), steps=5_000,
@@ -145,6 +151,7 @@ def test_buffer_grows_by_the_logarithm_of_the_momentum(momentum, bits):
     assert bits < used < 1.2 * bits + 64 / 5_000
 
 
+@pytest.mark.slow
 def test_learned_schedules_and_rates_per_variable(float64):
     case = network(steps=4)
     problem = case.problem
@@ -152,7 +159,7 @@ def test_learned_schedules_and_rates_per_variable(float64):
     count = len(problem.inner_variables)
     problem = farhox.BilevelProblem(
         problem._inner_objective, problem._outer_objective, problem.inner_variables,
-        [schedule, problem.outer_variables[0]],
+        [schedule, *problem.outer_variables],
         farhox.Momentum([schedule] + [problem.dynamics.learning_rate] * (count - 1), 0.9))
     expected = farhox.ReverseHG().compute(problem, *case[1:3]).gradients
     assert_close(ReversibleHG().compute(problem, *case[1:3]).gradients, expected, 1e-9)
@@ -207,6 +214,7 @@ def test_hypergradient_of_a_training_that_cannot_be_undone_is_not_a_number():
     assert np.isnan(result.gradients[0]) and np.isfinite(result.outer_loss)
 
 
+@pytest.mark.slow
 def test_fit_trains_with_it():
     case = scalar_quadratic("float32", outer=("target", "rate"), dynamics=lambda rate: farhox.Momentum(rate, 0.9))
     optimizer = farhox.HyperOptimizer(case.problem, ReversibleHG(), online=True)

@@ -99,6 +99,7 @@ def small_optimizer():
     return optimizer, farhox.bilevel_dataset((x[:20], y[:20]), (x[20:], y[20:]), 2, batch_size=5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_numbers_of_one_that_was_not(load, tmp_path, capsys):
     experiment = load("experiment")
     whole = experiment.fit_resumable(*small_optimizer(), 9, tmp_path / "whole", observe=None)
@@ -233,6 +234,7 @@ def test_precision_and_recall_count_weights_next_to_zero(load):
     assert load("clean_labels").find_flipped(np.ones(5), flipped) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
 
 
+@pytest.mark.slow
 def test_a_schedule_is_learned_with_the_dynamics_that_replay_it(load, tmp_path):
     script = load("learn_schedule")
     random = np.random.default_rng(0)

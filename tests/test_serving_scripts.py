@@ -229,6 +229,7 @@ def test_what_is_exported_is_the_state_of_a_training_that_goes_on(tmp_path, scri
     np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_serving_times_requests_of_every_size(tmp_path, script, capsys):
     script("benchmark_serving", inner_steps=1, filters=2, queries=["1", "3"], requests=2, clients=2,
            output=tmp_path / "serving.json")

@@ -72,6 +72,7 @@ def open_gates(model):
             layer.kernel.assign(np.random.default_rng(1).normal(size=layer.kernel.shape) * 0.2)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", MODELS)
 def test_convert_then_bake_with_zero_gates_is_the_identity(name):
     model, x = built(name)
@@ -82,6 +83,7 @@ def test_convert_then_bake_with_zero_gates_is_the_identity(name):
     assert baked.count_params() == model.count_params() < converted.count_params()
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", MODELS)
 def test_baked_models_have_the_outputs_at_the_current_hyperparameters(name):
     model, x = built(name)

@@ -41,7 +41,7 @@ def same(first, second):
     return all(np.array_equal(one, other, equal_nan=True) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])
 def test_a_step_on_data_that_hold_nan_keeps_weights_hyperparameters_and_slots_and_is_counted(step, method):
@@ -59,6 +59,7 @@ def test_a_step_on_data_that_hold_nan_keeps_weights_hyperparameters_and_slots_an
     assert int(model.guard._in_a_row[step.partition("_")[0]].numpy()) == 0
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("compile, step, cause", [
     ({"optimizer": keras.optimizers.SGD(float("inf"))}, "training_step", "the weights after an update"),
     ({"hyper_optimizer": keras.optimizers.SGD(1e30)}, "validation_step", "the hyperparameter 'noise'"),
@@ -83,6 +84,7 @@ def test_an_update_that_a_variable_or_its_natural_value_does_not_survive_is_take
         model.guard.raise_if_diverged()
 
 
+@pytest.mark.slow
 def test_fit_keeps_good_values_and_ends_with_an_error_that_names_what_is_not_finite():
     rate = hyperparameter()
     model, (x, y) = tuned(rate, compile={"run_eagerly": False}, max_skipped_updates=4), examples()
@@ -158,6 +160,7 @@ def test_averages_of_weights_are_refused_by_name():
         tuned(hyperparameter(), compile={"optimizer": keras.optimizers.SGD(use_ema=True)})
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("file", ["model.weights.h5", "model.keras"])
 def test_weights_come_back_by_name_with_the_state_of_the_draws_and_never_into_another_place(file, tmp_path):
     def model(order):

@@ -52,7 +52,13 @@ def converted_layer(name):
     return stn.convert(model, strengths=strengths).layers[0], strengths[model.layers[0]]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+# One of each way to draw: a share of entries, noise, a map of pixels, a value of pixels.
+every_layer = pytest.mark.parametrize("name", [
+    name if name in ("dropout", "noise", "rotation", "contrast") else pytest.param(name, marks=pytest.mark.slow)
+    for name in LAYERS])
+
+
+@every_layer
 def test_a_converted_layer_draws_what_the_layer_of_keras_draws_and_each_example_by_its_own_strength(name):
     make, shape, expected = LAYERS[name]
     layer, strengths = converted_layer(name)
@@ -75,7 +81,7 @@ def test_a_converted_layer_draws_what_the_layer_of_keras_draws_and_each_example_
     assert not np.allclose(each, x)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@every_layer
 def test_baking_gives_back_the_layer_of_keras_with_the_strengths_found_and_all_other_settings(name, tmp_path):
     make, shape, expected = LAYERS[name]
     model = sequential(make(), shape=shape)
@@ -113,6 +119,7 @@ WITH_RATES = {
 }
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", WITH_RATES)
 def test_attention_and_recurrent_layers_drop_out_with_a_rate_per_example_and_come_back_with_it(name, tmp_path):
     make, arguments = WITH_RATES[name]
@@ -197,6 +204,7 @@ def test_strengths_are_those_of_each_layer_or_one_for_a_class_and_some_can_be_le
         stn.SelfTuningModel(stn.convert(images, [other], strengths={"move": move}))
 
 
+@pytest.mark.slow
 def test_an_unmodified_model_is_tuned_and_comes_back_without_farhox():
     keras.utils.set_random_seed(0)
     model = sequential(K.RandomFlip(seed=0), K.RandomTranslation(0.2, 0.1, name="move"),
@@ -239,6 +247,7 @@ def test_contrast_goes_one_way_in_keras_and_both_in_farhox_and_a_rotation_needs_
         keras.config.set_floatx("float32")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("loss, targets", [
     (keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1), "one_hot"),
     (keras.losses.CategoricalCrossentropy(), "one_hot"),

@@ -4,7 +4,18 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from stn_cases import LAYERS, PLAIN, TOKENS, gated, hyperparameters, inputs, layer_and_input, with_draws
+from stn_cases import (
+    LAYERS,
+    PLAIN,
+    TOKENS,
+    every_layer,
+    gated,
+    hyperparameters,
+    inputs,
+    layer_and_input,
+    layers_of_each_kind,
+    with_draws,
+)
 
 import farhox
 from farhox import stn
@@ -22,7 +33,7 @@ def plain_twin(name, layer, weights):
     return twin
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@every_layer
 def test_each_example_is_computed_with_the_weights_of_its_own_draw(name, float64):
     layer, x = layer_and_input(name)
     outputs = with_draws(layer, x, tf.constant(DRAWS))
@@ -39,7 +50,7 @@ def test_each_example_is_computed_with_the_weights_of_its_own_draw(name, float64
     assert not np.allclose(outputs, layer(x))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@layers_of_each_kind
 def test_outside_of_training_weights_are_those_of_the_current_hyperparameters(name, float64):
     layer, x = layer_and_input(name)
     current = np.concatenate([np.ravel(entry.variable.numpy()) for entry in gated(layer).hyperparameters])
@@ -58,7 +69,7 @@ def test_gates_measure_from_the_reference(float64):
     assert layer.get_config()["reference"] == reference
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@layers_of_each_kind
 def test_centred_gates_are_closed_at_the_current_hyperparameters(name, float64):
     layer, x = layer_and_input(name, centred=True)
     np.testing.assert_allclose(layer(x), with_draws(layer, x, tf.zeros([1, 3], tf.float64)), atol=0)
@@ -111,7 +122,8 @@ def test_weights_start_as_in_the_paper_and_hyper_weights_differ_from_elementary_
     assert 0.009 < np.std(layer.gate.kernel.numpy()) < 0.011
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.filterwarnings("ignore:Layer 'flatten")
+@every_layer
 def test_layers_come_back_from_configuration_and_from_a_saved_model_with_shared_hyperparameters(name, tmp_path):
     layer, x = layer_and_input(name)
     again = type(layer).from_config(layer.get_config())
@@ -131,7 +143,7 @@ def test_layers_come_back_from_configuration_and_from_a_saved_model_with_shared_
     assert all(one is other for one, other in zip(first, last))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@layers_of_each_kind
 def test_shapes_are_known_before_and_after_and_half_precision_is_used(name):
     layer, x = layer_and_input(name, dtype="mixed_float16")
     outputs = layer(x)
@@ -184,6 +196,7 @@ def test_lstm_regularizers_are_added_once_per_call(float64):
     np.testing.assert_allclose(layer.losses, [expected], rtol=1e-12)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("cell, layer", [(stn.LSTMCell, "lstm"), (stn.GRUCell, "gru")])
 def test_a_cell_in_an_rnn_of_keras_computes_what_the_layer_does(cell, layer, float64):
     own, x = layer_and_input(layer)
@@ -200,6 +213,7 @@ def test_a_cell_alone_refuses_what_is_done_once_for_all_steps(arguments):
         rnn(inputs((7, 3)), training=True)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ["lstm", "gru", "gru_before"])
 def test_dropconnect_draws_one_mask_of_recurrent_weights_per_call(name, float64):
     # A rate near 1 leaves next to nothing of the recurrent weights, so that steps do not know of each other.
@@ -234,6 +248,7 @@ def test_embedding_dropout_drops_the_same_words_in_the_whole_batch_and_keeps_the
     assert abs(np.mean(kept == 0) - 0.25) < 0.04
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ["dense", "conv2d", "depthwise", "transpose", "separable", "einsum", "embedding",
                                   "lstm", "gru"])
 def test_forward_product_in_the_draws_is_the_derivative_of_finite_differences(name, float64):

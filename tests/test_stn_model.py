@@ -31,7 +31,7 @@ def training(model, noise=NORMAL):
     @tf.function(autograph=False)
     def run(steps):
         def step(i):
-            model._training_step(x, y, None, noise)
+            model._updates.training(x, y, None, noise)
             return i + 1
 
         return tf.while_loop(lambda i: i < steps, step, [0])
@@ -50,6 +50,7 @@ def slopes(layer):
     return (layer.gate.kernel.numpy() * layer.hyper_kernel.numpy()).T
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_gate_learns_the_exact_jacobian_of_a_quadratic_problem_whatever_the_scale(method, float64):
     """f = a/2 w^2 - b w u has the response w = (b / a) u."""
@@ -63,6 +64,7 @@ def test_gate_learns_the_exact_jacobian_of_a_quadratic_problem_whatever_the_scal
         np.testing.assert_allclose(model(np.ones((1, 1))), [[1.5]], rtol=1e-8)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_gates_learn_the_exact_jacobian_of_a_quadratic_problem_in_several_dimensions(method, float64):
     """f = w'A w / 2 - w'B u has the response w = A^-1 B u (Theorem 3)."""
@@ -79,6 +81,7 @@ def test_gates_learn_the_exact_jacobian_of_a_quadratic_problem_in_several_dimens
     np.testing.assert_allclose(model(np.ones((1, 1)))[0], np.linalg.solve(a, b @ u.numpy()), atol=1e-8)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_bias_of_the_response_vanishes_with_the_scale_as_predicted_and_delta_has_none(method, float64):
     """f = (w - 1)^2 / 2 + u w^2 / 2 at u = 1: m = 1 / (2 - scale^2 / 2), slope -m / 2; without bias 1/2 and -1/4."""
@@ -127,6 +130,7 @@ def never_differentiated(value):
     return value, fail
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_training_loss_is_never_differentiated_with_respect_to_a_hyperparameter(method, monkeypatch):
     natural = farhox.Hyperparameter.natural_value
@@ -162,6 +166,7 @@ def validation_value(model, x, y, u, scales, noise):
     return float(loss) - model.entropy_weight * np.sum(np.log(scales * np.sqrt(2 * np.pi * np.e)))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("perturbed", [True, False])
 def test_gradients_of_hyperparameters_and_scales_are_those_of_finite_differences_through_the_gates(perturbed, float64):
     model, (x, y) = self_tuning(entropy_weight=0.1), digits_like()
@@ -183,6 +188,7 @@ def test_gradients_of_hyperparameters_and_scales_are_those_of_finite_differences
         assert step.raw_scales is None
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("compiled", [False, True])
 def test_delta_takes_the_network_linearised_in_the_gates(compiled, float64):
     """Predictions y(0) + J d, against finite differences of the network in its gates, and so for the gradients."""
@@ -228,6 +234,7 @@ def test_delta_trains_recurrent_networks_inside_a_graph():
     assert all(not np.allclose(old, v) for old, v in zip(before, model._network.response))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_a_training_step_moves_weights_and_statistics_and_a_validation_step_hyperparameters_alone(method):
     model, batch = self_tuning(method, batch_norm=True), digits_like()
@@ -248,6 +255,7 @@ def test_a_training_step_moves_weights_and_statistics_and_a_validation_step_hype
     assert changed(model.validation_step) - others == tuned
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_compiled_steps_trace_once_and_do_what_eager_ones_do(method, float64):
     results = []
@@ -279,6 +287,7 @@ def test_fit_alternates_steps_and_logs_hyperparameters_in_natural_units():
     np.testing.assert_allclose(result["loss"], history["val_loss"][-1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fit_takes_datasets_with_batches_of_other_sizes_and_sample_weights():
     model = self_tuning(training_steps=1)
     x, y = digits_like()
@@ -339,6 +348,7 @@ def test_a_discrete_hyperparameter_moves_and_is_used_floored():
     assert float(holes.natural_value()) != before
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_a_saved_model_goes_on_where_it_stopped(method, tmp_path):
     model, (x, y) = self_tuning(method, metrics=["accuracy"], warmup_steps=1), digits_like()
@@ -366,6 +376,7 @@ def test_a_saved_model_goes_on_where_it_stopped(method, tmp_path):
     assert set(loaded.evaluate(x, y, verbose=0, return_dict=True)) == {"loss", "accuracy"}
 
 
+@pytest.mark.slow
 def test_a_model_trains_in_half_precision_with_a_scaled_loss():
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -377,6 +388,7 @@ def test_a_model_trains_in_half_precision_with_a_scaled_loss():
     assert history["inner_loss"][-1] < history["inner_loss"][0] < 3
 
 
+@pytest.mark.slow
 def test_scales_follow_the_entropy_and_stay_without_an_optimizer():
     model, batch = self_tuning(entropy_weight=100.0), digits_like()
     before = model.draws.scales().numpy()

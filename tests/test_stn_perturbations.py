@@ -80,6 +80,7 @@ def test_no_derivative_goes_back_to_a_strength(name):
     assert tape.gradient(loss, entry.variable.value) is None
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", LAYERS)
 def test_perturbing_layers_come_back_from_a_saved_model_and_share_hyperparameters(name, tmp_path):
     entry = strength_of(name)

@@ -127,6 +127,7 @@ def without_times(result):
     return {name: value for name, value in result.items() if name not in ("cpu_times", "time_before")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["stn", pytest.param("delta", marks=pytest.mark.slow)])
 def test_an_interrupted_self_tuned_training_ends_with_the_numbers_of_one_that_was_not(
         load, task, method, monkeypatch, tmp_path):
@@ -146,6 +147,7 @@ def test_an_interrupted_self_tuned_training_ends_with_the_numbers_of_one_that_wa
     assert len(set(whole["losses"])) == 4 and whole["schedule"]["steps"] == list(range(9))
 
 
+@pytest.mark.slow
 def test_an_interrupted_plain_training_ends_with_the_numbers_of_one_that_was_not(load, task, monkeypatch, tmp_path):
     stn_training = load("stn_training")
     values = {"rate": 0.3, "length": 2.5}
@@ -161,6 +163,7 @@ def test_an_interrupted_plain_training_ends_with_the_numbers_of_one_that_was_not
     assert without_times(parts) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_trainings_of_one_network_do_not_know_of_each_other(load, task, tmp_path):
     stn_training = load("stn_training")
     trainer = stn_training.PlainTrainer(task, SETTINGS)
@@ -169,6 +172,7 @@ def test_trainings_of_one_network_do_not_know_of_each_other(load, task, tmp_path
     assert without_times(first) == without_times(again) and first["losses"] != other["losses"]
 
 
+@pytest.mark.slow
 def test_a_constant_schedule_trains_as_fixed_values_do(load, task, tmp_path):
     stn_training = load("stn_training")
     trainer = stn_training.PlainTrainer(task, SETTINGS)
@@ -180,6 +184,7 @@ def test_a_constant_schedule_trains_as_fixed_values_do(load, task, tmp_path):
     assert changed["losses"][:2] == fixed["losses"][:2] and changed["losses"][2:] != fixed["losses"][2:]
 
 
+@pytest.mark.slow
 def test_the_test_loss_is_that_of_the_weights_with_the_least_validation_loss(load, task, tmp_path):
     stn_training = load("stn_training")
     # All parts are the same examples. The loss goes down for two evaluations and up after them.
@@ -201,6 +206,8 @@ def test_the_order_of_examples_goes_on_where_it_was_and_passes_over_all_of_them(
     assert list(whole[:10]) != list(whole[10:20]) and list(order(10, 0, 9, 4, seed=6)) != list(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.one_case
 @pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
 def test_a_search_goes_on_with_the_values_it_would_have_drawn(load, task, sampler, tmp_path):
     stn_experiment, experiment = load("stn_experiment"), load("experiment")

@@ -30,8 +30,9 @@ def classifier(**arguments):
 
 def make(model, **arguments):
     rate = farhox.Hyperparameter(0.1, low=0.0, dtype="float64", name="rate")
+    fixed = [rate] if arguments.get("outer_variables") == [] else []
     return farhox.supervised_problem(model, **{
-        "dynamics": farhox.GradientDescent(rate), "outer_variables": [rate], **arguments})
+        "dynamics": farhox.GradientDescent(rate), "outer_variables": [rate], "fixed": fixed, **arguments})
 
 
 def inner_loss(problem, batch=(X, Y)):
@@ -265,6 +266,7 @@ def class_weights():
     return farhox.Hyperparameter(CLASS_WEIGHTS, low=0.0, dtype="float64", name="class_weights")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("loss, targets", [
     ("sparse_categorical_crossentropy", Y), ("sparse_categorical_crossentropy", Y[:, None]),
     ("categorical_crossentropy", np.eye(4)[Y])], ids=["[batch]", "[batch, 1]", "one-hot"])
@@ -299,6 +301,7 @@ def test_binary_problems_have_two_class_weights(shape):
         np.mean(np.array([0.5, 2.0])[labels] * losses), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_class_weights_multiply_with_example_weights():
     model = classifier()
     examples = farhox.ExampleWeights(6, dtype="float64")
@@ -308,6 +311,7 @@ def test_class_weights_multiply_with_example_weights():
     np.testing.assert_allclose(inner_loss(problem, (X, Y, np.arange(6))), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_hypergradient_of_class_weights_equals_finite_differences():
     weights = class_weights()
     problem = make(classifier(), class_weights=weights, outer_variables=[])
@@ -345,6 +349,7 @@ def test_labels_out_of_range_are_refused(loss, labels, came):
             objective(problem, (X, np.array(labels)))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("captured", [False, True])
 def test_labels_out_of_range_inside_a_graph_stop_it_with_the_same_rule(captured):
     problem = make(classifier())

@@ -67,6 +67,7 @@ CASES = {
 }
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("case", CASES)
 def test_losses_of_several_outputs_add_up_as_compile_and_evaluate_add_them(case, float64):
     form, loss, loss_weights, y, weights = CASES[case]
@@ -93,6 +94,7 @@ def test_a_model_that_returns_a_list_of_one_output_is_one_of_one_output(float64)
             np.testing.assert_allclose(losses_of(problem_of(model, "mse"), (X, y))[1], expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_training_on_several_outputs_takes_the_steps_of_fit():
     form, loss, loss_weights, y, weights = CASES["a list of sample weights"]
     data = [part.astype("float32") if part.dtype == "float64" else part for part in (X, *y, *weights)]
@@ -108,6 +110,7 @@ def test_training_on_several_outputs_takes_the_steps_of_fit():
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fit_reports_metrics_of_several_outputs():
     problem = problem_of(two_outputs(as_list), ["mse", SPARSE])
     optimizer = farhox.HyperOptimizer(problem)
@@ -178,7 +181,7 @@ def distiller():
     return model
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
 @pytest.mark.parametrize("make, y", [
     (lambda: own(OwnLoss), A), (lambda: own(WithoutTraining), A), (distiller, B)], ids=["own", "on top", "distiller"])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -339,6 +342,7 @@ def test_a_change_after_the_first_training_is_an_error_too_though_nothing_is_tra
             use()
 
 
+@pytest.mark.slow
 def test_a_model_with_lora_weights_takes_the_steps_of_fit():
     x, y = X.astype("float32"), A.astype("float32")
     models = gated()[0], gated()[0]
@@ -411,6 +415,7 @@ def test_an_index_without_example_weights_is_refused_and_not_taken_for_sample_we
                 losses_of(problem, (X, B, np.arange(8)))
 
 
+@pytest.mark.slow
 def test_soft_binary_labels_have_the_mean_weight_of_their_classes(float64):
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1, "sigmoid")])
     weights = farhox.Hyperparameter([0.5, 2.0])

@@ -40,6 +40,7 @@ def operations(graph):
     return len(definition.node) + sum(len(function.node_def) for function in definition.library.function)
 
 
+@pytest.mark.slow
 @methods
 def test_no_variable_changes_no_bit_differs_and_one_trace_serves_all_data_and_values(method, float64):
     case, traces = case_for(method, name="BatchNormalization"), []
@@ -70,17 +71,16 @@ def test_no_variable_changes_no_bit_differs_and_one_trace_serves_all_data_and_va
     assert any(np.any(a != b) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("method, network", [
-    *((name, False) for name in METHODS), ("reverse", True),
-    *(pytest.param(name, True, marks=pytest.mark.slow) for name in METHODS if name != "reverse")])
-def test_computation_compiles_under_xla(method, network, float64):
-    method = METHODS[method]
+@pytest.mark.one_case
+@methods
+def test_a_network_compiles_under_xla(method, float64):
     # XLA draws other random numbers from the same seed: a network without masks.
-    case = case_for(method, name="Dense") if network else scalar_case_for(method)
+    case = case_for(method, name="Dense")
     compiled = tf.function(method.compute, autograph=False, jit_compile=True)(*case[:3])
     assert_close(compiled.gradients, method.compute(*case[:3]).gradients, 1e-9)
 
 
+@pytest.mark.one_case
 @methods
 def test_graph_is_of_the_same_size_whatever_the_number_of_steps(method, float64):
     sizes = []
@@ -91,6 +91,7 @@ def test_graph_is_of_the_same_size_whatever_the_number_of_steps(method, float64)
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["repeat", "gather"])
 def test_graph_of_other_kinds_of_batches_does_not_grow_either(kind):
     sizes = []
@@ -106,6 +107,7 @@ def test_graph_of_other_kinds_of_batches_does_not_grow_either(kind):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.one_case
 @methods
 def test_number_of_steps_may_be_unknown_when_traced(method):
     case, traces = scalar_case_for(method), []
@@ -143,6 +145,7 @@ def test_all_kinds_of_batches_may_have_an_unknown_number_of_steps(kind, checkpoi
         assert_close(compute(element), case.expected, 1e-9)
 
 
+@pytest.mark.one_case
 @methods
 def test_computation_runs_inside_a_distribution_strategy(method, float64):
     case = case_for(method) if method == METHODS["reverse"] else scalar_case_for(method)
@@ -159,6 +162,7 @@ def test_computation_runs_inside_a_distribution_strategy(method, float64):
             assert_close([replica], [value], 1e-9)
 
 
+@pytest.mark.one_case
 @methods
 def test_computation_inside_a_saved_module_gives_the_same_numbers_when_loaded(method, tmp_path, float64):
     # Of a scalar case for an implicit method the rate is not an outer variable, and nothing tracks it.

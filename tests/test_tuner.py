@@ -89,6 +89,7 @@ def test_tables_say_where_and_why_in_80_columns(fitted, capsys):
     assert any(line.startswith("momentum") and "fixed" in line for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_a_plain_keras_training_with_the_schedule_gives_the_same_weights(eagerly):
     # Full batches, so that both see the same data.
     tuner = farhox.Tuner(network(), online=False, sweep=False)
@@ -121,6 +122,7 @@ def test_hyperparameters_follow_the_hypergradient_of_the_last_step(eagerly):
     assert np.log(after / 1e-3) == pytest.approx(-0.3 * np.sign(expected), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_layers_have_hyperparameters_of_their_own_when_asked():
     tuner = farhox.Tuner(network(l2=(1e-3, 1e-2)), granularity="layer")
     assert tuner.get_hyperparameters()["first.l2"] == pytest.approx(1e-3)
@@ -157,6 +159,7 @@ def test_hyperparameters_never_leave_their_ranges(eagerly):
     assert len(set(values)) > 1
 
 
+@pytest.mark.slow
 def test_trials_of_other_tools_are_starts():
     optuna = pytest.importorskip("optuna")
     trial = optuna.trial.create_trial(
@@ -232,6 +235,7 @@ def test_smoothing_and_weights_of_classes_are_those_of_keras():
     np.testing.assert_allclose(weighed.validation(Y[:20], predictions), loss(Y[:20], predictions), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_losses_of_several_outputs_are_those_of_keras():
     inputs = keras.Input([6])
     outputs = {"a": keras.layers.Dense(2, name="a")(inputs), "b": keras.layers.Dense(1, name="b")(inputs)}
@@ -247,6 +251,7 @@ def test_losses_of_several_outputs_are_those_of_keras():
         ("loss_weight.a", pytest.approx(0.3), False), ("loss_weight.b", pytest.approx(2.0), False)]
 
 
+@pytest.mark.slow
 def test_the_schedule_of_an_optimizer_stays_and_is_scaled(eagerly):
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
     tuner = farhox.Tuner(
@@ -268,6 +273,7 @@ def test_streams_and_callbacks_work_as_in_fit(eagerly):
     assert tuner.get_schedule()["l2"].shape == (10 * len(history.epoch),)
 
 
+@pytest.mark.slow
 def test_a_start_that_diverges_is_brought_back(eagerly):
     tuner = farhox.Tuner(network(keras.optimizers.SGD(1e4)), sweep=False, online=False, annealing=0.0)
     tuner.fit(*TRAIN, batch_size=40, epochs=4, validation_data=VALIDATION, verbose=0)
@@ -298,6 +304,7 @@ def test_the_guard_starts_afresh_where_training_does_not_come_to_what_the_sweep_
     assert held.good == "initial"
 
 
+@pytest.mark.slow
 def test_rates_are_cut_from_what_they_are_and_not_from_what_they_were(eagerly):
     tuner = farhox.Tuner(network(keras.optimizers.SGD(0.1)), sweep=False, online=False)
     training = Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
@@ -356,6 +363,7 @@ def test_a_line_of_an_epoch_has_80_columns():
     assert epoch_line(0, 3, {"loss": 0.12345}, 2.2) == "epoch 1/3 2 s  loss 0.123"
 
 
+@pytest.mark.slow
 def test_the_picture_is_written(fitted, tmp_path):
     pytest.importorskip("matplotlib")
     fitted[2].plot(tmp_path / "tuning.png")

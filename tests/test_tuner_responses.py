@@ -32,6 +32,7 @@ def rows_of(tuner):
     return {row.name: row for row in tuner._rows}
 
 
+@pytest.mark.slow
 def test_strengths_are_found_with_one_for_all_layers_or_one_each():
     shared = rows_of(farhox.Tuner(network()))
     assert shared["dropout_rate"].value() == pytest.approx(0.3) and shared["dropout_rate"].where == "drop, drop_more"
@@ -103,6 +104,7 @@ def folder(path):
     return path
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_becomes_a_tuned_model_that_is_plain(tmp_path, capsys):
     pytest.importorskip("PIL")
     train, validation = keras.utils.image_dataset_from_directory(
@@ -127,6 +129,7 @@ def test_a_folder_of_images_becomes_a_tuned_model_that_is_plain(tmp_path, capsys
     np.testing.assert_allclose(again.predict(x, verbose=0), best.predict(x, verbose=0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_hyperparameter_in_a_self_tuning_layer_is_the_users_own():
     rate = farhox.Hyperparameter(0.3, low=0.0, high=0.9, name="rate")
     model = keras.Sequential([keras.Input([4]), keras.layers.Dense(4), stn.Dropout(rate), keras.layers.Dense(2)])
