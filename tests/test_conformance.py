@@ -263,7 +263,7 @@ MSE = "mean_squared_error"
 LEARNERS = {
     "MAML": lambda: meta.MAML(scaled(), 0.3, 2, loss=MSE),
     "FOMAML": lambda: meta.MAML(scaled(), 0.3, 2, first_order=True, loss=MSE),
-    "MAML++": lambda: meta.MAMLPlusPlus(scaled(), 0.3, 2, loss=MSE),
+    "MAML++": lambda: meta.MAMLPlusPlus(scaled(), 0.3, 2, annealing_steps=1, loss=MSE),
     "ANIL": lambda: meta.ANIL(scaled(), None, 0.3, 2, loss=MSE),
     "IMAML": lambda: meta.IMAML(scaled(), 0.3, 200, proximal=2.0, linear_solver=Direct(), loss=MSE),
     "Reptile": lambda: meta.Reptile(scaled(), farhox.GradientDescent(0.3), 2, loss=MSE),
@@ -289,6 +289,8 @@ def learner_rows():
     def row(name):
         if name not in made:
             learner = LEARNERS[name]()
+            learner.compile(keras.optimizers.SGD(0.1))
+            learner.optimizer.iterations.assign(1)  # Losses of early steps have faded.
             random = np.random.default_rng(0)
             tasks = [meta.Episode(*[(tf.constant(random.normal(size=[2, n, 1])), tf.constant(
                 random.normal(size=[2, n, 1]))) for n in (3, 4)]) for _ in range(2)]
