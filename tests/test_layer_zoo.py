@@ -1,6 +1,7 @@
 """Every layer and activation of Keras: its hypergradient is that of finite differences, or it is refused by name."""
 
 import inspect
+import random
 
 import keras
 import numpy as np
@@ -76,7 +77,8 @@ IN_FLOAT32 = {"Resizing", "RandomShear", "RandomZoom", "RandomTranslation", "Ran
 REFUSED = {
     "SpectralNormalization": "leave inner variables to the dynamics", "RandomHue": "HSVToRGB",
     "RandomSaturation": "HSVToRGB", "RandomColorJitter": "HSVToRGB", "RandomPosterization": "every inner variable",
-    "ContrastLimitedAdaptiveHistogramEqualization": "every inner variable", "Equalization": "every inner variable"}
+    "ContrastLimitedAdaptiveHistogramEqualization": "every inner variable", "Equalization": "every inner variable",
+    "Discretization": "every inner variable"}
 # Not layers between two others: inputs, cells, bases, other frameworks, boxes.
 ELSEWHERE = {
     "InputLayer", "InputSpec", "Layer", "Wrapper", "GRUCell", "LSTMCell", "SimpleRNNCell", "TorchModuleWrapper",
@@ -164,7 +166,9 @@ def check(make, kind, tolerance=1e-5):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", every_layer())
-def test_every_layer_of_keras_is_exact_or_refused_by_name(name, float64):
+def test_every_layer_of_keras_is_exact_or_refused_by_name(name, float64, monkeypatch):
+    if name == "AugMix":  # It asks Python for a chain of operations whenever it is traced: one for all traces here.
+        monkeypatch.setattr(random, "choice", lambda operations: "auto_contrast")
     make = CALLS.get(name) or (lambda x: made(name)(x))
     found = check(make, data_for(name), 1e-2 if name in IN_FLOAT32 else 1e-5)
     assert found == "exact" or found.startswith("refused") and REFUSED[name] in found, found
