@@ -288,6 +288,7 @@ class WithUnused(keras.Model):
         return self.used(inputs)
 
 
+@pytest.mark.slow
 def test_unused_layers_of_a_learner_are_an_error_unless_allowed():
     network = WithUnused()
     network.build((None, 4))
@@ -325,6 +326,7 @@ def test_training_on_episodes_that_hold_nan_ends_with_an_error_that_names_them()
         learner.fit(data, verbose=0)
 
 
+@pytest.mark.slow
 def test_labels_of_episodes_are_checked_before_xla_which_checks_nothing():
     element = shared().source.dataset(2).take(1)
     learner = meta.MAML(model(), 0.1, 1)

@@ -70,6 +70,7 @@ def test_plain_training_of_the_benchmark_takes_the_steps_of_the_problem(workload
     assert_close(benchmark.plain_training(task, batches), state.variables, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("method", ["maml", "fomaml", "imaml", "hyper_representation"])
 def test_plain_episodes_of_the_benchmark_have_the_losses_of_the_problem(method, benchmark):

@@ -129,6 +129,7 @@ class Tuner:
         if validation_data is None:
             raise ValueError("A Tuner tunes hyperparameters on validation data. Received: validation_data=None")
         checks.positive_integer("epochs", epochs)
+        callbacks = _checked_callbacks(callbacks)
         if y is not None:
             x = (x, y) if sample_weight is None else (x, y, sample_weight)
         data, rounds, inner_steps, evaluated = rounds_of(x, validation_data, batch_size, steps_per_epoch, self._seed)
@@ -268,7 +269,7 @@ class Tuner:
 
     def _train(self, training, guard, data, rounds, inner_steps, epochs, evaluated, callbacks, verbose):
         callbacks = keras.callbacks.CallbackList(
-            _checked_callbacks(callbacks), add_history=True, add_progbar=False, model=self._network.model,
+            callbacks, add_history=True, add_progbar=False, model=self._network.model,
             verbose=0, epochs=epochs, steps=rounds)
         model = self._network.model
         model.stop_training = False
