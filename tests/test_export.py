@@ -164,6 +164,19 @@ def test_inputs_that_make_no_sense_are_named_by_an_error_of_the_graph(changes, m
     assert np.isfinite(served.predict("adapt", **request())["probabilities"]).all(), "It answers on."
 
 
+@pytest.mark.parametrize("shape", [(None, 3), (2,), ()])
+def test_a_loaded_signature_of_a_keras_model_refuses_other_ranks_and_sizes(shape, tmp_path):
+    """TensorFlow itself does not compare an input with the shape in a signature: a dense layer of any rank runs."""
+    model = keras.Sequential([keras.Input(shape), keras.layers.Rescaling(2.0)])
+    export.saved_model(model, tmp_path)
+    signature = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
+    good = [4, *(5 if size is None else size for size in shape)]
+    assert signature(inputs=tf.zeros(good))["predictions"].shape == good
+    for bad in (good[1:], [1, *good], [0, *good[1:]], *([[*good[:-1], 7]] if shape else [])):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"inputs must have shape \[examples"):
+            signature(inputs=tf.zeros(bad))
+
+
 def test_tasks_of_a_batch_need_labels_for_all_of_them(served):
     x, y, query = (value[None] for value in episode(3, 2))
     with pytest.raises(tf.errors.InvalidArgumentError, match="support_labels must .* as many of tasks as in support"):

@@ -151,10 +151,12 @@ def test_every_command_of_the_page_on_serving_runs(tmp_path, servers):
         done = run(["bash", "-e", "-c", code], cwd=tmp_path, env=environment)
         assert done.returncode == 0, f"line {line}: {done.stderr}"
         outputs.append(done.stdout)
-    made, asked, by_hand = outputs
+    made, asked, by_hand, _, _ = outputs
     assert "inputs['support_labels'] tensor_info" in made
     assert '"AVAILABLE"' in asked and asked.count("Accuracy on 15 queries") == 2
     assert np.shape(json.loads(by_hand)["outputs"]) == (1, 5)
+    assert (tmp_path / "served" / "savedmodel_runtime.py").exists()
+    assert json.loads((tmp_path / "v2.json").read_text())["inputs"][2]["name"] == "query_inputs"
     assert (tmp_path / "results" / "query_serving" / "answer.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -129,8 +129,8 @@ def run_budget(data, flipped, budget, settings, seed, folder):
     weights, history = learn_weights(data, flipped, budget, settings, seed, folder)
     return {
         "test_accuracy": test_accuracy(data, weights, settings, seed), **find_flipped(weights, flipped),
-        "sum": float(np.sum(weights)), "weights": np.round(weights, 4).tolist(), "flipped": flipped.tolist(),
-        "time_before": history.pop("time_before"),
+        "sum": float(np.sum(weights)), "weights": np.round(weights, 4).tolist(),
+        "flipped": flipped.astype(int).tolist(), "time_before": history.pop("time_before"),
         "history": {name: history[name] for name in ("outer_loss", "inner_loss", "accuracy", "f1")}}
 
 
@@ -193,7 +193,7 @@ def plot(by_seed, path):
         progress.set(title="F1 while learning", xlabel="Hyper-iteration", ylabel="F1 of the discarded", ylim=(0, 1))
         pictures.whole_numbers(progress)
         pictures.legend_below(progress, columns=2)
-        weights, flipped = (np.array(first[best][key]) for key in ("weights", "flipped"))
+        weights, flipped = np.array(first[best]["weights"]), np.array(first[best]["flipped"], bool)
         farhox.plots.example_weights(weights, flipped, axes=histogram)
         histogram.set_title(f"Learned weights, {best}, seed {seeds[0]}")
 
@@ -208,7 +208,9 @@ def main(_):
     print(f"\n{settings['dataset']}, {settings['model']}: {settings['noise']:.0%} of {SIZES[0]} training labels wrong, "
           f"{len(by_seed)} seed(s): mean (least to greatest)\n{table(by_seed)}\n"
           f"Highest validation accuracy: {best}. Results and plot: {output.resolve()}")
-    short = {seed: {name: {key: value for key, value in run.items() if key not in ("weights", "flipped")}
+    drawn = next(iter(by_seed)), best  # The one histogram of weights: what the picture is drawn from is in the file.
+    short = {seed: {name: {key: value for key, value in run.items()
+                           if key not in ("weights", "flipped") or (seed, name) == drawn}
                     for name, run in runs.items()} for seed, runs in by_seed.items()}
     experiment.write_json(
         output / "results.json", experiment.rounded({"settings": settings, "best": best, "seeds": short}))
