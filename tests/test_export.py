@@ -380,6 +380,87 @@ def plain(outputs=3):
     return keras.Sequential([keras.Input((2,)), keras.layers.Dense(outputs, activation="softmax")])
 
 
+def spread(targets, predictions):
+    """A loss of labels with two parts: the outputs are to come near a place, as far as it counts."""
+    return targets["counts"] * tf.reduce_sum((predictions - targets["place"]) ** 2, axis=-1)
+
+
+def regression(loss, **arguments):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(2)])
+    return meta.MAML(model, 0.1, 2, loss=loss, **arguments)
+
+
+def test_labels_that_are_dictionaries_are_inputs_by_name(tmp_path):
+    learner, random = regression(spread), np.random.default_rng(0)
+    spec = {"place": tf.TensorSpec([2]), "counts": tf.TensorSpec([])}
+    x, place, counts, query = (random.random(size, dtype="float32") for size in ((5, 2), (5, 2), 5, (3, 2)))
+    served = export.load(export.saved_model(learner, tmp_path, label_spec=spec, serialized_examples=True).parent)
+    expected = learner.predict((x, {"place": place, "counts": counts}), query)
+    sent = {"support_inputs": x, "support_place": place, "support_counts": counts, "query_inputs": query}
+    np.testing.assert_allclose(served.predict("adapt", **sent)["predictions"], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        served.predict("adapt_batch", **{name: value[None] for name, value in sent.items()})["predictions"][0],
+        expected, atol=1e-5)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"support_counts must have shape \[support\]"):
+        served.predict("adapt", **{**sent, "support_counts": counts[:, None]})
+
+    def serialized(**features):
+        return [tf.train.Example(features=tf.train.Features(feature={
+            name: tf.train.Feature(float_list=tf.train.FloatList(value=np.ravel(values[index])))
+            for name, values in features.items()})).SerializeToString() for index in range(len(features["inputs"]))]
+
+    answer = served.predict("adapt_examples", query_examples=serialized(inputs=query),
+                            support_examples=serialized(inputs=x, place=place, counts=counts))
+    np.testing.assert_allclose(answer["predictions"], expected, atol=1e-5)
+
+
+def test_labels_of_another_shape_than_the_outputs_are_described(tmp_path):
+    """A column says how much an example counts."""
+    def loss(targets, predictions):
+        return targets[:, 2] * tf.reduce_sum((predictions - targets[:, :2]) ** 2, axis=-1)
+
+    learner, random = regression(loss), np.random.default_rng(0)
+    x, y, query = (random.random(size, dtype="float32") for size in ((5, 2), (5, 3), (3, 2)))
+    served = export.load(export.saved_model(learner, tmp_path, label_spec=tf.TensorSpec([3])).parent)
+    np.testing.assert_allclose(
+        served.predict("adapt", support_inputs=x, support_labels=y, query_inputs=query)["predictions"],
+        learner.predict((x, y), query), atol=1e-5)
+
+
+def test_a_learner_with_several_inputs_is_served_by_their_names(tmp_path):
+    left, right = keras.Input((2,), name="left"), keras.Input((1,), name="right")
+    model = keras.Model({"left": left, "right": right}, keras.layers.Dense(2)(
+        keras.layers.Concatenate()([left, right])))
+    learner, random = meta.MAML(model, 0.1, 2, loss="mean_squared_error"), np.random.default_rng(0)
+    x, query = ({"left": random.random((size, 2), dtype="float32"), "right": random.random((size, 1), dtype="float32")}
+                for size in (5, 3))
+    y = random.random((5, 2), dtype="float32")
+    served = export.load(export.saved_model(learner, tmp_path).parent)
+    sent = {f"{part}_{name}": value for part, own in (("support", x), ("query", query)) for name, value in own.items()}
+    np.testing.assert_allclose(served.predict("adapt", support_labels=y, **sent)["predictions"],
+                               learner.predict((x, y), query), atol=1e-5)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="support_right must .* as many of support as in support"):
+        served.predict("adapt", support_labels=y, **{**sent, "support_right": x["right"][:4]})
+    with pytest.raises(ValueError, match=r"must have names that differ. Received twice: \['left'\]"):
+        export.saved_model(learner, tmp_path, label_spec={"left": tf.TensorSpec([2])})
+
+
+@pytest.mark.parametrize("make, spec, error, message", [
+    (lambda: regression(spread), None, ValueError, "Labels of a learner whose loss takes other ones .* label_spec="),
+    (lambda: regression("mean_squared_error", support_loss=spread), None, ValueError, "must be described"),
+    (lambda: regression(spread), {"place": [2]}, TypeError, "label_spec must be a tf.TensorSpec"),
+    (lambda: regression(spread), {}, TypeError, "label_spec must be a tf.TensorSpec"),
+    (lambda: regression(spread), tf.TensorSpec([None, 2]), ValueError, "label_spec must have known shapes"),
+    (LEARNERS["prototypical_network"], tf.TensorSpec([]), ValueError, "for learners whose labels are no class numbers"),
+    (plain, tf.TensorSpec([]), ValueError, "for learners whose labels are no class numbers"),
+])
+def test_labels_that_do_not_fit_the_loss_are_refused(make, spec, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        export.saved_model(make(), tmp_path / "served", label_spec=spec)
+    assert not (tmp_path / "served").exists()
+
+
 def test_an_adapted_model_is_served_by_the_default_signature(exported, tmp_path):
     inputs = request(3, 2)
     adapted = exported("maml")[0].adapt((inputs["support_inputs"], inputs["support_labels"]))

@@ -27,7 +27,7 @@ _WARMUP = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
 
 def saved_model(learner_or_model: keras.Model, directory: str | os.PathLike, version: int | None = None,
                 labels: Sequence[str] | None = None, serialized_examples: bool = False, warmup: Any = False,
-                float16: bool = False, jit_compile: bool = False) -> pathlib.Path:
+                float16: bool = False, jit_compile: bool = False, label_spec: Any = None) -> pathlib.Path:
     """Writes a SavedModel as a new version of a served model: `directory/<version>/saved_model.pb`.
 
     Signatures, all with sizes of batches that are open:
@@ -61,14 +61,18 @@ def saved_model(learner_or_model: keras.Model, directory: str | os.PathLike, ver
             Needs the package tensorflow-serving-api.
         float16: Bool. The model's weights are stored in half precision, which halves the size; computed is as before.
         jit_compile: Bool. Compile with XLA, once for each size of a request. Slow for convolutions on CPUs.
+        label_spec: A `tf.TensorSpec` of the labels of one example, or a dictionary of them, of a learner with a loss of
+            one's own. The parts of a dictionary are inputs `support_<name>`. Default: floats, as the model's outputs.
 
     Returns:
         The `pathlib.Path` of the version.
 
     Raises:
-        TypeError: If `learner_or_model` is something else, `directory` no path, or `labels` or `warmup` no list.
+        TypeError: If `learner_or_model` is something else, `directory` no path, `labels` or `warmup` no list, or
+            `label_spec` no specification.
         ValueError: If the version is not a positive integer, labels do not fit the outputs, a warm-up request does not
-            fit a signature, or the model does not say what its inputs are.
+            fit a signature, the model does not say what its inputs are, or the loss takes other labels than
+            `label_spec` says.
         FileExistsError: If the version exists. It is never touched.
         ImportError: If `warmup` needs a package that is not installed.
     """
@@ -79,7 +83,7 @@ def saved_model(learner_or_model: keras.Model, directory: str | os.PathLike, ver
         raise FileExistsError(_EXISTS.format(version=version, directory=directory))
     if isinstance(learner_or_model, stn.SelfTuningModel):
         learner_or_model = stn.bake(learner_or_model)
-    signatures = signatures_of(learner_or_model)
+    signatures = signatures_of(learner_or_model, label_spec)
     labels = _checked_labels(labels, signatures)
     requests = _warmup_requests(warmup, signatures)
     if serialized_examples:

@@ -58,18 +58,24 @@ class Signature:
     output_shapes: dict
 
 
-def signatures_of(model: Any) -> dict[str, Signature]:
+def signatures_of(model: Any, label_spec: Any = None) -> dict[str, Signature]:
     """The signatures of a learner, an embedding learner or a Keras model: a dictionary by name.
 
     Raises:
-        TypeError: If the model is none of these.
-        ValueError: If a Keras model does not say what its inputs are.
+        TypeError: If the model is none of these, or `label_spec` no specification.
+        ValueError: If a Keras model does not say what its inputs are, or labels are not what the loss takes.
     """
+    numbers = isinstance(model, meta.EmbeddingLearner) or (
+        isinstance(model, meta.Learner) and model.labels_are_class_numbers)
+    if label_spec is not None and (numbers or not isinstance(model, meta.Learner)):
+        raise ValueError("label_spec is for learners whose labels are no class numbers. "
+                         f"Received: label_spec={label_spec!r} with {type(model).__name__} {model.name!r}")
     if isinstance(model, meta.EmbeddingLearner):
-        signatures = _adapting(model, model.embedding, (model.ways,), "probabilities", integers=True)
+        signatures = _adapting(model, model.embedding, (model.ways,), "probabilities", _class_numbers(model.ways))
     elif isinstance(model, meta.Learner):
-        signatures = _adapting(model, model.model, model.model.output_shape[1:], _output_name(model.model),
-                               integers=model.labels_are_class_numbers)
+        shape = model.model.output_shape[1:]
+        labels = _class_numbers(shape[-1]) if numbers else _targets(model, label_spec, shape)
+        signatures = _adapting(model, model.model, shape, _output_name(model.model), labels)
     elif isinstance(model, keras.Model) and not isinstance(model, HyperOptimizer):
         return {"serving_default": _predicting(model)}
     else:
@@ -158,14 +164,51 @@ def _check(condition, *message):
     return tf.debugging.Assert(condition, list(message), summarize=10)
 
 
-def _adapting(learner, network, output_shape, output, integers):
-    """`adapt` and `adapt_batch`: from a support set and queries to predictions, the inner training included."""
-    (own,) = _model_inputs(network)
-    shape = own.shape[1:]
-    labels, classes = (("support",), output_shape[-1]) if integers else (("support", *output_shape), None)
-    inputs = [Input("support_inputs", ("support", *shape), own.dtype, feature="inputs"),
-              Input("support_labels", labels, tf.int64 if integers else tf.float32, classes, feature="label"),
-              Input("query_inputs", ("query", *shape), own.dtype, feature="inputs")]
+def _class_numbers(classes):
+    """Labels that are class numbers: as a nest of `Input`."""
+    return Input("support_labels", ("support",), tf.int64, classes, "label")
+
+
+def _targets(learner, spec, shape):
+    """Labels that are numbers like the outputs, or what `spec` says of one example: a nest of `Input`."""
+    if spec is None:
+        spec, loss = tf.TensorSpec(shape, tf.float32), keras.losses.get(learner.support_loss)
+        predictions = tf.TensorSpec([1, *shape], learner.model.compute_dtype)
+        try:
+            tf.function(loss, autograph=False).get_concrete_function(tf.TensorSpec([1, *shape]), predictions)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError("Labels of a learner whose loss takes other ones than arrays like the model's outputs, "
+                             f"{list(shape)} of an example, must be described: label_spec=. The loss says: {error}"
+                             ) from error
+    parts = spec if isinstance(spec, dict) else {"labels": spec}
+    if not parts or not all(isinstance(name, str) and isinstance(part, tf.TensorSpec) for name, part in parts.items()):
+        raise TypeError("label_spec must be a tf.TensorSpec of the labels of one example, or a dictionary of them by "
+                        f"name. Received: {spec!r}")
+    for part in parts.values():
+        if not part.shape.is_fully_defined():
+            raise ValueError(f"label_spec must have known shapes, without an axis of examples. Received: {spec!r}")
+    inputs = {name: Input(f"support_{name}", ("support", *part.shape), part.dtype,
+                          feature=name if isinstance(spec, dict) else "label") for name, part in parts.items()}
+    return inputs if isinstance(spec, dict) else inputs["labels"]
+
+
+def _adapting(learner, network, output_shape, output, labels):
+    """`adapt` and `adapt_batch`: from a support set and queries to predictions, the inner training included.
+
+    Args:
+        labels: An `Input`, or a dictionary of them.
+    """
+    own = _model_inputs(network)
+    support, query = ([dataclasses.replace(entry, name=f"{part}_{entry.name}", shape=(part, *entry.shape[1:]))
+                       for entry in own] for part in ("support", "query"))
+    inputs = [*support, *tf.nest.flatten(labels), *query]
+    names = [entry.name for entry in inputs]
+    if len(set(names)) < len(names):
+        twice = sorted({name.removeprefix("support_") for name in names if names.count(name) > 1})
+        raise ValueError(f"Inputs of the model and labels must have names that differ. Received twice: {twice}")
+
+    def packed(tensors):
+        return tensors[0] if len(own) == 1 else keras.tree.pack_sequence_as(network.input, tensors)
 
     def adapt(*tensors):
         return {output: learner_predictions(*(tensor[None] for tensor in tensors))[0]}
@@ -173,8 +216,9 @@ def _adapting(learner, network, output_shape, output, integers):
     def adapt_batch(*tensors):
         return {output: learner_predictions(*tensors)}
 
-    def learner_predictions(support_inputs, support_labels, query_inputs):
-        return learner.predict_episodes((support_inputs, support_labels), query_inputs)
+    def learner_predictions(*tensors):
+        given = tf.nest.pack_sequence_as(labels, tensors[len(own):-len(own)])
+        return learner.predict_episodes((packed(tensors[:len(own)]), given), packed(tensors[-len(own):]))
 
     batch = [dataclasses.replace(entry, shape=("tasks", *entry.shape)) for entry in inputs]
     return {"adapt": Signature(inputs, adapt, {output: ("query", *output_shape)}),
