@@ -148,6 +148,58 @@ def test_a_condition_on_the_task_gets_the_gradient_of_a_plain_loop_and_stays_in_
     np.testing.assert_array_equal(learner.model.layers[1].shift, np.zeros(4))
 
 
+def test_a_condition_beside_a_bias_is_a_start_of_the_bias_for_each_task(float64):
+    """The sum of both moves as one bias that starts there; so it does with slots of an optimizer."""
+    for dynamics in (farhox.GradientDescent(RATE), farhox.Adam(RATE)):
+        model = network()
+        learner = meta.MAML(model, inner_steps=STEPS, loss=squared, dynamics=dynamics,
+                            condition=lambda x, y, weights, to=model: to.layers[1].shift.assign(
+                                keras.ops.concatenate([keras.ops.mean(y, axis=0), keras.ops.sum(x, axis=0)[:2]])))
+        support, query = of_one(episode())
+        start = tf.concat([tf.reduce_mean(support[1], 0), tf.reduce_sum(support[0], 0)[:2]], 0)
+        told = learner.adapt(support)
+        plain = network()
+        plain.set_weights(model.get_weights())
+        plain.layers[0].bias.assign_add(start)
+        alone = meta.MAML(plain, inner_steps=STEPS, loss=squared, dynamics=dynamics).adapt(support)
+        assert_close([told.layers[0].bias + told.layers[1].shift, told(query[0])],
+                     [alone.layers[0].bias, alone(query[0])], 1e-9)
+        assert np.linalg.norm(alone.layers[0].bias - model.layers[0].bias - start) > 1e-2
+
+
+def test_each_of_several_starts_is_trained_as_if_it_were_alone(float64):
+    keras.utils.set_random_seed(0)
+    body = keras.layers.Dense(4, "tanh")
+    heads = keras.layers.EinsumDense("bf,fsc->bsc", [3, 2])
+    model = keras.Sequential([keras.Input([3]), body, heads])
+
+    def each(y, predictions):
+        return keras.ops.sum(squared(y[:, None], predictions), axis=1)
+
+    def mean(y, predictions):
+        return squared(y, keras.ops.mean(predictions, axis=1))
+
+    problem = meta.episode_problem(model, mean, farhox.GradientDescent(RATE), representation=[body], support_loss=each)
+    learner = meta.Learner(model, problem, farhox.hypergradients.EpisodesHG(farhox.ReverseHG()), STEPS, loss=mean,
+                           support_loss=each)
+    task = of_one(episode())
+    weights, bias = tf.constant(body.kernel), tf.constant(body.bias)
+    with tf.GradientTape() as outer:
+        outer.watch([weights, bias])
+        answers = []
+        for start in tf.unstack(tf.constant(heads.kernel), axis=1):
+            for _ in range(STEPS):
+                with tf.GradientTape() as tape:
+                    tape.watch(start)
+                    loss = tf.reduce_mean(squared(task[0][1], tf.tanh(task[0][0] @ weights + bias) @ start))
+                start -= RATE * tape.gradient(loss, start)
+            answers.append(tf.tanh(task[1][0] @ weights + bias) @ start)
+        loss = tf.reduce_mean(squared(task[1][1], sum(answers) / 3))
+    assert_close(meta_gradients(learner, episode()), outer.gradient(loss, [weights, bias]), 1e-9)
+    assert_close([learner.predict(task[0], task[1][0])], [np.stack(answers, axis=1)], 1e-9)
+    assert np.abs(answers[0] - answers[1]).max() > 1e-2
+
+
 @pytest.mark.slow
 def test_what_is_open_trains_is_judged_saved_loaded_and_served(tmp_path):
     source = meta.SinusoidEpisodes(shots=3, queries=4)
