@@ -43,6 +43,16 @@ def finish(process):
     return output
 
 
+@pytest.mark.parametrize("algorithm, loss", [("protonet", "loss"), ("maml", "outer_loss")])
+def test_curves_are_drawn_of_the_loss_that_a_learner_has(algorithm, loss, tmp_path, monkeypatch):
+    history = {"accuracy": [0.5, 0.6], loss: [1.0, 0.8], "validation_accuracy": [0.4, 0.5],
+               "validation_loss": [1.1, 1.0]}
+    load("omniglot", monkeypatch).plot_curves(
+        {"algorithm": algorithm, "ways": 5, "shots": 1, "steps_per_epoch": 10}, {0: {"history": history}},
+        tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 @needs_data
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [

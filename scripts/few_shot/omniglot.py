@@ -85,10 +85,11 @@ def plot_curves(settings, by_seed, path):
         styles = pictures.line_styles(["validation_", ""])
         for i, run in enumerate(by_seed.values()):
             history = run["history"]
-            steps = settings["steps_per_epoch"] * np.arange(1, len(history["outer_loss"]) + 1)
+            steps = settings["steps_per_epoch"] * np.arange(1, len(history["accuracy"]) + 1)
+            of_training = "loss" if settings["algorithm"] == "protonet" else "outer_loss"  # It has no inner one.
             for axis, key, scale in ((accuracy, "accuracy", 100), (loss, "loss", 1)):
                 for part, style in styles.items():
-                    name = f"{part}{key}" if part or key != "loss" else "outer_loss"
+                    name = f"{part}{key}" if part or key != "loss" else of_training
                     label = "meta-validation" if part else "meta-training"
                     axis.plot(steps, scale * np.array(history[name]), linewidth=1.2, label=None if i else label,
                               **style)
