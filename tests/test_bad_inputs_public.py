@@ -370,6 +370,7 @@ ROWS = [
     (lambda: meta.PreconditionedDescent(-1.0, []), ValueError, "learning_rate must be finite and at least"),
     (lambda: meta.MAMLPlusPlus(MODEL, inner_steps=0), ValueError, "inner_steps must be a positive integer"),
     (lambda: meta.RidgeNetwork(None, 3), TypeError, "embedding must be a keras.Model"),
+    (lambda: meta.SupportVectorNetwork(MODEL, 3, cost=-1.0), ValueError, "cost must be a positive"),
     (lambda: meta.StepBatchNormalization(0), ValueError, "steps must be a positive integer"),
     (lambda: meta.TaskEpisodes([], shots=0), ValueError, "shots must be a positive integer"),
     (lambda: meta.TaskEpisodes([BATCH], queries=2), ValueError, "queries needs shots"),

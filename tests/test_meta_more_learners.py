@@ -44,17 +44,76 @@ def test_a_ridge_network_predicts_with_the_solution_of_its_normal_equations(floa
             np.testing.assert_allclose(learner.adapt(one)(query[index]), expected, rtol=1e-9)
 
 
-def test_a_ridge_network_learns_its_strength_and_scale_and_is_saved_and_served(tmp_path):
+def support_vectors(x, y, weights, cost):
+    """The kernel of the machine by a general solver of its dual problem, in float64."""
+    optimize = pytest.importorskip("scipy.optimize")
+    targets, bounds = np.eye(3)[y], cost * weights
+    gram = x @ x.T
+    upper = bounds[:, None] * targets
+
+    def value(flat):
+        duals = flat.reshape(upper.shape)
+        return 0.5 * np.sum(duals * (gram @ duals)) - np.sum(duals * targets), (gram @ duals - targets).ravel()
+
+    found = optimize.minimize(
+        value, np.zeros(upper.size), jac=True, method="SLSQP", options={"maxiter": 1000, "ftol": 1e-15},
+        constraints=[{"type": "eq", "fun": lambda flat: flat.reshape(upper.shape).sum(1),
+                      "jac": lambda flat: np.kron(np.eye(len(x)), np.ones(3))},
+                     {"type": "ineq", "fun": lambda flat: upper.ravel() - flat,
+                      "jac": lambda flat: -np.eye(len(flat))}])
+    return x.T @ found.x.reshape(upper.shape)
+
+
+@pytest.mark.parametrize("cost", [0.1, 3.0])
+def test_a_support_vector_network_predicts_with_the_solution_of_its_problem(cost, float64):
+    learner = meta.SupportVectorNetwork(embedding(), 3, cost=cost, scale=4.0)
+    (x, y), (query, _) = classes()
+    weights = tf.constant(np.random.default_rng(2).integers(0, 3, size=[2, 6]), tf.float64)
+    for support in ((x, y), (x, y, weights)):
+        features, asked = (learner.embedding(part[1]).numpy() for part in (x, query))
+        own = np.ones(6) if len(support) == 2 else weights[1].numpy()
+        expected = tf.nn.softmax(4.0 * asked @ support_vectors(features, y[1].numpy(), own, cost))
+        one = tuple(part[1] for part in support)
+        np.testing.assert_allclose(learner.predict(one, query[1]), expected, atol=1e-5)
+        np.testing.assert_allclose(learner.adapt(one)(query[1]), expected, atol=1e-5)
+
+
+def test_the_gradient_through_a_support_vector_machine_is_that_of_its_solution(float64):
+    learner = meta.SupportVectorNetwork(embedding(), 3, cost=1.0)
+    (x, y), (query, targets) = classes()
+    variables = learner.trainable_variables
+
+    def loss():
+        return tf.reduce_mean(keras.losses.sparse_categorical_crossentropy(targets, learner((x, y, query))))
+
+    with tf.GradientTape() as tape:
+        value = loss()
+    gradients = tape.gradient(value, variables)
+    random = np.random.default_rng(3)
+    for variable_, gradient in zip(variables, gradients):
+        direction = random.normal(size=variable_.shape)
+        before, ends = variable_.numpy(), []
+        for step in (1e-5, -1e-5):
+            variable_.assign(before + step * direction)
+            ends.append(float(loss()))
+        variable_.assign(before)
+        assert np.linalg.norm(gradient) > 1e-4
+        assert np.sum(gradient * direction) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("make", [meta.RidgeNetwork, meta.SupportVectorNetwork])
+def test_a_head_in_closed_form_is_learned_through_saved_and_served(make, tmp_path):
     source = meta.ClassificationEpisodes(
         np.random.default_rng(0).normal(size=[40, 3]).astype("float32"), np.repeat(np.arange(5), 8), 3, 2, 3)
-    learner = meta.RidgeNetwork(embedding(), 3)
+    learner = make(embedding(), 3)
     learner.compile(keras.optimizers.SGD(0.5), metrics=["accuracy"])
-    assert len(learner.trainable_variables) == 4
+    learned = [learner.scale] if make is meta.SupportVectorNetwork else [learner.strength, learner.scale]
+    assert len(learner.trainable_variables) == 2 + len(learned)
     learner.fit(source.dataset(2, count=4), verbose=0)
-    assert float(learner.strength) != 1.0 and float(learner.scale) != 1.0
-    learner.save_weights(tmp_path / "ridge.weights.h5")
-    again = meta.RidgeNetwork(embedding(), 3)
-    again.load_weights(tmp_path / "ridge.weights.h5")
+    assert all(float(number) != 1.0 for number in learned)
+    learner.save_weights(tmp_path / "learner.weights.h5")
+    again = make(embedding(), 3)
+    again.load_weights(tmp_path / "learner.weights.h5")
     support, (query, _) = source.draw(0)
     expected = learner.predict(support, query)
     np.testing.assert_allclose(again.predict(support, query), expected, rtol=1e-6)
@@ -205,6 +264,7 @@ def test_layers_of_tasks_come_back_from_a_saved_model(tmp_path):
     (lambda: meta.TaskContext(0), ValueError, "size must be a positive integer"),
     (lambda: meta.StepBatchNormalization(0), ValueError, "steps must be a positive integer"),
     (lambda: meta.RidgeNetwork(embedding(), 3, strength=-1.0), ValueError, "low"),
+    (lambda: meta.SupportVectorNetwork(embedding(), 3, cost=0.0), ValueError, "cost must be a positive"),
     (lambda: meta.MAMLPlusPlus(embedding(), annealing_steps=0), ValueError, "annealing_steps must be a positive"),
     (lambda: meta.MAML(embedding(), dynamics=meta.PreconditionedDescent(0.1, [])), ValueError, "factors must have a"),
     (lambda: meta.PreconditionedDescent(-0.1, []), ValueError, "learning_rate must be"),

@@ -35,6 +35,10 @@ def ridge(model):
     return meta.RidgeNetwork(keras.Sequential([keras.Input([4]), *model.layers[:-1]]), WAYS)
 
 
+def support_vectors(model):
+    return meta.SupportVectorNetwork(keras.Sequential([keras.Input([4]), *model.layers[:-1]]), WAYS)
+
+
 LEARNERS = {
     "MAML": lambda model, **settings: meta.MAML(model, 0.3, 2, **settings),
     "FOMAML": lambda model, **settings: meta.MAML(model, 0.3, 2, first_order=True, **settings),
@@ -47,6 +51,7 @@ LEARNERS = {
     "JointTraining": lambda model, **settings: meta.JointTraining(model, 0.3, 2, **settings),
     "PrototypicalNetwork": prototypical,
     "RidgeNetwork": ridge,
+    "SupportVectorNetwork": support_vectors,
 }
 
 

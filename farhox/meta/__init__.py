@@ -22,13 +22,14 @@ from farhox.meta.problem import episode_problem
 from farhox.meta.prototypes import PrototypicalNetwork
 from farhox.meta.ridge import RidgeNetwork
 from farhox.meta.statistics import StepBatchNormalization
+from farhox.meta.support_vectors import SupportVectorNetwork
 from farhox.meta.tasks import TaskEpisodes
 
 __all__ = [
     "ANIL", "CAVIA", "ClassificationEpisodes", "EmbeddingLearner", "Episode", "EpisodeSource", "HyperRepresentation",
     "IMAML", "JointTraining", "Learner", "MAML", "MAMLPlusPlus", "MetaCurvature", "PreconditionedDescent",
-    "PrototypicalNetwork", "Reptile", "RidgeNetwork", "SinusoidEpisodes", "StepBatchNormalization", "TaskContext",
-    "TaskEpisodes", "convolutional_body", "episode_problem", "evaluate_episodes", "few_shot_classifier",
-    "fit_distributed", "identity_factors", "is_chief", "load_omniglot", "mean_and_interval", "residual_body",
-    "split_classes", "with_rotations",
+    "PrototypicalNetwork", "Reptile", "RidgeNetwork", "SinusoidEpisodes", "StepBatchNormalization",
+    "SupportVectorNetwork", "TaskContext", "TaskEpisodes", "convolutional_body", "episode_problem",
+    "evaluate_episodes", "few_shot_classifier", "fit_distributed", "identity_factors", "is_chief", "load_omniglot",
+    "mean_and_interval", "residual_body", "split_classes", "with_rotations",
 ]
