@@ -71,7 +71,7 @@ def test_a_mouse_draws_five_characters_and_a_new_one_is_known_while_it_is_drawn(
             browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page()
             errors = []
-            page.on("pageerror", errors.append)
+            page.on("pageerror", lambda error: errors.append(error))
             page.goto(f"http://127.0.0.1:{server.port}/")
             answer = page.locator("#answer")
             expect(answer).to_have_text("Draw two or more examples.")

@@ -77,8 +77,16 @@ def make_app(served, ways=5):
 def main(_):
     program.require(flask="demo")
     from werkzeug import serving
+
+    class Quiet(serving.WSGIRequestHandler):
+        """Without a line for each of the many questions."""
+
+        def log_request(self, *_):
+            pass
+
     served = export.load(flags.FLAGS.directory, flags.FLAGS.version)
-    server = serving.make_server(flags.FLAGS.host, flags.FLAGS.port, make_app(served), threaded=True)
+    server = serving.make_server(
+        flags.FLAGS.host, flags.FLAGS.port, make_app(served), threaded=True, request_handler=Quiet)
     print(f"Draw at http://{flags.FLAGS.host}:{server.port}/ (Ctrl-C ends it)", flush=True)
     server.serve_forever()
 
