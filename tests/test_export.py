@@ -415,6 +415,7 @@ def test_labels_that_are_dictionaries_are_inputs_by_name(tmp_path):
     np.testing.assert_allclose(answer["predictions"], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_labels_of_another_shape_than_the_outputs_are_described(tmp_path):
     """A column says how much an example counts."""
     def loss(targets, predictions):
@@ -428,6 +429,7 @@ def test_labels_of_another_shape_than_the_outputs_are_described(tmp_path):
         learner.predict((x, y), query), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_learner_with_several_inputs_is_served_by_their_names(tmp_path):
     left, right = keras.Input((2,), name="left"), keras.Input((1,), name="right")
     model = keras.Model({"left": left, "right": right}, keras.layers.Dense(2)(
