@@ -93,6 +93,7 @@ def test_file_has_the_scalars_of_the_history_to_the_last_bit(tmp_path):
     np.testing.assert_allclose(found["weights_mean"], history["weights"].mean(1), rtol=1e-12)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("every, compiled, expected", [
     (1, {}, range(13)), (5, {}, [0, 5, 10]), ("epoch", {}, [0, 4, 8, 12]),
     (1, {"steps_per_execution": 2}, range(0, 13, 2)), (3, {"steps_per_execution": 2}, [0, 4, 8, 12])])
