@@ -308,7 +308,7 @@ def test_every_learner_takes_a_meta_step_and_adapts(make):
     *(pytest.param(make, marks=pytest.mark.slow) for make in OTHERS)],
     ids=["maml", "reptile", "anil", "imaml", "joint", "hyper-representation"])
 def test_every_learner_fits_evaluates_predicts_and_adapts(make, tmp_path):
-    learner = make(network())
+    learner = make(network(normalized=False))
     source, episodes = images(queries=4)
     rate = 1.0 if isinstance(learner, meta.Reptile) else 0.05
     learner.compile(keras.optimizers.SGD(rate) if rate == 1.0 else keras.optimizers.Adam(rate), metrics=["accuracy"])
