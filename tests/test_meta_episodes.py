@@ -298,6 +298,7 @@ def test_inner_training_on_normalized_features_never_rises_at_a_rate_below_two(n
     assert not normalize_features or losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.slow
 def test_data_that_start_at_the_episodes_seen_go_on_as_if_never_interrupted(tmp_path):
     def learner():
         keras.utils.set_random_seed(0)
