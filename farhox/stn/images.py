@@ -42,8 +42,9 @@ _FACTORS = {
     keras.layers.RandomZoom: {name: dataclasses.replace(factor, greatest=0.99) for name, factor in _SIZES.items()},
     keras.layers.RandomContrast: {"factor": _Factor(("factor",), 4, 1.0, (0.0, 1.0))},
     keras.layers.RandomBrightness: {"factor": _Factor(("factor",), 4, 1.0)},
-    keras.layers.RandomErasing: {"factor": _Factor(("factor",), 1, 1.0, (0.0, 1.0))},
 }
+if "RandomErasing" in dir(keras.layers):  # Keras 3.8 has none.
+    _FACTORS[keras.layers.RandomErasing] = {"factor": _Factor(("factor",), 1, 1.0, (0.0, 1.0))}
 
 
 def augmentation_strengths(layer: keras.Layer) -> Any:
