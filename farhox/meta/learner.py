@@ -97,7 +97,7 @@ class Learner(HyperOptimizer):
             **kwargs: Of `keras.Model.evaluate`, for a data set.
 
         Returns:
-            Of an `EpisodeSource`, a dictionary: "loss" and, of a classifier, "accuracy" (Keras' metric of that name),
+            Of an `EpisodeSource` a dictionary of "loss" and, of a classifier, "accuracy" (Keras' metric of that name),
             the means over episodes; "loss_interval" and "accuracy_interval", half the width of their 95 % intervals;
             "episodes", and "transductive".
         """

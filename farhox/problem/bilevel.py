@@ -271,7 +271,7 @@ class BilevelProblem(Maps):
             iteration: The number of the hyper-iteration, which a `stop_tolerance` may follow.
 
         Returns:
-            An `Evaluation`: `outer_loss`, `inner_losses`, `state`, `predictions`.
+            An `Evaluation`, with `outer_loss`, `inner_losses`, `state` and `predictions`.
         """
         return evaluate(self, inner_batches, outer_batch, state, iteration)
 

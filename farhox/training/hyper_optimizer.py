@@ -175,7 +175,7 @@ class HyperOptimizer(keras.Model):
             **kwargs: `epochs`, `verbose`, `steps_per_epoch`, ... of `keras.Model.fit`.
 
         Returns:
-            A Keras `History`. Its dictionary lists no number twice: `loss`, another name of `outer_loss`, and counters
+            A Keras `History`. Its dictionary lists no number twice; `loss`, another name of `outer_loss`, and counters
             that are zero all the time are there for who asks by name.
 
         Raises:
@@ -212,7 +212,7 @@ class HyperOptimizer(keras.Model):
             **kwargs: `verbose`, `return_dict`, `steps`, ... of `keras.Model.evaluate`.
 
         Returns:
-            As `keras.Model.evaluate`: the values that `metrics_names` names, or with `return_dict=True` a dictionary.
+            The values that `metrics_names` names, or with `return_dict=True` a dictionary, as `keras.Model.evaluate`.
         """
         if kwargs.pop("_use_cached_eval_dataset", False):  # The validation of Keras' fit, for its callbacks.
             with clear_errors():
@@ -408,7 +408,7 @@ class HyperOptimizer(keras.Model):
             state: The `InnerState` to start from; default: the initial one, online the one kept.
 
         Returns:
-            A named tuple: `state`, the inner state after it, and `losses` [T], the inner objective before each step.
+            A named tuple of `state`, the inner state after it, and `losses` [T], the inner objective before each step.
 
         Raises:
             DivergedError: A RuntimeError, if the training diverged.
