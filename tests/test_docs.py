@@ -19,6 +19,26 @@ OUTPUT = {"text", "console"}
 WITH_SHELL = {README, ROOT / "docs" / "serving.md"}
 
 
+# Tutorials that are run whole, among the slow tests, and not in the default run.
+SLOW = {"augmentation", "data_mixture", "distillation", "fairness", "few_shot", "image_folder", "imbalance",
+        "l2_per_weight", "physics"}
+# What pages say of the names of their code, loosely: other machines and versions draw other numbers.
+CLAIMS = {
+    "wrong_labels": ["precision > 0.8", "recall > 0.7", "after > before + 0.02"],
+    "fairness": ["gap_before > 0.12", "gap_after < gap_before - 0.08", "accuracy_after > accuracy_before - 0.05"],
+    "data_mixture": ["path[-1][2] < 0.05", "after > before + 0.02"],
+    "l2_per_weight": ["each_loss < one_loss - 0.05", "each_accuracy > one_accuracy + 0.02"],
+    "lasso": ["all(kernel[:4] != 0)", "np.sum(kernel == 0) > 10", "history['outer_loss'][-1] < 1.05 * min(losses)"],
+    "distillation": ["after > 0.8", "after > before + 0.05"],
+    "few_shot": ["after > before + 0.04"],
+    "imbalance": ["after > before + 0.08"],
+    "augmentation": ["float(shift) > 0.08", "after > before + 0.1"],
+    "physics": ["after < before / 3"],
+    "image_folder": ["after > 0.85", "after > before + 0.02", "type(best).__module__.startswith('keras')"],
+    "recipes": ["np.mean(answers == 1) > 0.5", "np.mean(wrong[suspects]) > 0.6", "history.epoch == [*range(8)]"],
+}
+
+
 def page_name(page):
     return str(page.relative_to(ROOT))
 
@@ -50,16 +70,33 @@ def shortened(code):
     return re.sub(r"(np.geomspace\([^,()]+, [^,()]+), \d+\)", r"\1, 3)", code)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["short", "whole"])
-def test_code_blocks_of_a_page_run_one_after_another(page, whole, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def run(page, whole):
+    """What the names of a page stand for when its blocks have run one after another."""
     namespace = {"__name__": "page"}
     for language, line, code in blocks(page):
         if language == "python":
             code = code if whole else shortened(code)
             # Newlines in front make line numbers in errors those of the page.
             exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in SLOW], ids=page_name)
+def test_code_blocks_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(page, whole=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_what_a_page_says_of_its_code_comes_of_it(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run(page, whole=True)
+    assert [claim for claim in CLAIMS.get(page.stem, []) if not eval(claim, names)] == []
+    if page.parent.name == "tutorials":
+        shown = re.findall(r'<img src="([^"]+)"', page.read_text(encoding="utf-8"))
+        assert [picture for picture in shown if (tmp_path / picture).read_bytes()[:4] != b"\x89PNG"] == []
+        assert len(shown) == 1 or page.stem == "index"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -39,6 +39,9 @@ def test_the_changelog_begins_with_this_version_or_with_what_is_not_released():
 def test_links_and_pictures_of_the_readme_are_absolute_and_lead_to_files_of_the_repository():
     text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    places = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, flags=re.M))
+    assert set(re.findall(r"\]\[([^\]]+)\]", text)) == set(places)
+    targets += places.values()
     assert len(targets) > 10 and [target for target in targets if not target.startswith("https://")] == []
     own = [target for target in targets if "farhox/farhox" in target and target != REPOSITORY]
     assert [target for target in own if not target.startswith(PLACES)] == []
