@@ -21,7 +21,7 @@ WITH_SHELL = {README, ROOT / "docs" / "serving.md"}
 
 # Tutorials that are run whole, among the slow tests, and not in the default run.
 SLOW = {"augmentation", "data_mixture", "distillation", "fairness", "few_shot", "image_folder", "imbalance",
-        "l2_per_weight", "physics"}
+        "l2_per_weight", "physics", "wrong_labels"}
 # What pages say of the names of their code, loosely: other machines and versions draw other numbers.
 CLAIMS = {
     "wrong_labels": ["precision > 0.8", "recall > 0.7", "after > before + 0.02"],
