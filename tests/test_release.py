@@ -28,7 +28,7 @@ def settings():
 
 @pytest.fixture(scope="module")
 def extras(settings):
-    return {name: set(packages.split()) for name, packages in settings["options.extras_require"].items()}
+    return {name: set(packages.strip().splitlines()) for name, packages in settings["options.extras_require"].items()}
 
 
 def test_the_changelog_begins_with_this_version_or_with_what_is_not_released():
