@@ -131,6 +131,7 @@ def test_an_index_that_is_off_by_one_and_a_stop_that_is_left_in_are_seen(float64
         assert max(np.max(np.abs(a - b)) for a, b in zip(found, expected)) > 1e-6, name
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method,learned,without", [
     (farhox.ReverseHG(), False, 1), (farhox.ReverseHG(checkpoint_every=2), False, 1), (farhox.ReverseHG(), True, 0),
     (farhox.ReverseHG(truncation=2), False, 1)])

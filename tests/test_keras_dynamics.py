@@ -536,6 +536,7 @@ def test_inner_training_goes_on_from_a_state(float64):
     assert_close(state.variables[:4], whole[:4], 0.0)
 
 
+@pytest.mark.slow
 def test_the_users_optimizer_is_not_changed(float64):
     optimizer = CASES["a user's subclass"]()
     before = {name: value for name, value in vars(optimizer).items()}

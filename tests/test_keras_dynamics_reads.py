@@ -98,6 +98,7 @@ def test_what_an_optimizer_reads_by_itself_has_its_hypergradient(case, float64):
         assert_close(compute(problem, inner_batches, outer_batch).gradients, expected, 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("case", ["schedule with accumulation", "update_step"])
 def test_it_does_so_in_a_graph(case, float64):

@@ -134,6 +134,7 @@ def test_what_is_too_small_is_named_and_left_out_if_asked_for():
     assert sorted(np.asarray(x)[:, 0]) == [0, 1] and list(y.numpy()) == [0, 1]
 
 
+@pytest.mark.slow
 def test_single_episodes_are_meta_batches_of_one():
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
     results = []
