@@ -8,6 +8,7 @@ import tensorflow as tf
 import farhox
 from farhox.tuner.losses import Losses
 from farhox.tuner.rate import Rate, read_sweep
+from farhox.tuner.rate_search import RateSearch
 from farhox.tuner.report import epoch_line
 from farhox.tuner.training import Guard, Round, Training
 from farhox.tuner.tunables import Choice
@@ -295,11 +296,13 @@ def test_the_guard_goes_back_from_a_rise_and_from_what_is_not_finite():
 
 
 def test_the_guard_starts_afresh_where_training_does_not_come_to_what_the_sweep_reached():
-    guard, seen = Guard("initial", reached=0.5, rounds=3), []
+    guard, seen = Guard("initial", rounds=3), []
+    guard.begin("initial", reached=0.5)
     for loss in (1.0, 0.9, 0.8, 1.0, 0.6, 0.4):
         seen.append(guard.watch(Round(loss, 1.2, loss, True), lambda: loss))
     assert seen == [False, False, True, False, False, False] and guard.good != "initial"
-    held = Guard("initial", reached=0.5, rounds=2)
+    held = Guard("initial", rounds=2)
+    held.begin("initial", reached=0.5)
     assert [held.watch(Round(1.0, 1.2, 1.0, True), lambda: "worse") for _ in range(2)] == [False, True]
     assert held.good == "initial"
 
@@ -315,19 +318,32 @@ def test_rates_are_cut_from_what_they_are_and_not_from_what_they_were(eagerly):
 
 
 def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_pass_by_what_has_not_trained(monkeypatch):
-    tuner = farhox.Tuner(network())
-    training = type("Training", (), {"momentum": lambda self: 0.9, "restart": lambda self, start: None})()
-    monkeypatch.setattr(tuner._network, "evaluate", lambda batches: {"val_loss": 2.3})
+    class Fake:
+        """A training and a network of which nothing learns."""
+
+        def momentum(self):
+            return 0.9
+
+        def state(self):
+            return None
+
+        def restart(self, start):
+            del start
+
+        def evaluate(self, batches):
+            del batches
+            return {"val_loss": 2.3}
 
     def chosen(losses):
         tried = []
 
-        def heat(rate, *_):
+        def heat(rate):
             tried.append(rate)
             return losses[len(tried) - 1]
 
-        monkeypatch.setattr(tuner, "_heat", heat)
-        rate = tuner._rate_of_heats(4.0, training, None, 1000, None, None)
+        search = RateSearch(Fake(), Fake(), None, None, 1000)
+        monkeypatch.setattr(search, "heat", heat)
+        rate = search.rate_of_heats(4.0)
         np.testing.assert_allclose(tried, [0.1 / 3 ** k for k in range(len(tried))])
         return len(tried), round(float(np.log(0.1 / rate) / np.log(3)))
 
@@ -368,6 +384,40 @@ def test_the_picture_is_written(fitted, tmp_path):
     pytest.importorskip("matplotlib")
     fitted[2].plot(tmp_path / "tuning.png")
     assert (tmp_path / "tuning.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tensorboard_shows_the_run_with_its_hyperparameters(fitted, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    tuner = fitted[2]
+    tuner.write_hparams(tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    (content,) = [event for tag, event in events.summary_metadata.items() if "session_start_info" in tag]
+    info = plugin_data_pb2.HParamsPluginData.FromString(content.plugin_data.content).session_start_info
+    expected = {name: value for name, value in tuner.get_hyperparameters().items() if value is not None}
+    assert {name: value.number_value for name, value in info.hparams.items()} == pytest.approx(expected)
+    assert "val_loss" in events.Tags()["tensors"]
+
+
+def test_values_go_to_optuna_and_kerastuner_and_come_back(fitted):
+    optuna = pytest.importorskip("optuna")
+    values = {name: value for name, value in fitted[2].get_hyperparameters().items() if value is not None}
+    study = optuna.create_study()
+    study.enqueue_trial(values)
+    trial = study.ask()
+    given = {name: trial.suggest_float(name, 1e-9, 10.0, log=True) for name in values}
+    assert given == pytest.approx(values)
+    study.tell(trial, 0.1)
+    again = farhox.Tuner(network(), start=study.best_trial, tune=["l2"])
+    assert again.get_hyperparameters()["l2"] == pytest.approx(values["l2"])
+    keras_tuner = pytest.importorskip("keras_tuner")
+    parameters = keras_tuner.HyperParameters()
+    for name, value in values.items():
+        parameters.Fixed(name, value)
+    again = farhox.Tuner(network(), start=parameters)
+    assert again.get_hyperparameters()["l2"] == pytest.approx(values["l2"])
 
 
 @pytest.mark.parametrize("arguments, error, message", [
@@ -422,6 +472,9 @@ def test_bad_data_are_refused(eagerly):
             tuner.fit(**arguments)
     with pytest.raises(ValueError, match="call fit"):
         tuner.get_model()
+    for train, validation in ((TRAIN[1] + 5, VALIDATION[1]), (TRAIN[1], VALIDATION[1] - 1)):
+        with pytest.raises(ValueError, match=r"Labels must be integers from 0 to the number of classes - 1 \(1\)"):
+            tuner.fit(TRAIN[0], train, validation_data=(VALIDATION[0], validation))
     nothing = farhox.Tuner(network(), sweep=False, guard=False)
     with pytest.raises(ValueError, match="must have a finite loss|NaN or infinity"):
         nothing.fit(TRAIN[0] * np.inf, TRAIN[1], validation_data=(VALIDATION[0] * np.inf, VALIDATION[1]), verbose=0)

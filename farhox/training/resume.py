@@ -76,12 +76,26 @@ class Resume(keras.callbacks.Callback):
         self._functions: Any = None
         self._list: Any = None
         self._others: list[Any] = []
+        self._saved = time.monotonic()
+
+    @property
+    def saved_states(self) -> SavedStates:
+        """The states in the folder."""
+        return self._states
 
     @property
     def initial_epoch(self) -> int:
         """Int, the number of epochs that are done in the last state of the folder."""
         state = self._states.load()
         return 0 if state is None else state["epoch"]
+
+    def is_time(self) -> bool:
+        """Whether the last state is as old as `seconds` says."""
+        return time.monotonic() - self._saved >= self.seconds
+
+    def has_saved(self) -> None:
+        """Notes that a state was saved now."""
+        self._saved = time.monotonic()
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         self._list = _callback_list(self)
@@ -136,7 +150,7 @@ class Resume(keras.callbacks.Callback):
         if self._signals.received is not None:
             self._save(logs)
             self._end(self._epoch, self._batch)
-        if self.every != "epoch" and self._unsaved >= self.every and self._is_time():
+        if self.every != "epoch" and self._unsaved >= self.every and self.is_time():
             self._save(logs)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
@@ -150,7 +164,7 @@ class Resume(keras.callbacks.Callback):
         self._epoch, self._batch = epoch + 1, 0
         last = self.model.stop_training or self._epoch >= self.params["epochs"]
         due = self.every == "epoch" or self._unsaved >= int(self.every)
-        if last or self._signals.received is not None or (due and self._is_time()):
+        if last or self._signals.received is not None or (due and self.is_time()):
             self._save({})
         if self._signals.received is not None:
             self._end(self._epoch, 0)
@@ -165,8 +179,9 @@ class Resume(keras.callbacks.Callback):
         self._states.save({
             "epoch": self._epoch, "batch": self._batch, "stopped": bool(self.model.stop_training), "logs": logs or {},
             "variables": variables_with_names(self.model), "metrics": _named(self.model.metrics_variables),
-            "callbacks": {name: _state_of(callback) for name, callback in self._with_state()}})
-        self._unsaved, self._saved = 0, time.monotonic()
+            "callbacks": states_of(self._others)})
+        self._unsaved = 0
+        self.has_saved()
 
     def _restore_variables(self, all_built=False, metrics=False):
         assign_variables(self.model, self._state["variables"], self._states.path, all_built or metrics)
@@ -174,19 +189,7 @@ class Resume(keras.callbacks.Callback):
             _assign(self.model.metrics_variables, self._state["metrics"], "metrics", self._states.path)
 
     def _restore_callbacks(self):
-        for name, callback in self._with_state():
-            if name in self._state["callbacks"]:
-                # A copy: it may be given twice, and what is given is changed.
-                _set_state(callback, copy.deepcopy(self._state["callbacks"][name]))
-
-    def _with_state(self):
-        """Pairs (name, callback) of those with a state; the name has a number where it is not the first."""
-        counts = {}
-        for callback in self._others:
-            if isinstance(callback, (Resumable, *_STATE_OF)):
-                name = type(callback).__name__
-                counts[name] = counts.get(name, 0) + 1
-                yield f"{name} {counts[name]}", callback
+        give_states_back(self._others, self._state["callbacks"])
 
     def _go_on(self):
         """The run is where it was saved."""
@@ -243,9 +246,6 @@ class Resume(keras.callbacks.Callback):
         # Keras' own way for a callback to begin `fit` with a later epoch. It outlasts `fit`, so it is taken back.
         self.model._initial_epoch = epoch
 
-    def _is_time(self):
-        return time.monotonic() - self._saved >= self.seconds
-
     def _end(self, epoch, batch):
         done = f"{epoch} epochs" + (f" and {batch} batches of the next" if batch else "")
         self._give_functions_back()
@@ -274,6 +274,19 @@ class Resume(keras.callbacks.Callback):
                                  f"{type(callback).__name__}")
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
+
+
+def states_of(callbacks: Any) -> dict[str, Any]:
+    """The states of the callbacks that have one, by a name with a number."""
+    return {name: _state_of(callback) for name, callback in _with_state(callbacks)}
+
+
+def give_states_back(callbacks: Any, states: dict[str, Any]) -> None:
+    """Gives the callbacks what `states_of` returned."""
+    for name, callback in _with_state(callbacks):
+        if name in states:
+            # A copy: it may be given twice, and what is given is changed.
+            _set_state(callback, copy.deepcopy(states[name]))
 
 
 def variables_with_names(model: Any) -> dict[str, Any]:
@@ -344,6 +357,16 @@ def _named(variables):
 def _name(variable):
     """The path without Keras' numbers, which count what a process has made before."""
     return re.sub(r"_\d+(?=[/_]|$)", "", variable.path)
+
+
+def _with_state(callbacks):
+    """Pairs (name, callback) of those with a state; the name has a number, as there may be several of a class."""
+    counts = {}
+    for callback in callbacks:
+        if isinstance(callback, (Resumable, *_STATE_OF)):
+            name = type(callback).__name__
+            counts[name] = counts.get(name, 0) + 1
+            yield f"{name} {counts[name]}", callback
 
 
 def _state_of(callback):

@@ -1,6 +1,5 @@
 """Training and validation losses of a compiled model, with label smoothing and weights that can be tuned."""
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,6 +8,7 @@ from keras.src.models.functional import Functional
 
 from farhox._core.types import Tensor
 from farhox.outer.outer_variable import value_of
+from farhox.problem.losses import FunctionLoss, checked_labels, takes_class_numbers, weights_of_classes
 from farhox.tuner import tunables
 from farhox.tuner.tunables import Place
 
@@ -51,7 +51,8 @@ class Losses:
             if smoothing is not None:
                 loss, target = smoothing[1], _smoothed(target, prediction, smoothing[0])
             if self._class_weights is not None:
-                of_class = _weights_of_classes(self._class_weights, target, prediction)
+                of_class = weights_of_classes(
+                    value_of(self._class_weights, dtype=prediction.dtype), target, prediction)
                 weight = of_class if weight is None else of_class * tf.cast(weight, of_class.dtype)
             factor = self._weights[index]
             if self._loss_weights is not None:
@@ -69,18 +70,21 @@ class Losses:
         return total
 
     def _parts(self, targets, predictions, sample_weight):
-        """(loss, targets, predictions, weights of examples) of each output that has a loss."""
+        """(loss, targets, predictions, weights of examples) of each output that has a loss; labels are checked."""
         if len(self._names) == 1 and not isinstance(predictions, (list, tuple, dict)):
-            return [(self._losses[0], targets, predictions, sample_weight)]
-        targets, predictions = (_flat(nest, self._names) for nest in (targets, predictions))
-        weights = ([sample_weight] * len(self._names) if not isinstance(sample_weight, (list, tuple, dict))
-                   else _flat(sample_weight, self._names))
-        return [part for part in zip(self._losses, targets, predictions, weights) if part[0] is not None]
+            parts = [(self._losses[0], targets, predictions, sample_weight)]
+        else:
+            targets, predictions = (_flat(nest, self._names) for nest in (targets, predictions))
+            weights = ([sample_weight] * len(self._names) if not isinstance(sample_weight, (list, tuple, dict))
+                       else _flat(sample_weight, self._names))
+            parts = [part for part in zip(self._losses, targets, predictions, weights) if part[0] is not None]
+        return [(loss, _checked(loss, target, prediction), prediction, weight)
+                for loss, target, prediction, weight in parts]
 
     def _of_smoothing(self, choice):
         """(hyperparameter, loss without smoothing) of each output that has a smoothing, by index."""
         places = [(index, loss, float(loss.get_config()["label_smoothing"])) for index, loss in enumerate(self._losses)
-                  if loss is not None and "label_smoothing" in loss.get_config()]
+                  if loss is not None and not isinstance(loss, FunctionLoss) and "label_smoothing" in loss.get_config()]
         if not places:
             return {}
         kind = tunables.LABEL_SMOOTHING
@@ -114,18 +118,7 @@ class Losses:
 def as_loss(loss: Any) -> Any:
     """The name of a Keras loss, a loss or a function (targets, predictions) as a Keras loss."""
     loss = keras.losses.get(loss)
-    return loss if isinstance(loss, keras.losses.Loss) or loss is None else _FunctionLoss(loss)
-
-
-class _FunctionLoss(keras.losses.Loss):
-    """A function (targets, predictions) -> losses of the examples as a Keras loss."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(name="loss")
-        self._function = function
-
-    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        return self._function(y_true, y_pred)
+    return loss if isinstance(loss, keras.losses.Loss) or loss is None else FunctionLoss(loss)
 
 
 def _by_output(model):
@@ -152,20 +145,17 @@ def _flat(nest, names):
     return [nest.get(name) for name in names] if isinstance(nest, dict) else list(nest)
 
 
+def _checked(loss, targets, predictions):
+    """The targets, class numbers after a check that they are in range."""
+    if not takes_class_numbers(loss):
+        return targets
+    ignored = None if isinstance(loss, FunctionLoss) else loss.get_config().get("ignore_class")
+    return checked_labels(targets, predictions, ignored)
+
+
 def _smoothed(targets, predictions, smoothing):
     """(1 - smoothing) targets + smoothing / classes; of one output, smoothing / 2."""
     targets = tf.cast(targets, predictions.dtype)
     classes = predictions.shape[-1]
     smoothing = value_of(smoothing, dtype=predictions.dtype)
     return (1.0 - smoothing) * targets + smoothing / (2 if classes == 1 else classes)
-
-
-def _weights_of_classes(weights, targets, predictions):
-    """The weight of each example's class; of a one-hot or soft label, the weights' mean under it."""
-    targets, predictions = tf.convert_to_tensor(targets), tf.convert_to_tensor(predictions)
-    weights = value_of(weights, dtype=predictions.dtype)
-    same_rank = targets.shape.rank == predictions.shape.rank
-    if same_rank and predictions.shape[-1] != 1 and targets.shape[-1] == predictions.shape[-1]:
-        return tf.linalg.matvec(tf.cast(targets, weights.dtype), weights)
-    labels = tf.squeeze(targets, -1) if same_rank and targets.shape[-1] == 1 else targets
-    return tf.gather(weights, tf.cast(labels, tf.int32))

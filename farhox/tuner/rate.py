@@ -44,6 +44,15 @@ class Rate:
         self._sweep.assign([0.0, 0.0, 0.0])
         self._annealing.assign([float(steps), float(annealed)])
 
+    def state(self) -> list[Any]:
+        """What `sweep` and `train` have set, a list of arrays."""
+        return [self._sweep.numpy(), self._annealing.numpy()]
+
+    def restore(self, state: list[Any]) -> None:
+        """Takes back what `state` returned."""
+        for variable, value in zip((self._sweep, self._annealing), state):
+            variable.assign(value)
+
     def at(self, steps: Any) -> np.ndarray:
         """The values at an array of steps in training, as float64."""
         return np.asarray(self._of_training(tf.constant(steps, tf.float32)), "float64")

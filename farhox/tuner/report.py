@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib.util
+import os
 import sys
 import textwrap
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from farhox._core.types import Logs
 from farhox.tuner import tunables
@@ -96,6 +98,21 @@ def plot(history: Any, rows: Any, objective: Any, path: Any) -> None:
         axis.set_ylabel(name.replace("_", " "))
     axes[-1].set_xlabel("training step")
     figure.savefig(path)
+
+
+def write_hparams(log_dir: Any, values: Any, scalars: Logs, step: int) -> None:
+    """Writes a run for TensorBoard's HParams plugin: numbers by name, and what came of them."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("write_hparams needs the package tensorboard, which is not installed: "
+                          "pip install 'farhox[tensorboard]'")
+    from tensorboard.plugins.hparams import api
+
+    writer = tf.summary.create_file_writer(os.fspath(log_dir))
+    with writer.as_default():
+        api.hparams(values)
+        for name, value in scalars.items():
+            tf.summary.scalar(name, value, step=step)
+    writer.close()
 
 
 def _columns(lines, widths):

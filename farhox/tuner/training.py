@@ -15,7 +15,6 @@ from farhox.dynamics import KerasDynamics
 from farhox.hypergradients import ReverseHG
 from farhox.problem import BilevelProblem
 from farhox.training import HyperOptimizer, OptimizerGroups
-from farhox.training.errors import DivergedError
 from farhox.tuner.rate import Rate
 
 _WITH_MOMENTUM = ("momentum", "beta_1")
@@ -50,6 +49,10 @@ class Training:
         rows: List of `Tunable` of the model.
         truncation: Positive int, steps that hypergradients walk back.
         outer_rate: Float, the step of the outer optimizer in log space at the start.
+
+    Attributes:
+        kept: List of all variables that training changes.
+        steps: Int, steps done.
     """
 
     def __init__(self, network: keras.Model, optimizer: keras.optimizers.Optimizer, rows: Any, truncation: int | None,
@@ -86,10 +89,10 @@ class Training:
             problem, ReverseHG(truncation=0 if idle else truncation), online=True, max_skipped_updates=2**31 - 1)
         self._engine.compile(self.outer_optimizer)
         self._outer_rate = outer_rate
-        self._kept = [*self._engine.variables, *self.outer_optimizer.variables, *path.variables,
+        self.kept = [*self._engine.variables, *self.outer_optimizer.variables, *path.variables,
                       *self._response.variables,
                       *(row.hyperparameter.variable for row in rows if row.hyperparameter is not None)]
-        self._kept = list({id(variable): variable for variable in self._kept}.values())
+        self.kept = list({id(variable): variable for variable in self.kept}.values())
         self.steps = 0
 
     def run(self, inner_batches: InnerBatches, outer_batch: Batch, steps: int) -> Round:
@@ -100,12 +103,15 @@ class Training:
         finite = bool(result.diagnostics["finite"]) and bool(np.all(np.isfinite(losses)))
         return Round(float(np.mean(losses)), float(losses[0]), outer_loss, finite)
 
-    def forward(self, inner_batches: InnerBatches) -> Any:
-        """Inner steps alone: the training loss before each, an array; not numbers where they diverged."""
-        try:
-            return self._engine.train_inner(inner_batches).numpy()
-        except DivergedError as error:
-            return error.losses
+    def forward(self, inner_batches: InnerBatches, outer_batch: Batch) -> Any:
+        """Inner steps alone: the training loss before each, an array; not numbers where they diverged.
+
+        They are those of a round whose update changes nothing: a trace of their own would cost more than the derivative
+        on the outer batch.
+        """
+        for optimizer in (self.outer_optimizer, self._response):
+            optimizer.learning_rate.assign(0.0)
+        return self._engine.step(inner_batches, outer_batch).inner_losses.numpy()
 
     def anneal_outer_rate(self, progress: float) -> None:
         """Lets the steps of the outer optimizer fall to .3 of their start over the first 40 % of training.
@@ -119,12 +125,12 @@ class Training:
 
     def state(self) -> Any:
         """All that training changes, as a list of tensors to go back to."""
-        return [tf.identity(variable) for variable in self._kept], self.steps
+        return [tf.identity(variable) for variable in self.kept], self.steps
 
     def go_back(self, state: Any) -> None:
         """Goes back to what `state` returned."""
         values, self.steps = state
-        for variable, value in zip(self._kept, values):
+        for variable, value in zip(self.kept, values):
             variable.assign(value)
 
     def restart(self, state: Any) -> None:
@@ -160,19 +166,33 @@ class Guard:
 
     Args:
         initial: The state before training.
-        reached: Float, the least loss of the sweep, or None without one.
-        rounds: Int, rounds until training must have come there.
+        rounds: Int, rounds until training must have come to what the sweep reached.
         window: Positive int, rounds that are averaged.
     """
 
     factor, margin = 1.3, 0.1
 
-    def __init__(self, initial: Any, reached: float | None = None, rounds: int = 5, window: int = 5) -> None:
+    def __init__(self, initial: Any, rounds: int = 5, window: int = 5) -> None:
         self._losses, self._least, self._window = [], None, window
-        self._initial, self._reached = initial, reached
         self._rounds, self._waited = max(1, rounds), 0
-        self.good = initial
         self.fired = 0
+        self.begin(initial)
+
+    def begin(self, initial: Any, reached: float | None = None) -> None:
+        """Says where training starts, and the least loss of the sweep, or None without one."""
+        self._initial, self._reached = initial, reached
+        self.good = initial
+
+    def resume_state(self) -> dict[str, Any]:
+        """All it knows, as a nest of numbers and tensors."""
+        return {"losses": self._losses, "least": self._least, "waited": self._waited, "fired": self.fired,
+                "reached": self._reached, "initial": self._initial, "good": self.good}
+
+    def resume_from(self, state: dict[str, Any]) -> None:
+        """Takes back what `resume_state` returned."""
+        self._losses, self._least, self._waited = state["losses"], state["least"], state["waited"]
+        self.fired, self._reached = state["fired"], state["reached"]
+        self._initial, self.good = state["initial"], state["good"]
 
     def watch(self, done: Round, state: Any) -> bool:
         """Takes in one `Round`. Returns whether it is bad; `state` is called for what to keep where it is the best."""

@@ -1,5 +1,6 @@
 """Tuner: from a compiled Keras model and its data to a tuned one, in one training."""
 
+import dataclasses
 import math
 import os
 import time
@@ -11,21 +12,15 @@ import numpy as np
 
 from farhox._core import checks
 from farhox._core.types import Array, Arrays, Callbacks, Data
+from farhox.training.errors import clear_errors
 from farhox.tuner import report
 from farhox.tuner.data import rounds_of
 from farhox.tuner.network import Network, Objective, check_model
-from farhox.tuner.rate import read_sweep
+from farhox.tuner.rate_search import SWEEP_STEPS, RateSearch
+from farhox.tuner.resuming import Reading, SavedRun
 from farhox.tuner.training import Guard, Training
 from farhox.tuner.tunables import Choice, optimizer_tunables
 
-_SWEEP_STEPS, _LEAST_SWEEP_STEPS = 100, 60
-_SWEEP_RANGE = (1e-6, 10.0)
-_SWEEP_FINE = 300.0
-# Rates are tried from the stop divided by the first of these on, to the second in any case and the third at most; each
-# over so many steps, or a share of the training.
-_HEATS = (4.0, 36.0, 4e3)
-_HEAT_STEPS, _HEAT_SHARE = 30, 33
-_MOST_MOMENTUM = 0.9
 _RATE_CUT = 0.3
 # These set the rate or go on from a state of their own, which the tuner does itself.
 _REFUSED = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau, keras.callbacks.BackupAndRestore)
@@ -116,7 +111,8 @@ class Tuner:
             epochs: Positive int.
             validation_data: Data of the same kinds. They are tuned on, so they must not be what is reported.
             callbacks: List of Keras callbacks. Their model is the one that is trained. Those that set the learning rate
-                are refused.
+                are refused. With `farhox.callbacks.Resume` the same program goes on after an interruption, from the end
+                of the last epoch that was saved.
             verbose: 0: silent; 1 or "auto": one line per epoch.
             steps_per_epoch: Positive int, needed where the number of batches is not known.
 
@@ -124,30 +120,44 @@ class Tuner:
             A `keras.callbacks.History`, with the values of hyperparameters by their names.
 
         Raises:
-            ValueError: If there is no validation data, data are not what is said above, or training has no finite loss.
+            ValueError: If there is no validation data, data are not what is said above, labels are out of range, or
+                training has no finite loss.
         """
         if validation_data is None:
             raise ValueError("A Tuner tunes hyperparameters on validation data. Received: validation_data=None")
         checks.positive_integer("epochs", epochs)
-        callbacks = _checked_callbacks(callbacks)
+        saved = SavedRun(_checked_callbacks(callbacks))
         if y is not None:
             x = (x, y) if sample_weight is None else (x, y, sample_weight)
         data, rounds, inner_steps, evaluated = rounds_of(x, validation_data, batch_size, steps_per_epoch, self._seed)
+        plan = _Plan(Reading(data), rounds, inner_steps, epochs, evaluated)
+        with clear_errors():
+            return self._fit(plan, saved, verbose)
+
+    def _fit(self, plan, saved, verbose):
         training = Training(self._network, self._model.optimizer, self._rows, self._truncation, self._outer_rate)
         self.notes = [self._objective.note]
         self._history, self._best = [], None
-        total = epochs * rounds * inner_steps
-        annealing = 0.0 if training.has_schedule else self._annealing
-        reached = None
-        if self._sweeps and training.rate_row.tuned:
-            reached = self._sweep(training, data, total, evaluated)
-        training.rate.train(total, annealing)
-        if annealing:
-            self._note(f"annealing: the rate falls along a cosine over the last {annealing:.0%} of {total} steps")
-        elif training.has_schedule:
-            self._note("annealing: left to the schedule of the optimizer")
-        guard = Guard(training.state(), reached, -(-_SWEEP_STEPS // inner_steps)) if self._guards else None
-        history = self._train(training, guard, data, rounds, inner_steps, epochs, evaluated, callbacks, verbose)
+        guard = Guard(training.state(), -(-SWEEP_STEPS // plan.inner_steps)) if self._guards else None
+        if saved.state is not None:
+            self._go_on(training, guard, plan, saved)
+        else:
+            annealing = 0.0 if training.has_schedule else self._annealing
+            if self._sweeps and training.rate_row.tuned:
+                search = RateSearch(self._network, training, plan.data, plan.evaluated, plan.steps)
+                reached = search.run()
+                self.notes += search.notes
+                if guard is not None:
+                    guard.begin(training.state(), reached)
+            training.rate.train(plan.steps, annealing)
+            if annealing:
+                self._note(f"annealing: the rate falls along a cosine over the last {annealing:.0%} of {plan.steps} "
+                           "steps")
+            elif training.has_schedule:
+                self._note("annealing: left to the schedule of the optimizer")
+        history = self._train(training, guard, plan, saved, verbose)
+        if guard is not None:
+            self._note(f"guard: went back {guard.fired} times" if guard.fired else "guard: never fired")
         if training.tuned:
             moved = ", ".join(f"{row.name} {report.number(self._values_before[row.name])} -> "
                               f"{report.number(row.value())}" for row in training.tuned[:3])
@@ -176,6 +186,20 @@ class Tuner:
         self._check_fitted()
         report.plot(self._history, [row for row in self._rows if row.tuned], self._objective.name, path)
 
+    def write_hparams(self, log_dir: str | os.PathLike) -> None:
+        """Writes the run for TensorBoard's HParams plugin: hyperparameters and validation values of the best epoch.
+
+        Args:
+            log_dir: Folder of this run, beside those of others: `tensorboard --logdir` of the folder above shows them.
+
+        Raises:
+            ImportError: If tensorboard is not installed.
+        """
+        self._check_fitted()
+        best = self._best
+        values = {name: value for name, value in best["values"].items() if value is not None and np.ndim(value) == 0}
+        report.write_hparams(log_dir, values, best["logs"], best["epoch"])
+
     def get_model(self) -> keras.Model:
         """A plain Keras model with the weights and hyperparameters of the best epoch, compiled; it needs no farhox."""
         self._check_fitted()
@@ -200,109 +224,71 @@ class Tuner:
                 schedule.setdefault(name, []).append(values)
         return {name: np.concatenate(values) for name, values in schedule.items()}
 
-    def _sweep(self, training, data, total, evaluated):
-        """Finds the rate: it rises until the loss does; then training starts afresh. Returns the least loss seen."""
-        start = training.state()
-        momenta = training.set_momentum()
-        steps = min(_SWEEP_STEPS, max(_LEAST_SWEEP_STEPS, total // 10))
-        coarse = self._swept(training, data, _SWEEP_RANGE, steps // 3)
-        # The loss lags behind a rate that rises fast, so the stop is looked for again, slowly, below where it seemed.
-        training.restart(start)
-        sweep = self._swept(training, data, (coarse.stop / _SWEEP_FINE, coarse.stop), steps - steps // 3)
-        stop = sweep.stop / (1.0 - training.momentum())
-        training.set_momentum([min(momentum, _MOST_MOMENTUM) for momentum in momenta])
-        rate = self._rate_of_heats(stop, training, data, total, evaluated, start)
-        training.restart(start)
-        training.rate_row.hyperparameter.assign(rate)
-        lowered = f", momentum {_MOST_MOMENTUM} at most" if any(m > _MOST_MOMENTUM for m in momenta) else ""
-        self._note(f"sweep: the loss {'rose at' if sweep.stopped else 'did not rise up to'} rate {sweep.stop:.2g}, in "
-                   f"{len(coarse.losses) + len(sweep.losses)} steps{lowered}")
-        return sweep.least
-
-    def _swept(self, training, data, interval, steps):
-        training.rate.sweep(*interval, steps)
-        rates, losses = np.geomspace(interval[0], interval[1], steps), np.zeros([0])
-        while True:
-            for inner_batches, _ in data:
-                losses = np.concatenate([losses, training.forward(inner_batches)])[:steps]
-                sweep = read_sweep(rates[:len(losses)], losses)
-                if sweep.stopped or len(losses) == steps:
-                    return sweep
-
-    def _rate_of_heats(self, stop, training, data, total, evaluated, start):
-        """The rate below the stop, over 1 - momentum, with which a short annealed training ends best.
-
-        While the lowest is the best, a lower one is tried: a network that a high rate has left where it learns nothing
-        has a loss that does not rise, so that the sweep goes on beyond the rates that train.
-        """
-        training.restart(start)
-        untrained = self._network.evaluate(evaluated)["val_loss"]
-        results, divisor = [], _HEATS[0]
-        while divisor <= _HEATS[1] or min(results)[1] == results[-1][1] and divisor <= _HEATS[2]:
-            rate = stop / divisor * (1.0 - training.momentum())
-            results.append((self._heat(rate, training, data, total, evaluated, start), rate))
-            if min(results)[0] >= untrained:
-                results[-1] = (math.inf, rate)  # One that has not trained is no better than the next one.
-            divisor *= 3.0
-        self._note(f"heats: rate {report.number(min(results)[1])} of "
-                   f"{', '.join(report.number(rate) for _, rate in results)}, by the validation loss after "
-                   f"{self._heat_steps(total)} annealed steps")
-        return min(results)[1]
-
-    def _heat(self, rate, training, data, total, evaluated, start):
-        """The validation loss after a short annealed training."""
-        steps, done = self._heat_steps(total), 0
-        training.restart(start)
-        training.rate_row.hyperparameter.assign(rate)
-        training.rate.train(steps, 0.5)
-        while done < steps:
-            for inner_batches, _ in data:
-                done += len(training.forward(inner_batches))
-                if done >= steps:
-                    break
-        loss = self._network.evaluate(evaluated)["val_loss"]
-        return loss if math.isfinite(loss) else math.inf
-
-    @staticmethod
-    def _heat_steps(total):
-        return max(_HEAT_STEPS, total // _HEAT_SHARE)
-
-    def _train(self, training, guard, data, rounds, inner_steps, epochs, evaluated, callbacks, verbose):
+    def _train(self, training, guard, plan, saved, verbose):
+        model, epochs = self._network.model, plan.epochs
         callbacks = keras.callbacks.CallbackList(
-            callbacks, add_history=True, add_progbar=False, model=self._network.model,
-            verbose=0, epochs=epochs, steps=rounds)
-        model = self._network.model
+            saved.callbacks, add_history=True, add_progbar=False, model=model, verbose=0, epochs=epochs,
+            steps=plan.rounds)
         model.stop_training = False
+        done = 0 if saved.state is None else saved.state["epoch"]
+        logs: dict[str, Any] = {}
         callbacks.on_train_begin()
-        for epoch in range(epochs):
-            began = time.monotonic()
-            callbacks.on_epoch_begin(epoch)
-            losses, recorded = [], []
-            for index, (inner_batches, outer_batch) in enumerate(data):
-                callbacks.on_train_batch_begin(index)
-                training.anneal_outer_rate(training.steps / (epochs * rounds * inner_steps))
-                first, before = training.steps, {
-                    row.name: row.value() for row in self._rows if row.hyperparameter is not None}
-                done = training.run(inner_batches, outer_batch, inner_steps)
-                losses.append(done.loss)
-                recorded.append(self._steps_taken(training, before, first, inner_steps))
-                if guard is not None and guard.watch(done, training.state):
-                    self._go_back(training, guard, done)
-                callbacks.on_train_batch_end(index, {"loss": done.loss})
-            self._history += recorded
-            logs = self._epoch_logs(epoch, losses, evaluated)
-            callbacks.on_epoch_end(epoch, logs)
-            if verbose:
-                report.write(report.epoch_line(epoch, epochs, logs, time.monotonic() - began))
-            if model.stop_training:
-                break
+        saved.restore_callbacks(callbacks.callbacks)
+        saved.start()
+        try:
+            for epoch in range(done, epochs) if saved.goes_on(epochs) else ():
+                began = time.monotonic()
+                callbacks.on_epoch_begin(epoch)
+                logs = self._epoch(training, guard, plan, callbacks, epoch)
+                callbacks.on_epoch_end(epoch, logs)
+                if verbose:
+                    report.write(report.epoch_line(epoch, epochs, logs, time.monotonic() - began))
+                saved.save(epoch + 1, callbacks.callbacks, model.stop_training or epoch + 1 == epochs,
+                           lambda: self._state(training, guard, plan))
+                if model.stop_training:
+                    break
+        finally:
+            saved.stop()
         callbacks.on_train_end(logs)
         if self._best is None:
             raise ValueError(f"Training must have a finite loss. Received: {self._objective.name} "
-                             f"{logs[self._objective.name]} in every epoch")
-        if guard is not None:
-            self._note(f"guard: went back {guard.fired} times" if guard.fired else "guard: never fired")
+                             f"{logs.get(self._objective.name)} in every epoch")
         return callbacks._history
+
+    def _epoch(self, training, guard, plan, callbacks, epoch):
+        """The rounds of one epoch; returns its logs."""
+        losses, recorded, count = [], [], plan.inner_steps
+        for index, (inner_batches, outer_batch) in enumerate(plan.data):
+            callbacks.on_train_batch_begin(index)
+            training.anneal_outer_rate(training.steps / plan.steps)
+            first, before = training.steps, {
+                row.name: row.value() for row in self._rows if row.hyperparameter is not None}
+            done = training.run(inner_batches, outer_batch, count)
+            losses.append(done.loss)
+            recorded.append(self._steps_taken(training, before, first, count))
+            if guard is not None and guard.watch(done, training.state):
+                self._go_back(training, guard, done)
+            callbacks.on_train_batch_end(index, {"loss": done.loss})
+        self._history += recorded
+        return self._epoch_logs(epoch, losses, plan.evaluated)
+
+    def _state(self, training, guard, plan):
+        """What a run that goes on needs, as dictionaries and arrays."""
+        variables, steps = training.state()
+        return {"variables": variables, "steps": steps, "read": plan.data.read, "rate": training.rate.state(),
+                "guard": None if guard is None else guard.resume_state(), "best": self._best, "history": self._history,
+                "notes": self.notes, "stopped": bool(self._network.model.stop_training)}
+
+    def _go_on(self, training, guard, plan, saved):
+        """Takes back what `_state` returned."""
+        state = saved.restore(training.kept)
+        training.steps = state["steps"]
+        training.rate.restore(state["rate"])
+        if guard is not None:
+            guard.resume_from(state["guard"])
+        self._best, self._history, self.notes = state["best"], state["history"], state["notes"]
+        if saved.goes_on(plan.epochs):
+            plan.data.read_again(state["read"])
 
     def _go_back(self, training, guard, done):
         steps, rate = training.steps, training.rate_row.hyperparameter
@@ -348,6 +334,30 @@ class Tuner:
     def _check_fitted(self):
         if self._best is None:
             raise ValueError("The tuner must have run: call fit() first.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The data of a run and how long it is.
+
+    Attributes:
+        data: The `Reading` of rounds, an iteration an epoch.
+        rounds: Int, rounds in an epoch.
+        inner_steps: Int, steps in a round.
+        epochs: Int.
+        evaluated: Validation batches.
+    """
+
+    data: Reading
+    rounds: int
+    inner_steps: int
+    epochs: int
+    evaluated: Any
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.epochs * self.rounds * self.inner_steps
 
 
 def _checked_callbacks(callbacks):

@@ -45,6 +45,11 @@ class Folder:
             raise SystemExit(f"{self.path} holds runs with other values of {', '.join(differ)}: give another --output, "
                              f"or delete {self.runs} to start anew.")
 
+    def done(self, name):
+        """The result of a run that is finished, or None."""
+        file = self.runs / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
     def once(self, name, function):
         """The result of a run: that on disk, or else what `function(folder of the run)` returns, a JSON value.
 
@@ -52,8 +57,8 @@ class Folder:
         interruptions. A function that goes on after one says under "time_before" what `fit_resumable` gives it.
         """
         file = self.runs / f"{name}.json"
-        if file.exists():
-            return json.loads(file.read_text())
+        if (result := self.done(name)) is not None:
+            return result
         print(f"\n{name}", flush=True)
         start = clocks()
         folder = self.runs / name

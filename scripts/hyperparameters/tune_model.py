@@ -11,7 +11,11 @@ one, with initial weights of its own:
   the last 30 % of the steps; `averaged`: the same as untuned with an average of the weights.
 
 `random` is the best of the first annealed runs by validation loss, as many as have the CPU seconds of one tuned run, or
-of ten. `tpe` is Optuna's Parzen estimator with median pruning on annealed trainings, with the same CPU seconds.
+of ten. `tpe` is Optuna's Parzen estimator with median pruning, `hyperband` that of KerasTuner, both on annealed
+trainings and with the same CPU seconds.
+
+Every finished run is a file: the same command goes on, with more starts, tasks or methods too, and `--report` makes the
+table and the picture of what there is.
 """
 
 import math
@@ -26,12 +30,15 @@ from _shared import experiment_flags, program
 
 TASK_NAMES = ("mlp_sgd", "mlp_adamw", "cnn", "text", "digits")
 METHODS = {"tuner": "Tuner", "untuned": "Untuned", "annealed": "Untuned, annealed",
-           "averaged": "Untuned, averaged weights", "tpe": "Parzen estimator, annealed"}
+           "averaged": "Untuned, averaged weights", "tpe": "Parzen estimator, annealed",
+           "hyperband": "Hyperband, annealed"}
+SEARCHES = ("tpe", "hyperband")
 ANNEALED, AVERAGE = 0.3, 0.99
-SETTINGS = ("tasks", "methods", "starts", "share", "tpe_budget")
-QUICK = {"tasks": ["digits"], "starts": 2, "tpe_budget": 0.5}
+SETTINGS = ("share", "examples")  # What a run depends on.
+QUICK = {"tasks": ["digits"], "starts": 2, "budget": 0.5}
 RATES = {"sgd": (1e-4, 1.0), "adamw": (1e-5, 0.1)}
-TEXT = {"window": 40, "examples": 8000}
+WINDOW = 40
+STEPS_PER_EXECUTION = 10  # Plain trainings are spared the most of Keras' time between steps.
 
 
 def define_flags():
@@ -39,8 +46,10 @@ def define_flags():
     program.define_names("tasks", [name for name in TASK_NAMES if name != "digits"], TASK_NAMES, "Tasks.")
     program.define_names("methods", list(METHODS), METHODS, "What is run.")
     flags.DEFINE_integer("starts", 20, "Random starts of each task.", lower_bound=1)
-    flags.DEFINE_float("share", 1.0, "Share of the steps of each task.", lower_bound=0.01, upper_bound=1.0)
-    flags.DEFINE_float("tpe_budget", 10.0, "CPU seconds of the Parzen estimator, in tuned runs.", lower_bound=0.1)
+    flags.DEFINE_float("share", 1.0, "Share of the epochs of each task.", lower_bound=0.01, upper_bound=1.0)
+    flags.DEFINE_integer("examples", 10_000, "Training images, or windows of text.", lower_bound=100)
+    flags.DEFINE_float("budget", 10.0, "CPU seconds of a search, in tuned runs.", lower_bound=0.1)
+    flags.DEFINE_bool("report", False, "No new runs: the table and the picture of those that are there.")
 
 
 if __name__ == "__main__":
@@ -59,7 +68,7 @@ class Task:
 
     Args:
         optimizer: "sgd" or "adamw".
-        data: Function (folder of TFDS' data sets, seed) -> training, validation and test data.
+        data: Function (folder of TFDS' data sets, training examples, seed) -> training, validation and test data.
         layers: Function (L2 strength, dropout rate) -> list of Keras layers, the input first.
         batch_size, epochs: Ints.
         dropout: Bool, whether the network has a dropout rate to draw.
@@ -73,7 +82,7 @@ class Task:
         """Name of each hyperparameter to its (low, high, log)."""
         sgd = self.optimizer == "sgd"
         return {"learning_rate": (*RATES[self.optimizer], True), "momentum" if sgd else "beta_1": (0.05, 0.98, False),
-                **({"l2": (1e-6, 0.03, True)} if sgd else {"weight_decay": (1e-3, 3.2, True)}),
+                **({"l2": (3e-7, 0.03, True)} if sgd else {"weight_decay": (3e-5, 3.0, True)}),
                 **({"dropout": (0.02, 0.8, False)} if self.dropout else {})}
 
     def draw(self, index):
@@ -93,7 +102,8 @@ class Task:
         else:
             optimizer = keras.optimizers.AdamW(
                 rate, beta_1=values["beta_1"], weight_decay=values["weight_decay"], **extra)
-        model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                      steps_per_execution=STEPS_PER_EXECUTION)
         return model
 
 
@@ -201,6 +211,54 @@ def search_tpe(task, parts, epochs, seed, budget):
     return {"trials": trials}
 
 
+def search_hyperband(task, parts, epochs, seed, budget, path):
+    """Trials of KerasTuner's Hyperband, again and again until the CPU seconds are spent.
+
+    A trial that is promoted goes on from its weights at the step where it was, so that it is annealed at its end.
+    """
+    import keras_tuner
+    (x, y), validation, test = parts
+    steps = -(-len(x) // task.batch_size)
+    began, trials = experiment.clocks()["cpu_seconds"], []
+
+    class Spent(keras_tuner.errors.FatalError):
+        """The end of the search."""
+
+    class Search(keras_tuner.Hyperband):
+        def run_trial(self, trial, *_, **__):
+            if trials and trials[-1]["spent"] >= budget:
+                raise Spent
+            keras.backend.clear_session()
+            values = {name: trial.hyperparameters.get(name) for name in task.ranges()}
+            model = self.hypermodel.build(trial.hyperparameters)
+            until, first = (trial.hyperparameters.values.get(f"tuner/{key}", 0) for key in ("epochs", "initial_epoch"))
+            before = trial.hyperparameters.values.get("tuner/trial_id")
+            if before is not None:
+                model.load_weights(path / f"{before}.weights.h5")
+                model.optimizer.iterations.assign(first * steps)
+            best = Best(validation)
+            model.fit(x, y, batch_size=task.batch_size, initial_epoch=first, epochs=until, verbose=0, callbacks=[best])
+            model.save_weights(path / f"{trial.trial_id}.weights.h5")
+            if best.weights is not None:
+                model.set_weights(best.weights)
+            trials.append({**result_of(best.loss, None if best.weights is None else model, test), "values": values,
+                           "epochs": until, "spent": experiment.clocks()["cpu_seconds"] - began})
+            return min(best.loss, 1e9)
+
+    def build(parameters):
+        values = {name: parameters.Float(name, low, high, sampling="log" if log else "linear")
+                  for name, (low, high, log) in task.ranges().items()}
+        return task.model(values, seed, epochs * steps)
+
+    search = Search(build, objective=keras_tuner.Objective("default_objective", "min"), max_epochs=epochs,
+                    hyperband_iterations=1000, seed=seed, directory=path, project_name="hyperband", overwrite=True)
+    try:
+        search.search(verbose=0)
+    except Spent:
+        pass
+    return {"trials": trials}
+
+
 def best_within(runs, budget):
     """The test loss of the run with the least validation loss among the first ones that the budget pays for."""
     spent, best = 0.0, None
@@ -213,14 +271,21 @@ def best_within(runs, budget):
     return None if best is None else best["test_loss"]
 
 
-def run_task(name, folder, settings, data_dir, seed):
-    """All runs of a task: by method, a list over starts, and the searches."""
-    task = TASKS[name]
-    parts = task.data(data_dir, seed)
-    epochs = max(1, round(settings["share"] * task.epochs))
-    runs = {}
-    for method in [method for method in METHODS if method in settings["methods"] and method != "tpe"]:
-        for index in range(settings["starts"]):
+def run_task(name, folder, chosen, data_dir, seed):
+    """All runs of a task: by method, a list over starts, and the searches.
+
+    Args:
+        chosen: Dictionary of `methods`, `starts`, `budget`, `report`, and the settings of the folder.
+    """
+    task, runs = TASKS[name], {}
+    parts = None if chosen["report"] else task.data(data_dir, chosen["examples"], seed)
+    epochs = max(1, round(chosen["share"] * task.epochs))
+
+    def once(label, function):
+        return folder.done(label) if chosen["report"] else folder.once(label, function)
+
+    for index in range(chosen["starts"]):
+        for method in [method for method in METHODS if method in chosen["methods"] and method not in SEARCHES]:
             def run(path, method=method, index=index):
                 del path
                 keras.backend.clear_session()
@@ -231,11 +296,20 @@ def run_task(name, folder, settings, data_dir, seed):
                         key: value for key, value in tuner.get_hyperparameters().items() if value is not None})
                 return result_of(*train(task, parts, epochs, values, index, method), parts[2], start=values)
 
-            runs.setdefault(method, []).append(folder.once(f"{name}_seed{seed}_{method}_{index}", run))
-    if "tpe" in settings["methods"] and "tuner" in runs:
-        budget = settings["tpe_budget"] * float(np.mean([run["cpu_seconds"] for run in runs["tuner"]]))
-        runs["tpe"] = folder.once(f"{name}_seed{seed}_tpe", lambda path: search_tpe(
-            task, parts, epochs, seed, budget))
+            found = once(f"{name}_seed{seed}_{method}_{index}", run)
+            if found is not None:
+                runs.setdefault(method, []).append(found)
+    if "tuner" in runs:
+        budget = chosen["budget"] * float(np.mean([run["cpu_seconds"] for run in runs["tuner"]]))
+        for method in [method for method in SEARCHES if method in chosen["methods"]]:
+            def search(path, method=method):
+                if method == "tpe":
+                    return search_tpe(task, parts, epochs, seed, budget)
+                return search_hyperband(task, parts, epochs, seed, budget, path)
+
+            found = once(f"{name}_seed{seed}_{method}", search)
+            if found is not None:
+                runs[method] = found
     return runs
 
 
@@ -248,12 +322,13 @@ def searches(runs):
     for times in (1, 10):
         if "annealed" in runs:
             found[f"random, {times} x"] = best_within(runs["annealed"], times * one)
-        if "tpe" in runs:
-            trials, before = [], 0.0
-            for trial in runs["tpe"]["trials"]:
-                trials.append({**trial, "cpu_seconds": trial["spent"] - before})
-                before = trial["spent"]
-            found[f"tpe, {times} x"] = best_within(trials, times * one)
+        for method in SEARCHES:
+            if method in runs:
+                trials, before = [], 0.0
+                for trial in runs[method]["trials"]:
+                    trials.append({**trial, "cpu_seconds": trial["spent"] - before})
+                    before = trial["spent"]
+                found[f"{method}, {times} x"] = best_within(trials, times * one)
     return found
 
 
@@ -261,7 +336,7 @@ def table(tasks):
     rows = []
     for name, runs in tasks.items():
         for method, label in METHODS.items():
-            if method == "tpe" or method not in runs:
+            if method in SEARCHES or method not in runs:
                 continue
             losses = np.array([math.inf if run["test_loss"] is None else run["test_loss"] for run in runs[method]])
             accuracy = np.median([run["test_accuracy"] or 0.0 for run in runs[method]])
@@ -278,7 +353,7 @@ def plot(tasks, path):
     """Test losses of all starts, method beside method."""
     with pictures.figure(path, columns=len(tasks), size=(max(4.2, 3.4 * len(tasks)), 4.6)) as axes:
         for axis, (name, runs) in zip(np.ravel(axes), tasks.items()):
-            shown = [method for method in METHODS if method in runs and method != "tpe"]
+            shown = [method for method in METHODS if method in runs and method not in SEARCHES]
             for place, method in enumerate(shown):
                 losses = [run["test_loss"] for run in runs[method] if run["test_loss"] is not None]
                 offsets = np.linspace(-0.2, 0.2, max(1, len(losses)))
@@ -296,25 +371,24 @@ def plot(tasks, path):
                 pictures.legend_below(axis)
 
 
-def fashion(data_dir, seed):
-    return data_sets.images("fashion_mnist", data_dir, (10_000, 5000), seed)
+def fashion(data_dir, examples, seed):
+    return data_sets.images("fashion_mnist", data_dir, (examples, examples // 2), seed)
 
 
-def digits(data_dir, seed):
+def digits(data_dir, examples, seed):
     from sklearn.datasets import load_digits
-    del data_dir
+    del data_dir, examples
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(x))
     x, y = (x[order] / 16).astype("float32").reshape(-1, 8, 8, 1), y[order].astype("int64")
     return [(x[part], y[part]) for part in (slice(600), slice(600, 1000), slice(1000, None))]
 
 
-def shakespeare(data_dir, seed):
+def shakespeare(data_dir, examples, seed):
     texts = data_sets.read_texts("characters", None, data_dir)
     numbers, _ = data_sets.encode(texts, 80)
     del seed
-    return [data_sets.windows(text, TEXT["window"], count) for text, count in zip(
-        numbers, (TEXT["examples"], 1000, 1000))]
+    return [data_sets.windows(text, WINDOW, count) for text, count in zip(numbers, (examples, 1000, 1000))]
 
 
 def mlp(units, shape):
@@ -337,7 +411,7 @@ def cnn(l2, dropout):
 
 def text(l2, dropout):
     del l2
-    return [keras.Input([TEXT["window"]], dtype="int32"), keras.layers.Embedding(80, 32),
+    return [keras.Input([WINDOW], dtype="int32"), keras.layers.Embedding(80, 32),
             keras.layers.GRU(96, return_sequences=True), keras.layers.Dropout(dropout), keras.layers.Dense(80)]
 
 
@@ -352,14 +426,21 @@ TASKS = {
 
 def main(_):
     program.require(matplotlib="examples", optuna="search")
-    settings = experiment_flags.settings(SETTINGS, QUICK)
+    if "hyperband" in flags.FLAGS.methods:
+        program.require(keras_tuner="search", tensorboard="search")
+    settings = experiment_flags.settings(SETTINGS, {})
+    chosen = {**settings, **experiment_flags.settings(("tasks", "methods", "starts", "budget", "report"), QUICK)}
     output = pathlib.Path(flags.FLAGS.output)
     folder = experiment.Folder(output, settings)
     tasks = {}
     for seed in experiment_flags.seeds():
-        for name in settings["tasks"]:
+        for name in chosen["tasks"]:
             label = name if len(experiment_flags.seeds()) == 1 else f"{name}, seed {seed}"
-            tasks[label] = run_task(name, folder, settings, flags.FLAGS.data_dir, seed)
+            runs = run_task(name, folder, chosen, flags.FLAGS.data_dir, seed)
+            if runs:
+                tasks[label] = runs
+    if not tasks:
+        raise SystemExit(f"{folder.runs} holds no finished runs of these tasks.")
     print(f"\n{table(tasks)}\nResults and plot: {output.resolve()}")
     experiment.write_json(output / "results.json", experiment.rounded({
         "settings": settings, "tasks": tasks, "searches": {name: searches(runs) for name, runs in tasks.items()}}))

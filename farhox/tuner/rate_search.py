@@ -1,0 +1,111 @@
+"""The search of the learning rate before a tuned training: a sweep, and short annealed trainings below its end."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from farhox.tuner import report
+from farhox.tuner.rate import Sweep, read_sweep
+
+SWEEP_STEPS, _LEAST_SWEEP_STEPS = 100, 60
+_RANGE = (1e-6, 10.0)
+_FINE = 300.0
+# Rates are tried from the stop divided by the first of these on, to the second in any case and the third at most; each
+# over so many steps, or a share of the training.
+_HEATS = (4.0, 36.0, 4e3)
+_HEAT_STEPS, _HEAT_SHARE = 30, 33
+_MOST_MOMENTUM = 0.9
+
+
+class RateSearch:
+    """Finds the rate: it rises until the loss does; short trainings below choose; then training starts afresh.
+
+    Args:
+        network: What is trained.
+        training: A `Training` at its start.
+        data: Rounds of steps.
+        evaluated: Validation batches.
+        total: Int, steps of the training to come.
+
+    Attributes:
+        notes: List of lines on what it did.
+
+    Reference:
+        [Smith, 2015](https://arxiv.org/abs/1506.01186).
+    """
+
+    def __init__(self, network: Any, training: Any, data: Any, evaluated: Any, total: int) -> None:
+        self._network, self._training, self._data, self._evaluated = network, training, data, evaluated
+        self._total = total
+        self._start = training.state()
+        self.notes: list[str] = []
+
+    def run(self) -> float:
+        """Sets the rate and starts training afresh. Returns the least training loss that the sweep has seen."""
+        training = self._training
+        momenta = training.set_momentum()
+        steps = min(SWEEP_STEPS, max(_LEAST_SWEEP_STEPS, self._total // 10))
+        coarse = self._swept(_RANGE, steps // 3)
+        # The loss lags behind a rate that rises fast, so the stop is looked for again, slowly, below where it seemed.
+        training.restart(self._start)
+        sweep = self._swept((coarse.stop / _FINE, coarse.stop), steps - steps // 3)
+        lowered = f", momentum {_MOST_MOMENTUM} at most" if any(m > _MOST_MOMENTUM for m in momenta) else ""
+        self.notes.append(f"sweep: the loss {'rose at' if sweep.stopped else 'did not rise up to'} rate "
+                          f"{sweep.stop:.2g}, in {len(coarse.losses) + len(sweep.losses)} steps{lowered}")
+        stop = sweep.stop / (1.0 - training.momentum())
+        training.set_momentum([min(momentum, _MOST_MOMENTUM) for momentum in momenta])
+        rate = self.rate_of_heats(stop)
+        training.restart(self._start)
+        training.rate_row.hyperparameter.assign(rate)
+        return sweep.least
+
+    def _swept(self, interval: tuple[float, float], steps: int) -> Sweep:
+        self._training.rate.sweep(*interval, steps)
+        rates, losses = np.geomspace(interval[0], interval[1], steps), np.zeros([0])
+        while True:
+            for inner_batches, outer_batch in self._data:
+                losses = np.concatenate([losses, self._training.forward(inner_batches, outer_batch)])[:steps]
+                sweep = read_sweep(rates[:len(losses)], losses)
+                if sweep.stopped or len(losses) == steps:
+                    return sweep
+
+    def rate_of_heats(self, stop: float) -> float:
+        """The rate below the stop, over 1 - momentum, with which a short annealed training ends best.
+
+        While the lowest is the best, a lower one is tried: a network that a high rate has left where it learns nothing
+        has a loss that does not rise, so that the sweep goes on beyond the rates that train.
+        """
+        self._training.restart(self._start)
+        untrained = self._network.evaluate(self._evaluated)["val_loss"]
+        results, divisor = [], _HEATS[0]
+        while divisor <= _HEATS[1] or min(results)[1] == results[-1][1] and divisor <= _HEATS[2]:
+            rate = stop / divisor * (1.0 - self._training.momentum())
+            results.append((self.heat(rate), rate))
+            if min(results)[0] >= untrained:
+                results[-1] = (math.inf, rate)  # One that has not trained is no better than the next one.
+            divisor *= 3.0
+        self.notes.append(f"heats: rate {report.number(min(results)[1])} of "
+                          f"{', '.join(report.number(rate) for _, rate in results)}, by the validation loss after "
+                          f"{self._heat_steps} annealed steps")
+        return min(results)[1]
+
+    def heat(self, rate: float) -> float:
+        """The validation loss after a short annealed training; infinity where it is not finite."""
+        done = 0
+        self._training.restart(self._start)
+        self._training.rate_row.hyperparameter.assign(rate)
+        self._training.rate.train(self._heat_steps, 0.5)
+        while done < self._heat_steps:
+            for inner_batches, outer_batch in self._data:
+                done += len(self._training.forward(inner_batches, outer_batch))
+                if done >= self._heat_steps:
+                    break
+        loss = self._network.evaluate(self._evaluated)["val_loss"]
+        return loss if math.isfinite(loss) else math.inf
+
+    @property
+    def _heat_steps(self) -> int:
+        return max(_HEAT_STEPS, self._total // _HEAT_SHARE)
