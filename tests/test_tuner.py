@@ -377,6 +377,9 @@ def test_a_line_of_an_epoch_has_80_columns():
     logs = {f"a_rather_long_name_{k}": 0.123456 for k in range(5)}
     assert len(epoch_line(99, 1000, logs, 12.3)) <= 80
     assert epoch_line(0, 3, {"loss": 0.12345}, 2.2) == "epoch 1/3 2 s  loss 0.123"
+    # What does not fit makes room for what does.
+    line = epoch_line(0, 3, {"loss": 0.12345, 80 * "a": 1.0, "l2": 1e-5}, 2.2)
+    assert line == "epoch 1/3 2 s  loss 0.123  l2 1e-5 ..."
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_docs import README, blocks
 
 import farhox
 from farhox import stn
@@ -93,35 +94,32 @@ def test_one_round_moves_strengths_by_the_response_and_penalties_by_the_path():
     assert before["l2"] == pytest.approx(np.log(1e-3), rel=1e-4)
 
 
-def folder(path):
-    """Pictures of three classes, 8 x 8, as a user has them on disk."""
-    for label in range(3):
-        (path / f"class_{label}").mkdir(parents=True)
+def test_the_readmes_own_model_is_tuned_on_a_folder_of_images_and_plain(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("PIL")
+    for label in range(3):  # Pictures of three classes, as a user has them on disk.
+        (tmp_path / "photos" / f"class_{label}").mkdir(parents=True)
         for index in range(16):
             image = RANDOM.uniform(0, 90, size=(8, 8, 3))
             image[..., label] += 120
-            keras.utils.save_img(path / f"class_{label}" / f"{index}.png", image, scale=False)
-    return path
-
-
-@pytest.mark.slow
-def test_a_folder_of_images_becomes_a_tuned_model_that_is_plain(tmp_path, capsys):
-    pytest.importorskip("PIL")
-    train, validation = keras.utils.image_dataset_from_directory(
-        folder(tmp_path / "images"), image_size=(8, 8), batch_size=8, validation_split=0.5, subset="both", seed=1)
-    tuner = farhox.Tuner(network())
-    history = tuner.fit(train, validation_data=validation, epochs=8)
+            keras.utils.save_img(tmp_path / "photos" / f"class_{label}" / f"{index}.png", image, scale=False)
+    ((_, line, code),) = [block for block in blocks(README) if "farhox.Tuner(" in block[2]]
+    assert len(code.splitlines()) <= 16 and len([line for line in code.splitlines() if line]) <= 15
+    monkeypatch.chdir(tmp_path)
+    page = {}
+    exec(compile("\n" * line + code, str(README), "exec"), page)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
-    assert len(lines) == 8 and max(map(len, lines)) <= 80
-    best = tuner.get_model()
+    assert len(lines) == 8 and max(map(len, lines)) <= 80 and lines[0].count("loss") == 2
+    best, tuner, validation = page["best"], page["tuner"], page["validation"]
     values = tuner.get_hyperparameters()
+    layers = {type(layer).__name__: layer for layer in best.layers}
     assert {type(layer).__module__.split(".")[0] for layer in best.layers} == {"keras"}
-    assert best.get_layer("drop").rate == best.get_layer("drop_more").rate == pytest.approx(values["dropout_rate"])
-    factor = best.get_layer("move").get_config()["height_factor"]
+    assert layers["Dropout"].rate == pytest.approx(values["dropout_rate"])
+    factor = layers["RandomTranslation"].get_config()["height_factor"]
     assert np.max(factor) == pytest.approx(values["random_translation_height_factor"])
-    assert best.get_layer("hidden").get_config()["kernel_regularizer"]["config"]["l2"] == pytest.approx(values["l2"])
-    loss = np.mean([float(best.loss(y, best(x, training=False))) * len(y) for x, y in validation]) * 3 / 24
-    assert loss == pytest.approx(min(history.history["val_loss"]), rel=1e-4) and loss < np.log(3)
+    assert layers["Dense"].get_config()["kernel_regularizer"]["config"]["l2"] == pytest.approx(values["l2"])
+    sizes = [len(y) for _, y in validation]
+    loss = np.average([float(best.loss(y, best(x, training=False))) for x, y in validation], weights=sizes)
+    assert loss == pytest.approx(tuner._best["logs"]["val_loss"], rel=1e-4) and loss < np.log(3)
     best.save(tmp_path / "best.keras")
     assert b"farhox" not in (tmp_path / "best.keras").read_bytes()
     again = keras.models.load_model(tmp_path / "best.keras")

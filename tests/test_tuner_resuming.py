@@ -37,7 +37,7 @@ class Stop(keras.callbacks.Callback):
         self.epoch, self.number = epoch, number
 
     def on_train_batch_end(self, batch, logs=None):
-        if self._epoch == self.epoch and batch == 1:
+        if self._epoch == self.epoch and batch == 0:
             if self.number is not None:
                 os.kill(os.getpid(), self.number)
                 return

@@ -85,7 +85,11 @@ class ReverseHG(SingleHyperGradient):
         most = steps - self._first_differentiated_step(steps)
         outer = training.outer_graph(outer_batch)
         sources = tuple(i for i, depends in enumerate(outer.depends) if depends)
-        back_step = training.once(("step back", sources), lambda: BackStep(training, list(sources)))
+        # Of a single step back, which has no use for the adjoint before it, no second derivatives are traced.
+        single = (isinstance(steps, int) and most == 1 and problem.stop_tolerance is None
+                  and (steps > 1 or not training.learns_initial_state))
+        back_step = training.once(("step back", sources, single), lambda: BackStep(
+            training, list(sources), of_state=not single))
         walk = _Walk(training, outer, back_step, weights, self._segment_length(most), most,
                      math.inf if self.memory is None else self.memory)
         if problem.stop_tolerance is not None and self.truncation is not None:

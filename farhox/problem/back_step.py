@@ -25,6 +25,7 @@ class BackStep:
     Args:
         training: An `InnerTraining`.
         sources: List of ints, the leaves of the state that the outer objective reads.
+        of_state: Bool, whether dE/ds_t is wanted. A single step back can do without: no second derivatives are traced.
 
     Attributes:
         active: List of ints, the leaves that take part.
@@ -32,17 +33,17 @@ class BackStep:
             leaf of the next state depends.
     """
 
-    def __init__(self, training: InnerTraining, sources: Any) -> None:
-        self._training = training
+    def __init__(self, training: InnerTraining, sources: Any, of_state: bool = True) -> None:
+        self._training, self.of_state = training, of_state
         self._graph = graph = training.graph
         outputs, inputs = training.leaf_outputs, training.leaf_inputs
-        self.active = self._closure(sources, outputs, inputs)
+        self.active = self._closure(sources, outputs, inputs) if of_state else sorted(sources)
         self._cotangents = graph.placeholders([outputs[i] for i in self.active])
-        products = graph.pullback([outputs[i] for i in self.active], inputs + training.parameter_inputs,
+        leaves = [inputs[i] for i in self.active] if of_state else []
+        products = graph.pullback([outputs[i] for i in self.active], leaves + training.parameter_inputs,
                                   self._cotangents)
-        of_leaves = products[:len(outputs)]
-        self._leaf_products = [of_leaves[i] for i in self.active]
-        self.parameter_products = products[len(outputs):]
+        self._leaf_products = products[:len(leaves)] if of_state else [None] * len(self.active)
+        self.parameter_products = products[len(leaves):]
 
     def _closure(self, sources, outputs, inputs):
         """The leaves that the sources depend on over any number of steps, the sources with them, in order."""
@@ -55,10 +56,10 @@ class BackStep:
 
     @property
     def passes_on(self) -> bool:
-        """Whether a step leaves every adjoint as it is and adds nothing to the hypergradient."""
-        return (all(_source(product) is cotangent
-                    for product, cotangent in zip(self._leaf_products, self._cotangents))
-                and all(product is None for product in self.parameter_products))
+        """Whether a step leaves every adjoint that is wanted as it is and adds nothing to the hypergradient."""
+        keeps = not self.of_state or all(_source(product) is cotangent for product, cotangent in zip(
+            self._leaf_products, self._cotangents))
+        return keeps and all(product is None for product in self.parameter_products)
 
     def kept(self, memory: float, steps: int) -> Tensors:
         """The tensors of each step's graph to keep for the way back, beside the states.
@@ -88,7 +89,8 @@ class BackStep:
             of_state: Bool, whether dE/ds_t is wanted.
 
         Returns:
-            dE/ds_t over the active leaves (or zeros), and the products with the parameters, None where independent.
+            dE/ds_t over the active leaves (zeros where it is not wanted), and the products with the parameters, None
+            where independent.
         """
         training = self._training
         feeds = [*zip(self._graph.inputs, training.inputs(state, t)), *zip(self._next_state(), tf.nest.flatten(after)),

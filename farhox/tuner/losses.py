@@ -78,6 +78,7 @@ class Losses:
             weights = ([sample_weight] * len(self._names) if not isinstance(sample_weight, (list, tuple, dict))
                        else _flat(sample_weight, self._names))
             parts = [part for part in zip(self._losses, targets, predictions, weights) if part[0] is not None]
+        parts = [(loss, target, tf.convert_to_tensor(prediction), weight) for loss, target, prediction, weight in parts]
         return [(loss, _checked(loss, target, prediction), prediction, weight)
                 for loss, target, prediction, weight in parts]
 

@@ -61,15 +61,15 @@ def results(rows: Any, before: Any, after: Any) -> Any:
 
 
 def epoch_line(epoch: int, epochs: int, logs: Logs, seconds: float) -> str:
-    """One line on an epoch."""
-    parts = [f"epoch {epoch + 1}/{epochs} {seconds:.0f} s"]
-    parts += [f"{name} {number(value)}" for name, value in logs.items()]
-    line = parts[0]
-    for part in parts[1:]:
-        if len(line) + 2 + len(part) > _WIDTH - 4:
-            return f"{line} ..."
-        line += f"  {part}"
-    return line
+    """One line on an epoch, of the values that fit; dots where there are more."""
+    line, left_out = f"epoch {epoch + 1}/{epochs} {seconds:.0f} s", False
+    for name, value in logs.items():
+        part = f"  {name} {number(value)}"
+        if len(line) + len(part) > _WIDTH - 4:
+            left_out = True
+        else:
+            line += part
+    return f"{line} ..." if left_out else line
 
 
 def wrapped(lines: list[str]) -> list[str]:

@@ -203,6 +203,8 @@ class Guard:
         self._waited += 1
         due = self._waited == self._rounds
         behind = due and self._reached is not None and done.loss > self._reached
+        if due and not behind:
+            self._initial = None  # A state as large as training's own, which is not gone back to any more.
         if not done.finite or behind or mean > self.factor * self._least + self.margin:
             self._losses.clear()
             self.fired += 1
