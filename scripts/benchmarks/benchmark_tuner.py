@@ -50,6 +50,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from _shared import experiment
 import farhox
 
 
@@ -137,10 +138,9 @@ def compiled(name):
 
 
 def table(rows):
-    """The measurements as text, a line per network."""
-    lines = [[name for name, _ in COLUMNS]] + [[form.format(row[name]) for name, form in COLUMNS] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+    """The measurements as text, a line per network where that fits on a screen."""
+    return experiment.markdown_table(
+        [name for name, _ in COLUMNS], [[form.format(row[name]) for name, form in COLUMNS] for row in rows])
 
 
 if __name__ == "__main__":
