@@ -22,11 +22,13 @@ def test_a_budget_pays_for_the_first_runs_and_validation_chooses_among_them(scri
     assert script.best_within(runs, 39.0) == 0.45 and script.best_within(runs, 40.0) == 0.2
     assert script.best_within(runs, 1.0) == 0.6  # The first run is had in any case.
     assert script.best_within(runs[1:2], 100.0) is None
-    tuned = [{"cpu_seconds": 10.0}, {"cpu_seconds": 30.0}]
+    tuned = [{"cpu_seconds": 2.0}, {"cpu_seconds": 6.0}]
     tpe = {"trials": [{"spent": 15.0, "validation_loss": 0.5, "test_loss": 0.5},
                       {"spent": 100.0, "validation_loss": 0.1, "test_loss": 0.1}]}
     assert script.searches({"tuner": tuned, "annealed": runs, "tpe": tpe}) == {
-        "random, 1 x": 0.6, "tpe, 1 x": 0.5, "random, 10 x": 0.2, "tpe, 10 x": 0.1}
+        "random, 1 x": 0.6, "tpe, 1 x": 0.5, "random, 10 x": 0.2, "tpe, 10 x": 0.5}
+    # What has not spent ten times the seconds has no result for them.
+    assert script.searches({"tuner": tuned, "annealed": runs[:2]}) == {"random, 1 x": 0.6}
 
 
 def test_starts_are_the_same_in_every_process_and_within_their_ranges(script):

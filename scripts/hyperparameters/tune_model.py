@@ -314,22 +314,19 @@ def run_task(name, folder, chosen, data_dir, seed):
 
 
 def searches(runs):
-    """Test losses of the searches with the CPU seconds of one tuned run and of ten, by name."""
+    """Test losses of the searches with the CPU seconds of one tuned run and of ten, where they have spent them."""
     if "tuner" not in runs:
         return {}
     one = float(np.mean([run["cpu_seconds"] for run in runs["tuner"]]))
-    found = {}
-    for times in (1, 10):
-        if "annealed" in runs:
-            found[f"random, {times} x"] = best_within(runs["annealed"], times * one)
-        for method in SEARCHES:
-            if method in runs:
-                trials, before = [], 0.0
-                for trial in runs[method]["trials"]:
-                    trials.append({**trial, "cpu_seconds": trial["spent"] - before})
-                    before = trial["spent"]
-                found[f"{method}, {times} x"] = best_within(trials, times * one)
-    return found
+    pools = {"random": runs["annealed"]} if "annealed" in runs else {}
+    for method in SEARCHES:
+        if method in runs:
+            pools[method], before = [], 0.0
+            for trial in runs[method]["trials"]:
+                pools[method].append({**trial, "cpu_seconds": trial["spent"] - before})
+                before = trial["spent"]
+    return {f"{name}, {times} x": best_within(pool, times * one) for times in (1, 10) for name, pool in pools.items()
+            if sum(run["cpu_seconds"] for run in pool) >= times * one}
 
 
 def table(tasks):
