@@ -51,8 +51,9 @@ DYNAMICS = {
 REFUSED = {**{("reversible", name): "ReversibleHG undoes farhox.Momentum without nesterov"
               for name in DYNAMICS if name != "momentum"},
            ("implicit", "proximal"): "needs dynamics that rest where the inner gradient is zero"}
-# Implicit differentiation is exact at rest: these dynamics come to rest at a minimum in as many steps.
-AT_REST = ("gradient descent", "momentum", "nesterov", "line search")
+# Implicit differentiation is exact at rest: these dynamics come to rest at a minimum in as many steps. A search by the
+# loss ends where the loss falls by no more than rounding, which is the square root of it from the minimum.
+AT_REST = ("gradient descent", "momentum", "nesterov")
 # A random estimate, and directions that are no gradients of the outer loss of the trained weights.
 NO_DERIVATIVE = ("evograd", "reptile", "initial")
 
