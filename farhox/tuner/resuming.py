@@ -58,7 +58,7 @@ class SavedRun:
         self.callbacks = [callback for callback in callbacks if not isinstance(callback, Resume)]
         if len(found) > 1:
             raise ValueError(f"One Resume restores a run. Received: {len(found)} of them in callbacks")
-        self._resume = found[0] if found else None
+        self._resume: Any = found[0] if found else None
         self.state: Any = None
         self._signals = Signals()
         if self._resume is None:
