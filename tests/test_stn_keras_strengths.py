@@ -32,8 +32,9 @@ LAYERS = {
     "zoom_both": (lambda: K.RandomZoom(0.2, 0.3, seed=1), IMAGES, {"height_factor": 0.2, "width_factor": 0.3}),
     "contrast": (lambda: K.RandomContrast(0.3, seed=1), IMAGES, {"factor": 0.3}),
     "brightness": (lambda: K.RandomBrightness(0.3, seed=1), IMAGES, {"factor": 0.3}),
-    "erasing": (lambda: K.RandomErasing(0.7, fill_value=0.0, seed=1), IMAGES, {"factor": 0.7}),
 }
+if "RandomErasing" in dir(K):  # Keras 3.8 has none.
+    LAYERS["erasing"] = (lambda: K.RandomErasing(0.7, fill_value=0.0, seed=1), IMAGES, {"factor": 0.7})
 
 
 def examples(shape, batch=4):
