@@ -1,5 +1,7 @@
 """Self-tuning layers are open: attention by its parts, layers of your own by twins; what cannot be baked is refused."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from farhox.stn.plain_twins import perturbing_twins, self_tuning_twins
 
 K = keras.layers
 SEQUENCE = (5, 6)
+# Keras 3.8 has no gates.
+GATE = {"use_gate": True} if "use_gate" in inspect.signature(K.MultiHeadAttention.__init__).parameters else {}
 ATTENTION = {
-    "attention": (lambda **k: K.MultiHeadAttention(2, 3, value_dim=4, use_gate=True, **k)),
+    "attention": (lambda **k: K.MultiHeadAttention(2, 3, value_dim=4, **GATE, **k)),
     "attention_output": (lambda **k: K.MultiHeadAttention(2, 3, output_shape=(2, 4), use_bias=False, **k)),
     "group_query": (lambda **k: K.GroupQueryAttention(4, 4, 2, **k)),
-    "group_query_gate": (lambda **k: K.GroupQueryAttention(3, 2, 1, use_gate=True, **k)),
+    "group_query_gate": (lambda **k: K.GroupQueryAttention(3, 2, 1, **GATE, **k)),
 }
 
 

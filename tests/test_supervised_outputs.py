@@ -360,7 +360,10 @@ def test_a_model_with_lora_weights_takes_the_steps_of_fit():
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 def test_quantized_layers_are_refused_by_name(mode):
     model = keras.Sequential([keras.Input([4]), keras.layers.Dense(4, name="first"), keras.layers.Dense(2)])
-    model.layers[0].quantize(mode)
+    try:
+        model.layers[0].quantize(mode)
+    except ValueError as error:
+        pytest.skip(f"This version of Keras has no {mode}: {error}")
     with pytest.raises(ValueError, match=r"Quantized layers have no derivative.*layers \['first'\]"):
         problem_of(model, "mse")
 

@@ -330,8 +330,10 @@ def _momentum_ratio(dynamics):
                          f"{dynamics!r}. For other dynamics use ReverseHG(checkpoint_every='sqrt').")
     momentum = dynamics.momentum
     if not checks.is_number(momentum) or not 0 < momentum < 1:
+        # Keras 3.8 cannot show a variable inside a graph.
+        received = repr(getattr(momentum, "path", momentum))
         raise ValueError("ReversibleHG needs a float strictly between 0 and 1 for the momentum, because it multiplies "
-                         f"by a fixed ratio of integers. Received: momentum={momentum!r}. To learn the momentum, or "
+                         f"by a fixed ratio of integers. Received: momentum={received}. To learn the momentum, or "
                          "without any, use ReverseHG(checkpoint_every='sqrt').")
     ratio = fractions.Fraction(float(momentum)).limit_denominator(_LARGEST_DENOMINATOR)
     if abs(float(ratio) - momentum) > 1e-9:

@@ -225,7 +225,9 @@ class HyperOptimizer(keras.Model):
             x = self._dataset(x)
             raise_if_endless(x, "steps", kwargs.get("steps"))
             make_metrics(self, self._compile_metrics, x, self._predictions_of)
-            logs = Logs(super().evaluate(x, callbacks=callbacks, return_dict=True, **kwargs))
+            # Keras 3.8 leaves tensors where nothing shows the numbers.
+            logs = Logs({name: value if np.ndim(value) else float(value) for name, value in super().evaluate(
+                x, callbacks=callbacks, return_dict=True, **kwargs).items()})
         if as_dictionary:
             return logs
         names = self.metrics_names
