@@ -469,6 +469,7 @@ def test_logs_of_implicit_methods_tell_of_the_linear_system_and_of_a_start_that_
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Implicit hypergradients were taken far:RuntimeWarning")
 def test_the_defaults_of_implicit_differentiation_tune_thousands_of_strengths():
     """Most of the systems fail: solutions of theirs that were carried on grew to overflow within 70 iterations."""
     hyper_optimizer, data = of_strengths(farhox.ImplicitHG(), shape=(64, 50))
