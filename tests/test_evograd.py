@@ -46,6 +46,20 @@ def test_two_opposite_signs_have_the_value_worked_out_by_hand(dtype):
     assert_close([result.outer_loss], [0.5], TOLERANCE[dtype])
 
 
+def test_at_the_start_the_copies_are_those_of_the_state_and_the_batch_before_the_first_step():
+    w, target = variable(0.0, "float64", "w"), variable(0.5, "float64", "target")
+    problem = farhox.BilevelProblem(
+        lambda batch: batch * keras.ops.square(w - target) / 2, lambda batch: keras.ops.square(w - 1.0) / 2,
+        inner_variables=[w], outer_variables=[target], dynamics=farhox.GradientDescent(0.1))
+    method = EvoGradHG(sigma=0.1, seed=0, at_start=True)
+    result = method.compute(problem, tf.constant([1.0, 3.0], "float64"), tf.zeros([]))
+    at_rest = EvoGradHG(sigma=0.1, seed=0).compute(resting_quadratic(), *NO_BATCH)
+    assert_close(result.gradients, at_rest.gradients, 1e-12)
+    assert_close([result.outer_loss], [0.5], 1e-12)
+    # The run is that of both steps: the distance 1/2 is shortened by the factors 0.9 and 0.7.
+    assert_close(result.state.variables, [0.5 - 0.5 * 0.9 * 0.7], 1e-12)
+
+
 @pytest.mark.one_case
 @pytest.mark.parametrize("sign", [True, False])
 @pytest.mark.parametrize("perturbations", [2, 5])

@@ -345,6 +345,48 @@ def test_online_the_inner_training_goes_on_when_a_hypergradient_is_skipped():
     assert int(spoiled._watch.skipped.numpy()) == 2 and int(spoiled.kept_state().step) == 6
 
 
+def small_bilevel(rate, **settings):
+    """Inner (w - λ)^2 from w = 1 with λ = 3, outer w^2."""
+    w, lam = keras.Variable(1.0, dtype="float64", name="w"), keras.Variable(3.0, dtype="float64", name="lam")
+    problem = farhox.BilevelProblem(lambda _: (w - lam) ** 2, lambda _: w ** 2, [w], [lam],
+                                    dynamics=farhox.GradientDescent(rate))
+    hyper_optimizer = farhox.HyperOptimizer(problem, online=True, outer_first=True, **settings)
+    hyper_optimizer.compile(keras.optimizers.SGD(0.125))  # A number that float32 has.
+    return hyper_optimizer, w, lam
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize("method", [
+    farhox.ReverseHG(), farhox.ForwardHG(warm_restart=True), farhox.hypergradients.DartsHG(epsilon=1.0)],
+    ids=lambda method: type(method).__name__)
+def test_outer_first_takes_the_steps_that_are_kept_with_the_new_outer_values(method):
+    hyper_optimizer, w, lam = small_bilevel(0.25, hypergradient=method)
+    for iteration in range(2):
+        w_0, lam_0 = w.numpy(), lam.numpy()
+        result = hyper_optimizer.step(farhox.repeat(tf.zeros([1]), 1), tf.zeros([1]))
+        # The step halves the distance to λ, on which its end depends by one half.
+        trial = (w_0 + lam_0) / 2
+        np.testing.assert_allclose(lam.numpy(), lam_0 - 0.125 * 2 * trial / 2, rtol=1e-9)
+        np.testing.assert_allclose(w.numpy(), (w_0 + lam.numpy()) / 2, rtol=1e-12)
+        np.testing.assert_allclose(result.outer_loss, trial ** 2, rtol=1e-12)
+        np.testing.assert_allclose(result.inner_losses, [(w_0 - lam.numpy()) ** 2], rtol=1e-12)
+        assert int(hyper_optimizer.kept_state().step) == iteration + 1
+
+
+def test_outer_first_an_update_under_which_the_training_diverges_is_taken_back_and_counts_as_skipped():
+    w, lam = keras.Variable(1.0, name="w"), keras.Variable(1.0, name="lam")
+    problem = farhox.BilevelProblem(lambda _: w / lam, lambda _: w ** 2, [w], [lam],
+                                    dynamics=farhox.GradientDescent(1.0))
+    # The step leads to w = 1 - 1 / λ = 0, where the hypergradient is 2 w / λ^2 = 0: weight decay alone takes λ to 0.
+    hyper_optimizer = farhox.HyperOptimizer(problem, online=True, outer_first=True, max_skipped_updates=2)
+    hyper_optimizer.compile(keras.optimizers.SGD(1.0, weight_decay=1.0))
+    data = (farhox.repeat(tf.zeros([1]), 1), tf.zeros([1]))
+    hyper_optimizer.step(*data)
+    assert (w.numpy(), lam.numpy(), hyper_optimizer.hyper_iterations) == (1.0, 1.0, 1)
+    with pytest.raises(RuntimeError, match="the inner objective, the inner state that is carried on. Try"):
+        hyper_optimizer.step(*data)
+
+
 def test_a_memory_that_is_lost_starts_anew_where_the_inner_training_goes_on():
     w, rate = keras.Variable(1.0, name="w"), keras.Variable(0.5, name="rate")
     problem = farhox.BilevelProblem(lambda _: (w - 3.0) ** 2, lambda _: w ** 2, [w], [rate],
@@ -729,6 +771,10 @@ def test_bad_input_is_refused():
         farhox.HyperOptimizer(problem).compile("adam", loss="mse")
     with pytest.raises(ValueError, match="objectives, which are Python code"):
         make().save("model.keras")
+    with pytest.raises(ValueError, match="outer_first=True is an order of online training"):
+        farhox.HyperOptimizer(problem, outer_first=True)
+    with pytest.raises(ValueError, match="With outer_first=True the inner state that goes on"):
+        farhox.HyperOptimizer(problem, farhox.ForwardHG(), online=True, outer_first=True)
     w, lam = keras.Variable(1.0), keras.Variable(1.0)
     bare = farhox.BilevelProblem(lambda _: (w - lam) ** 2, lambda _: w ** 2, [w], [lam])
     with pytest.raises(ValueError, match="Metrics need predictions"):

@@ -35,6 +35,9 @@ class EvoGradHG(SingleHyperGradient):
     size sigma^2 (1 - 1/K) / temperature. With the default settings that is about 1e-5: outer optimizers that rescale
     (Adam) suit it, and a part of E that depends on λ explicitly would outweigh it.
 
+    The order of the published code (the hypergradient at the current weights, the outer update, the training step on
+    the same batch) is that of `EvoGradHG(at_start=True)` under `HyperOptimizer(online=True, outer_first=True)`.
+
     The draws follow from the seed and the number of the hyper-iteration, `compute(iteration=)`: with the same number
     the same draws, in all episodes of a problem `over_episodes`.
 
@@ -46,6 +49,8 @@ class EvoGradHG(SingleHyperGradient):
         temperature: Positive float. Small compared with the differences of the losses: one copy takes all the weight.
         seed: Int.
         sign: Bool. False: ε_k are normal numbers instead of their signs.
+        at_start: Bool. Perturb s_0, the state before the inner steps, in the place of s_T, and take the losses on the
+            first inner batch. `result.outer_loss` is then E(w_0, λ).
 
     Raises:
         ValueError: If an argument is out of range.
@@ -59,6 +64,7 @@ class EvoGradHG(SingleHyperGradient):
     temperature: float = 0.05
     seed: int = 0
     sign: bool = True
+    at_start: bool = False
 
     def __post_init__(self):
         if not checks.is_integer(self.perturbations) or self.perturbations < 2:
@@ -73,8 +79,9 @@ class EvoGradHG(SingleHyperGradient):
     def differentiate(self, training: InnerTraining, outer_batch: Batch, carry: Carry) -> HyperGradientResult:
         problem, outer = training.problem, training.outer
         run = training.run()
-        batch = batch_at(training.inner_batches, run.steps - 1)
-        given = run.state, self._noise(run.state.variables, training.iteration), batch, outer_batch
+        at, t = (training.start, 0) if self.at_start else (run.state, run.steps - 1)
+        batch = batch_at(training.inner_batches, t)
+        given = at, self._noise(at.variables, training.iteration), batch, outer_batch
         flat = tf.nest.flatten(given)
 
         def losses(inputs):

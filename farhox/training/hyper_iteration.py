@@ -11,17 +11,19 @@ import tensorflow as tf
 from farhox._core import tree
 from farhox._core.types import Batch, InnerBatches, Optimizer, Tensor, Variables
 from farhox.hypergradients import EpisodesHG, HyperGradient
-from farhox.hypergradients.base import HyperGradientResult
+from farhox.hypergradients.base import HyperGradientResult, Memory
 from farhox.problem.bilevel import BilevelProblem
+from farhox.problem.inner_training import InnerTraining
+from farhox.training.updates import restored
 
 
-def checked_settings(problem: BilevelProblem, hypergradient: HyperGradient,
-                     online: bool) -> tuple[BilevelProblem, HyperGradient]:
+def checked_settings(problem: BilevelProblem, hypergradient: HyperGradient, online: bool,
+                     outer_first: bool) -> tuple[BilevelProblem, HyperGradient]:
     """A problem and a method that can be iterated: both over episodes where one of them is.
 
     Raises:
         TypeError: If one of them has the wrong type.
-        ValueError: If they do not go with `online`.
+        ValueError: If they do not go with `online` or `outer_first`.
     """
     if not isinstance(problem, BilevelProblem):
         raise TypeError(f"problem must be a farhox.BilevelProblem. Received: {problem!r}")
@@ -42,6 +44,11 @@ def checked_settings(problem: BilevelProblem, hypergradient: HyperGradient,
         raise ValueError("online=True goes on from the last inner state, so the initial state must not matter. "
                          "Received a problem with "
                          f"{'a proximal term' if problem.proximal is not None else 'learned initial values'}.")
+    if outer_first and not online:
+        raise ValueError("outer_first=True is an order of online training. Received: outer_first=True, online=False")
+    if outer_first and hypergradient.remembers is Memory.WITH_STATE and hypergradient.initial_carry(problem):
+        raise ValueError("With outer_first=True the inner state that goes on is not the one that the method ended at, "
+                         f"so that what it remembers of it is of no use. Received: {hypergradient!r}")
     return problem, hypergradient
 
 
@@ -53,6 +60,7 @@ class HyperIteration:
         outer: List of the outer variables.
         hypergradient: A `HyperGradient`.
         online: Bool, whether the inner state goes on.
+        outer_first: Bool, whether the outer variables are updated before the inner steps that are kept.
         kept: `Kept`, where the inner state and the memory are between hyper-iterations.
         guarded_update: `GuardedUpdate`, which takes an update back that a value does not survive.
         watch: `Watch`, which counts what was skipped.
@@ -62,6 +70,7 @@ class HyperIteration:
     outer: Variables
     hypergradient: HyperGradient
     online: bool
+    outer_first: bool
     kept: Any
     guarded_update: Any
     watch: Any
@@ -74,13 +83,14 @@ class HyperIteration:
         Raises:
             ValueError: If an inner state is kept and there are several replicas.
         """
+        start = self.kept.state_now()
         result = self.hypergradient.compute(
-            problem, inner_batches, outer_batch, state=self.kept.state_now(), carry=self.kept.carry_now(),
-            iteration=iteration)
+            problem, inner_batches, outer_batch, state=start, carry=self.kept.carry_now(), iteration=iteration)
+        if self.outer_first:
+            return self._outer_first(problem, optimizer, iteration, inner_batches, outer_batch, start, result)
         new_state, new_carry = self.kept.of(result)
-        flags = [tf.logical_not(tree.is_finite(part)) for part in [
-            result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]]
-        flags = tf.cast(tf.stack(flags), tf.int32)
+        flags = tf.stack([_not_finite(part) for part in [
+            result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]])
         outer_loss = tf.cast(result.outer_loss, tf.float32)
         context = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync > 1:
@@ -97,6 +107,30 @@ class HyperIteration:
         self.kept.keep(result.inner_losses, new_state, new_carry)
         self.last_outer_loss.assign(outer_loss)
         self.watch.record(stands, flags, inner_batches, outer_batch)
+        return result
+
+    def _outer_first(self, problem, optimizer, iteration, inner_batches, outer_batch, start, result):
+        """The update, then the inner steps with the new values; their end is kept, and is that of the result.
+
+        An update under which they are not finite is taken back.
+        """
+        _, new_carry = self.kept.of(result)
+        flags = [_not_finite(part) for part in [[], result.outer_loss, new_carry, *result.gradients]]
+        variables = [*self.outer, *optimizer.variables]
+        before = [tf.convert_to_tensor(variable) for variable in variables]
+        stands = self._update(optimizer, tf.reduce_all(tf.stack(flags) == 0), result.gradients,
+                              tf.distribute.get_replica_context())
+        training = InnerTraining(problem, inner_batches, start, iteration=iteration)
+        run = training.run()
+        result = result._replace(state=run.state, inner_losses=training.losses(run), diagnostics={
+            **result.diagnostics, "inner_gradient_norm": run.gradient_norm, "inner_steps": run.steps})
+        new_state, _ = self.kept.of(result)
+        flags[0], flags[2] = _not_finite(result.inner_losses), flags[2] + _not_finite(new_state)
+        survives = tf.logical_and(flags[0] == 0, tree.is_finite(new_state))
+        tf.cond(survives, tf.no_op, lambda: restored(zip(variables, before)))
+        self.kept.keep(result.inner_losses, new_state, new_carry)
+        self.last_outer_loss.assign(tf.cast(result.outer_loss, tf.float32))
+        self.watch.record(tf.logical_and(stands, survives), tf.stack(flags), inner_batches, outer_batch)
         return result
 
     def apply(self, optimizer: Any, gradients: Any) -> Any:
@@ -129,3 +163,8 @@ class HyperIteration:
     def _no_update(self):
         self.guarded_update.forget()
         return tf.constant(False)
+
+
+def _not_finite(part):
+    """1 if something in a nest of tensors is not finite, else 0."""
+    return tf.cast(tf.logical_not(tree.is_finite(part)), tf.int32)

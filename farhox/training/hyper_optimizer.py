@@ -71,21 +71,26 @@ class HyperOptimizer(keras.Model):
             model itself is trained, and tangents of `ForwardHG` are carried along.
         max_skipped_updates: Positive int, updates skipped in a row after which `fit` stops with an error.
         name: Name of the Keras model.
+        outer_first: Bool, for `online=True`. The outer variables are updated first, with the hypergradient from the
+            inner state kept; the inner steps are then taken from there on the same batches with the new values. By
+            default they are taken with the old ones, and count for the hypergradient too.
 
     Raises:
         TypeError: If `problem` or `hypergradient` has the wrong type.
         ValueError: If `max_skipped_updates` is not positive, or `online` is asked of a problem whose initial state
-            matters: with learned initial values or a proximal term.
+            matters: with learned initial values or a proximal term; or `outer_first` is asked of a training that is
+            not online, or with a method that carries memory of the inner state.
     """
 
     def __init__(self, problem: BilevelProblem, hypergradient: HyperGradient | None = None, online: bool = False,
-                 max_skipped_updates: int = 10, name: str | None = "hyper_optimizer") -> None:
+                 max_skipped_updates: int = 10, name: str | None = "hyper_optimizer",
+                 outer_first: bool = False) -> None:
         super().__init__(name=name)
         hypergradient = ReverseHG() if hypergradient is None else hypergradient
-        problem, hypergradient = checked_settings(problem, hypergradient, online)
+        problem, hypergradient = checked_settings(problem, hypergradient, online, outer_first)
         self.problem = problem
         self.hypergradient = hypergradient
-        self.online = bool(online)
+        self.online, self.outer_first = bool(online), bool(outer_first)
         self.max_skipped_updates = checks.positive_integer("max_skipped_updates", max_skipped_updates)
         # Tracked by Keras, so that save_weights and Resume hold all there is to go on from.
         self._outer = list(problem.outer_variables)
@@ -102,8 +107,8 @@ class HyperOptimizer(keras.Model):
         self._solver_metrics = {name: keras.metrics.Mean(name=name) for name in _OF_SOLVERS}
         self._kept = Kept(problem, hypergradient, self.online)
         self._slots, self._carry = self._kept.slots, self._kept.carry
-        self._one = HyperIteration(self._outer, hypergradient, self.online, self._kept, self._guarded_update,
-                                   self._watch, self.last_outer_loss)
+        self._one = HyperIteration(self._outer, hypergradient, self.online, self.outer_first, self._kept,
+                                   self._guarded_update, self._watch, self.last_outer_loss)
         self.built = True
         self._step_function: Any = None
         self._inner_function: Any = None

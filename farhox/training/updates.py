@@ -1,6 +1,6 @@
 """One update of the outer variables that cannot lose a value: what became of them is checked, and mended."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -65,7 +65,7 @@ class GuardedUpdate:
                         lambda: tf.no_op())
         stands = tf.logical_not(tf.reduce_any(lost))
         slots = list(zip(optimizer.variables, slots_before))
-        tf.cond(stands, lambda: tf.no_op(), lambda: _restored([*zip(self._variables, before), *slots]))
+        tf.cond(stands, lambda: tf.no_op(), lambda: restored([*zip(self._variables, before), *slots]))
         self.lost.assign(tf.cast(tf.stack(lost), tf.int32))
         self.held.assign(tf.where(stands, tf.stack(held), 0))
         return stands
@@ -129,7 +129,8 @@ def _is_multiplied(entry):
     return entry is not None and entry.log
 
 
-def _restored(pairs):
+def restored(pairs: Iterable[tuple[Any, Tensor]]) -> Any:
+    """Gives variables the values beside them back; an operation, for a branch of `tf.cond`."""
     for variable, value in pairs:
         variable.assign(value)
     return tf.no_op()
