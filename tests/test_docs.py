@@ -156,7 +156,7 @@ def test_public_names_in_code_become_links_and_nothing_else_does(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     html = markdown.markdown(
         "`Neumann`, `farhox.repeat()`, `repeat`, `stn.Dropout`, `Dropout`, `farhox.linear_solvers.GMRES`\n\n# `Box`\n",
-        extensions=["documentation.links_to_reference:LinksToReference"])
+        extensions=["docs.links_to_reference:LinksToReference"])
     assert re.findall(r'identifier="([\w.]+)"[^>]*><code>([^<]+)<', html) == [
         ("farhox.linear_solvers.Neumann", "Neumann"), ("farhox.repeat", "farhox.repeat()"),
         ("farhox.stn.Dropout", "stn.Dropout"), ("farhox.linear_solvers.GMRES", "farhox.linear_solvers.GMRES")]
