@@ -113,6 +113,19 @@ def test_a_list_of_learning_rates_gives_each_inner_variable_its_own():
     np.testing.assert_allclose(variables, [1.0 - values[0] for _, values in kinds.values()], rtol=1e-12)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_list_of_momenta_gives_each_inner_variable_its_own(nesterov):
+    kinds = settings()
+    w, g = [tf.constant(1.0, tf.float64)] * len(kinds), [tf.constant(2.0, tf.float64)] * len(kinds)
+    dynamics = farhox.Momentum(0.1, [setting for setting, _ in kinds.values()], nesterov)
+    variables, slots = dynamics.update(g, w, [tf.constant(3.0, tf.float64)] * len(kinds), tf.constant(1, tf.int64))
+    expected = np.array([values[1] * 3.0 + 2.0 for _, values in kinds.values()])
+    np.testing.assert_allclose(slots, expected, rtol=1e-14)
+    if nesterov:
+        expected = np.array([values[1] for _, values in kinds.values()]) * expected + 2.0
+    np.testing.assert_allclose(variables, 1.0 - 0.1 * expected, rtol=1e-14)
+
+
 def quadratic(make_dynamics, outer_variables, size=1):
     """L = 1/2 |(1, 2, ...) (w - 0.5)|^2, E = 1/2 |w - 1|^2, w_0 = 3 in float64; scalars for size 1."""
     w = keras.Variable(np.full([size], 3.0), dtype="float64", name="w")
@@ -226,14 +239,14 @@ def test_what_is_not_a_setting_is_refused_by_name(make, bad):
         make(bad)
 
 
-@pytest.mark.parametrize("make", [lambda: farhox.Momentum(momentum=[0.9]), lambda: farhox.Adam(beta_1=[0.9])])
-def test_only_learning_rates_may_be_lists(make):
+def test_decays_of_adam_may_not_be_lists():
     with pytest.raises(TypeError, match="must be a float"):
-        make()
+        farhox.Adam(beta_1=[0.9])
 
 
-@pytest.mark.parametrize("make", [farhox.GradientDescent, farhox.Momentum, farhox.Adam])
-def test_a_list_of_learning_rates_must_have_one_entry_per_inner_variable(make):
+@pytest.mark.parametrize("make", [
+    farhox.GradientDescent, farhox.Momentum, farhox.Adam, lambda momenta: farhox.Momentum(0.1, momenta)])
+def test_a_list_of_settings_must_have_one_entry_per_inner_variable(make):
     with pytest.raises(ValueError, match="Received 2 entries for 1 inner variables"):
         compute(quadratic(make([0.1, 0.2]), [keras.Variable(0.1)]))
 

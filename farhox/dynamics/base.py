@@ -158,7 +158,7 @@ class Momentum(InnerDynamics):
 
     Args:
         learning_rate: A setting, not negative, or a list with one per inner variable.
-        momentum: A setting, from 0 to 1.
+        momentum: A setting, from 0 to 1, or a list with one per inner variable.
         nesterov: Bool.
         first_order: Bool. Treat the inner gradient as a constant when differentiating the step.
 
@@ -168,13 +168,13 @@ class Momentum(InnerDynamics):
     """
 
     learning_rate: Setting | list[Setting] = 0.01
-    momentum: Setting = 0.9
+    momentum: Setting | list[Setting] = 0.9
     nesterov: bool = False
     first_order: bool = False
 
     def __post_init__(self):
         check_setting("learning_rate", self.learning_rate, low=0.0, per_variable=True)
-        check_setting("momentum", self.momentum, low=0.0, high=1.0)
+        check_setting("momentum", self.momentum, low=0.0, high=1.0, per_variable=True)
 
     def initial_slots(self, variables: Tensors) -> Nest:
         return tree.zeros_like(variables)

@@ -116,9 +116,9 @@ def setting_per_variable(setting: Any, variables: list[Any], step: Tensor) -> Te
 
 
 def check_length(setting: Any, variables: Variables) -> None:
-    """Raises a ValueError if a list of learning rates does not fit the inner variables."""
+    """Raises a ValueError if a list of settings does not fit the inner variables."""
     if isinstance(setting, (list, tuple)) and len(setting) != len(variables):
-        raise ValueError("A list of learning rates must have one entry per inner variable. "
+        raise ValueError("A list of settings, as of learning rates, must have one entry per inner variable. "
                          f"Received {len(setting)} entries for {len(variables)} inner variables.")
 
 
