@@ -5,14 +5,17 @@ set on single operations; `tf.graph_util.import_graph_def` brings what a piece n
 body of a loop, say. A tensor that is fed cuts the graph there, and what no fetch needs is not run.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 
 from farhox._core import refusals
 from farhox._core.exact import exact_derivatives
 from farhox._core.functional import user_code
+from farhox._core.traced import traced
 from farhox._core.types import Nest, Tensor, Tensors
 
 
@@ -26,29 +29,19 @@ class StepGraph:
     Attributes:
         inputs: List of the graph's tensors in the place of the inputs.
         outputs: What the function returned: a nest of tensors of the graph, None where it returned that.
+        is_copied: Bool, whether TensorFlow did not import a part of the graph, which was then copied operation by
+            operation. A warning has said why.
     """
 
     def __init__(self, function: Callable[..., Any], inputs: Any) -> None:
-        traced = []
-
-        def body(*inputs):
-            # A tensor that is returned as it came in must be told from the input.
-            inputs = list(inputs)
-            with user_code():
-                outputs = tf.nest.map_structure(
-                    lambda output: None if output is None else tf.identity(output), function(inputs))
-            traced.extend([inputs, outputs])
-            return ()
-
-        concrete = tf.function(body, autograph=False).get_concrete_function(
-            *[tf.TensorSpec(x.shape, x.dtype) for x in inputs])
-        self.inputs, self.outputs = traced
+        concrete, self.inputs, self.outputs = traced(function, inputs)
         # The graph lives as long as its function.
         self._concrete = concrete
         self._definition = None
         self._nodes = {}
         self._functions = {}
         self._linear = {}
+        self.is_copied = False
 
     @property
     def graph(self) -> tf.Graph:
@@ -242,9 +235,36 @@ class StepGraph:
                 del copy.input[:]
                 copy.input.extend(kept)
         inside = [name for name in wanted if name not in input_map]
-        imported = iter(tf.graph_util.import_graph_def(
-            definition, input_map=input_map, return_elements=inside + effects, name=_scope()))
+        try:
+            imported = iter(tf.graph_util.import_graph_def(
+                definition, input_map=input_map, return_elements=inside + effects, name=_scope()))
+        except (ValueError, TypeError, DecodeError, tf.errors.OpError) as error:
+            self._say_copied(error)
+            imported = iter(self._copied(nodes, input_map, inside))
         return [input_map[name] if name in input_map else next(imported) for name in wanted]
+
+    def _copied(self, nodes, input_map, wanted):
+        """What an import does, without a definition of the whole: operation by operation."""
+        graph, tensors, operations = tf.compat.v1.get_default_graph(), dict(input_map), {}
+        with tf.name_scope(_scope()):
+            for operation in self.operations(nodes):
+                before = [operations[first.name] for first in operation.control_inputs if first.name in operations]
+                with graph.control_dependencies(before):
+                    copy = graph.create_op(
+                        operation.type, [tensors[tensor.name] for tensor in operation.inputs],
+                        [tensor.dtype for tensor in operation.outputs], name=operation.name,
+                        attrs=dict(nodes[operation.name].attr), op_def=operation.op_def)
+                operations[operation.name] = copy
+                for old, new in zip(operation.outputs, copy.outputs):
+                    tensors.setdefault(old.name, new)
+        return [tensors[name] for name in wanted]
+
+    def _say_copied(self, error):
+        if not self.is_copied:
+            warnings.warn("TensorFlow does not import a part of the traced graph, which is therefore copied operation "
+                          f"by operation: results are the same, tracing takes longer. TensorFlow says: {error}",
+                          RuntimeWarning, stacklevel=2)
+        self.is_copied = True
 
     def _read(self):
         """The definition of the graph, read again when derivatives were added."""

@@ -374,8 +374,11 @@ class InnerTraining:
 
     def diagnostics(self, gradients: Tensors, outer_loss: Tensor, run: InnerRun) -> dict[str, Tensor]:
         """The diagnostics that every method reports."""
-        return {"inner_gradient_norm": run.gradient_norm, "inner_steps": run.steps,
-                **gradient_diagnostics(gradients, outer_loss)}
+        found = {"inner_gradient_norm": run.gradient_norm, "inner_steps": run.steps,
+                 **gradient_diagnostics(gradients, outer_loss)}
+        if "graph" in self._found and self.graph.is_copied:
+            found["step_is_copied"] = tf.constant(True)
+        return found
 
 
 def gradient_diagnostics(gradients: Tensors, outer_loss: Tensor) -> dict[str, Tensor]:
