@@ -21,6 +21,7 @@ from farhox import (  # noqa: E402
     meta,
     plots,
     problem,
+    starts,
     stn,
     training,
 )
@@ -42,7 +43,7 @@ __all__ = [
     "Hyperparameter", "ImplicitHG", "KerasDynamics", "L1L2", "LearnedSchedule", "Momentum", "OuterVariable",
     "ReverseHG", "Tuner", "bilevel_dataset", "callbacks", "check_hypergradient", "compare_hypergradients",
     "constraints", "data", "dynamics", "export", "gather", "hypergradients", "insight", "linear_solvers", "losses",
-    "meta", "plots", "problem", "repeat", "stack", "stn", "supervised_problem", "training",
+    "meta", "plots", "problem", "repeat", "stack", "starts", "stn", "supervised_problem", "training",
 ]
 
 # What was a name of this module in earlier versions, and what to write instead.

@@ -1,0 +1,7 @@
+"""Where tuning should begin: starting values learned from evaluations on earlier data sets."""
+
+from farhox.starts.baselines import best_on_average, portfolio
+from farhox.starts.evaluations import PriorEvaluations
+from farhox.starts.properties import dataset_properties
+
+__all__ = ["PriorEvaluations", "best_on_average", "dataset_properties", "portfolio"]
