@@ -81,6 +81,7 @@ def plot(history: Any, rows: Any, objective: Any, path: Any) -> None:
     """Writes the picture of a run."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("plot needs the package matplotlib, which is not installed: pip install 'farhox[plots]'")
+    from matplotlib import ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -95,8 +96,13 @@ def plot(history: Any, rows: Any, objective: Any, path: Any) -> None:
         axis.plot(np.arange(len(values)), values)
         if next(row for row in rows if row.name == name).kind.log if rows else True:
             axis.set_yscale("log")
-        axis.set_ylabel(name.replace("_", " "))
-    axes[-1].set_xlabel("training step")
+            # Without those of its own, which stand at all of two to nine where a decade is not full.
+            steps = (1.0, 2.0, 3.0, 5.0) if values.max() < 20 * values.min() else (1.0,)
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=steps))
+            axis.yaxis.set_minor_locator(ticker.NullLocator())
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_ylabel(name.replace("_", " ").capitalize())
+    axes[-1].set_xlabel("Training step")
     figure.savefig(path)
 
 

@@ -67,9 +67,10 @@ def logarithmic(axis, which="y"):
     axis.set(**{f"{which}scale": "log"})
     own = axis.yaxis if which == "y" else axis.xaxis
     low, high = sorted(own.get_view_interval())
-    if high < 5 * low:
+    if high < 2 * low:
         own.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
     else:
-        own.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,)))
+        steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 8 * low else (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+        own.set_major_locator(ticker.LogLocator(subs=steps))
     own.set_minor_locator(ticker.NullLocator())
     own.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))

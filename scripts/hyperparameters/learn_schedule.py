@@ -165,9 +165,7 @@ def plot(by_seed, settings, path):
             rates.plot(np.arange(len(run["rates"])), run["rates"], label=f"seed {seed}", linewidth=1, **styles[seed])
             losses = run["history"]["outer_loss"]
             progress.plot(np.arange(1, len(losses) + 1), losses, label=f"seed {seed}", linewidth=1, **styles[seed])
-        rates.axhline(settings["initial_rate"], color=pictures.GREY, linewidth=0.8)
-        rates.annotate("start", (1.0, settings["initial_rate"]), xycoords=("axes fraction", "data"), ha="right",
-                       va="bottom", fontsize=8, color=pictures.GREY)
+        rates.axhline(settings["initial_rate"], color=pictures.BLACK, linewidth=1, linestyle=":", label="start")
         rates.set(title="Learned schedule", xlabel="Inner step", ylabel="Learning rate", ylim=(0, None))
         progress.set(title="While learning", xlabel="Hyper-iteration", ylabel="Validation loss")
         names = sorted(settings["constant_rates"], key=float)
@@ -181,7 +179,7 @@ def plot(by_seed, settings, path):
         constant.set(title="Replays in plain Keras", xlabel="Constant learning rate", ylabel="Validation loss")
         pictures.logarithmic(constant, "x")
         pictures.whole_numbers(rates, progress)
-        for axis in (rates, progress, constant) if len(by_seed) > 1 else (constant,):
+        for axis in (rates, progress, constant) if len(by_seed) > 1 else (rates, constant):
             pictures.legend_below(axis)
 
 
