@@ -338,6 +338,9 @@ def test_labels_of_episodes_are_checked_before_xla_which_checks_nothing():
 
 
 def test_a_folder_without_omniglot_is_named(tmp_path):
-    pytest.importorskip("tensorflow_datasets")
+    try:
+        from tensorflow_datasets import load  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"tensorflow-datasets is not installed, or does not work beside this TensorFlow: {error}")
     with pytest.raises(ValueError, match="data_dir must hold the data set 'omniglot'.*Received: data_dir='.*empty'"):
         meta.load_omniglot(tmp_path / "empty", cache_dir=tmp_path / "cache", download=False)

@@ -80,6 +80,8 @@ WITHOUT_MODEL = {
         ValueError, "must stay between 0.0 and 1.0"),
     "dropout: an array": (lambda: stn.Dropout(rate([0.1, 0.2])), ValueError, "must be a scalar hyperparameter"),
     "dropout: a noise shape": (lambda: stn.Dropout(0.3, noise_shape="all"), ValueError, "noise_shape"),
+    "dropout: a noise shape of size zero": (lambda: stn.AlphaDropout(0.3, noise_shape=(None, 0)),
+        ValueError, r"noise_shape must be None or a tuple of positive integers and None. Received: \(None, 0\)"),
     "dropout: from_config": (lambda: config_of(stn.Dropout(0.3), rate=1.5), ValueError, "rate of .* must stay between"),
     "noise: infinite": (lambda: stn.GaussianNoise(INF), ValueError, "stddev of .* must stay between"),
     "noise: from_config": (lambda: config_of(stn.GaussianNoise(0.3), stddev=NAN), ValueError, "stddev of .* must stay"),

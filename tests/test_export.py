@@ -579,7 +579,6 @@ def test_warm_up_requests_are_records_of_requests_that_run(exported, tmp_path):
 
 
 def test_warm_up_requests_must_fit_a_signature(tmp_path):
-    pytest.importorskip("tensorflow_serving.apis.prediction_log_pb2")
     for request in (("adapt", {}), ("serving_default", {"x": 1.0})):
         with pytest.raises(ValueError, match="A warm-up request must be one of the signatures with its inputs"):
             export.saved_model(plain(), tmp_path, warmup=[request])

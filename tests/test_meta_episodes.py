@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 
 import keras
 import numpy as np
@@ -187,6 +188,9 @@ def test_omniglot_is_ink_on_paper_split_by_character_and_read_once(tmp_path, mon
 def test_omniglot_without_the_package_that_reads_it_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ImportError, match=r"load_omniglot reads .* pip install 'farhox\[omniglot\]'"):
+        meta.load_omniglot(tmp_path, cache_dir=tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", types.ModuleType("tensorflow_datasets"))
+    with pytest.raises(ImportError, match="not installed or does not work .cannot import name 'load'"):
         meta.load_omniglot(tmp_path, cache_dir=tmp_path)
 
 

@@ -86,6 +86,8 @@ def saved_model(learner_or_model: keras.Model, directory: str | os.PathLike, ver
     signatures = signatures_of(learner_or_model, label_spec)
     labels = _checked_labels(labels, signatures)
     requests = _warmup_requests(warmup, signatures)
+    if requests:
+        _serving_api()  # Before the work rather than after it.
     if serialized_examples:
         signatures.update({f"{name}_examples": from_examples(signature) for name, signature in signatures.items()
                            if name != "adapt_batch"})
@@ -273,8 +275,6 @@ def _checked_labels(labels, signatures):
 
 def _warmup_requests(warmup, signatures):
     """A list of (signature, dictionary of arrays) that fits the signatures."""
-    if warmup:
-        _serving_api()  # Before the work rather than after it.
     if warmup is True:
         return [(name, {entry.name: np.zeros([1 if isinstance(size, str) else size for size in entry.shape],
                                              entry.dtype.as_numpy_dtype) for entry in signature.inputs})

@@ -39,7 +39,8 @@ def load_omniglot(data_dir: str | os.PathLike | None = None, train: int = 1200, 
         Three pairs (images, labels): uint8 [examples, 28, 28, 1] with ink 255 and paper 0, and int [examples].
 
     Raises:
-        ImportError: If the images must be read and tensorflow-datasets is not installed.
+        ImportError: If the images must be read and tensorflow-datasets is not installed, or does not
+            work beside this TensorFlow.
         ValueError: If there are no data in the folder and `download` is false; it is named.
 
     Reference:
@@ -95,10 +96,10 @@ def _versions(source):
 
 def _read(data_dir, download):
     try:
-        import tensorflow_datasets as tfds
+        from tensorflow_datasets import load  # Itself: beside an older TensorFlow the module may be empty.
     except ImportError as error:
         raise ImportError("load_omniglot reads the images with the package tensorflow-datasets, which is not "
-                          "installed: pip install 'farhox[omniglot]'") from error
+                          f"installed or does not work ({error}): pip install 'farhox[omniglot]'") from error
 
     def small(example):
         paper = tf.cast(example["image"][..., :1], tf.float32)
@@ -106,7 +107,7 @@ def _read(data_dir, download):
         return tf.cast(tf.round(ink), tf.uint8), example["label"]
 
     try:
-        dataset = tfds.load("omniglot", split="train+test", data_dir=str(data_dir), download=download)
+        dataset = load("omniglot", split="train+test", data_dir=str(data_dir), download=download)
     except AssertionError as error:  # What TensorFlow Datasets raises where there are no data to read.
         raise ValueError("data_dir must hold the data set 'omniglot' as TensorFlow Datasets prepares it; with "
                          f"download=True it is fetched. Received: data_dir={str(data_dir)!r}") from error

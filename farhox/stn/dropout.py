@@ -20,6 +20,9 @@ class Dropout(PerturbationLayer):
         noise_shape: Tuple as in Keras: 1 on the axes that share a mask. (None, 1, 1, None) drops whole channels of
             images, (None, 1, None) the same features at all steps of a sequence (variational dropout).
         seed: Int or None.
+
+    Raises:
+        ValueError: If `rate` may leave [0, 1], or `noise_shape` is no sequence of positive integers and None.
     """
 
     STRENGTHS = {"rate": (0.0, 1.0)}
@@ -27,7 +30,7 @@ class Dropout(PerturbationLayer):
 
     def __init__(self, rate: Strength, noise_shape: Shape = None, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(seed=seed, rate=rate, **kwargs)
-        self.noise_shape = keras.layers.Dropout(0.0, noise_shape=noise_shape).noise_shape  # Keras checks it.
+        self.noise_shape = _checked_noise_shape(noise_shape)
 
     def perturb(self, inputs: Tensor) -> Tensor:
         rate = self.strength("rate", inputs)
@@ -186,3 +189,11 @@ class AlphaDropout(Dropout):
         variance = (1.0 - rate) * (1.0 + rate * self._LEAST ** 2)
         scale = tf.math.divide_no_nan(tf.ones_like(variance), tf.sqrt(variance))
         return scale * (inputs * keep + self._LEAST * (1.0 - keep)) - scale * self._LEAST * rate
+
+
+def _checked_noise_shape(shape):
+    """None, or a tuple of positive integers and None. Older versions of Keras take anything."""
+    sizes = shape if shape is None or isinstance(shape, (tuple, list)) else [0]
+    if sizes is not None and not all(size is None or (type(size) is int and size > 0) for size in sizes):
+        raise ValueError(f"noise_shape must be None or a tuple of positive integers and None. Received: {shape!r}")
+    return None if sizes is None else tuple(sizes)
