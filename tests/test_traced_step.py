@@ -1,5 +1,7 @@
 """One traced step: user code of every kind is the same training in all directions, or is refused by name."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -61,6 +63,56 @@ def test_a_loss_and_a_call_under_tf_function_are_part_of_the_step(method, float6
     model.last.kernel.assign(0.0 * model.last.kernel)
     model.last.bias.assign(0.0 * model.last.bias)
     assert before != 0 and float(tf.reduce_sum(model(train[0]))) == 0
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "graph of functions as they are"])
+def test_branches_and_loops_over_tensors_in_a_tf_function_are_part_of_the_step(mode, float64):
+    w, scale = variable([1.5, -0.5], name="w"), variable(0.7, name="scale")
+
+    class Penalty:
+        @tf.function
+        def __call__(self, value):
+            total = scale * 0.0
+            for i in tf.range(2):
+                if value[i] > 0:
+                    total += scale * value[i] ** 2
+                else:
+                    total += scale ** 2 * value[i] ** 4
+            return total
+
+    penalty = Penalty()
+    problem = farhox.BilevelProblem(
+        lambda _: penalty(w.value) + 0.5 * tf.reduce_sum(tf.square(w - [2.0, -1.0])),
+        lambda _: tf.reduce_sum(tf.square(w)), [w], [scale], farhox.GradientDescent(0.1))
+    batches = farhox.repeat(tf.zeros([1]), 3)
+
+    def compute():
+        return farhox.ReverseHG().compute(problem, batches, tf.zeros([1])).gradients
+
+    function = compute if mode == "eager" else tf.function(compute, autograph=mode == "graph")
+    assert_close(function(), unrolled.finite_differences(problem, batches, tf.zeros([1])), 1e-7)
+
+
+def test_a_tf_function_of_a_user_does_not_rewrite_this_package():
+    files = []
+
+    def inner(_):
+        files.extend(frame.filename for frame in inspect.stack())
+        return 0.5 * tf.square(w)
+
+    w, rate = keras.Variable(0.5), keras.Variable(0.1)
+    problem = farhox.BilevelProblem(inner, lambda _: 0.5 * tf.square(w), [w], [rate], farhox.GradientDescent(rate))
+
+    @tf.function
+    def step():
+        if tf.constant(True):  # A branch over a tensor: the user's function is rewritten.
+            return farhox.ReverseHG().compute(problem, farhox.repeat(tf.zeros([]), 1), tf.zeros([])).gradients[0]
+        return 0.0
+
+    # (1 - rate)^2 w^2 / 2 after a step.
+    np.testing.assert_allclose(step(), -0.9 * 0.25, rtol=1e-6)
+    rewritten = [file for file in files if "__autograph_generated_file" in file]
+    assert len(rewritten) in range(1, 5) and any(file.endswith("inner_training.py") for file in files)
 
 
 @pytest.mark.one_case

@@ -16,7 +16,16 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.losses import loss as keras_loss
+from tensorflow.python.autograph.core import ag_ctx
+from tensorflow.python.autograph.core import config as autograph
+from tensorflow.python.eager.polymorphic_function import autograph_util
 from tensorflow.python.ops import custom_gradient
+
+# AutoGraph leaves this package alone, as it does Keras: it has no loops or branches over tensors to be rewritten, and
+# tracing takes three times as long when every call is.
+autograph.CONVERSION_RULES = (autograph.DoNotConvert("farhox"), *autograph.CONVERSION_RULES)
+
+_Function = type(tf.function(lambda: None))
 
 
 class FunctionalResult(NamedTuple):
@@ -123,8 +132,8 @@ def is_taken_over(value: Any) -> bool:
 class _UserCode:
     """What holds in TensorFlow and Keras while a user's code is run into the graph of an inner training.
 
-    - Calls of `tf.function`s run their Python function. Their own traces would keep tensors of this graph and hide what
-      the function reads.
+    - Calls of `tf.function`s run their Python function, as AutoGraph rewrites it. Their own traces would keep tensors of
+      this graph and hide what the function reads.
     - Keras' losses are not divided by the number of replicas, as they are under a distribution strategy for gradients
       that will be added up. Here every replica trains an inner problem of its own on whole batches.
     - What `tf.recompute_grad` and `keras.RematScope` wrap runs as it is: what is kept is chosen for the whole step, and
@@ -141,6 +150,7 @@ class _UserCode:
         self._scale = keras_loss.scale_loss_for_distribution
         self._in_graph, self._in_eager = (
             custom_gradient._graph_mode_decorator, custom_gradient._eager_mode_decorator)
+        self._call_function = _Function.__call__
         self._eagerly = False
 
     @contextlib.contextmanager
@@ -150,6 +160,7 @@ class _UserCode:
             if self._users == 1:
                 self._eagerly = tf.config.functions_run_eagerly()
                 tf.config.run_functions_eagerly(True)
+                _Function.__call__ = _rewritten(self._call_function)
                 keras_loss.scale_loss_for_distribution = lambda loss: loss
                 custom_gradient._graph_mode_decorator = _with_checked_reads(self._in_graph)
                 custom_gradient._eager_mode_decorator = _with_checked_reads(self._in_eager)
@@ -160,9 +171,24 @@ class _UserCode:
                 self._users -= 1
                 if self._users == 0:
                     tf.config.run_functions_eagerly(self._eagerly)
+                    _Function.__call__ = self._call_function
                     keras_loss.scale_loss_for_distribution = self._scale
                     custom_gradient._graph_mode_decorator = self._in_graph
                     custom_gradient._eager_mode_decorator = self._in_eager
+
+
+def _rewritten(call_function):
+    """How a `tf.function` is called, with what `_UserCode` says of it."""
+
+    def call(function, *args, **kwargs):
+        if tf.executing_eagerly() or not function._autograph:
+            return call_function(function, *args, **kwargs)
+        rewritten = autograph_util.py_func_from_autograph(
+            function.python_function, function._experimental_autograph_options)
+        with ag_ctx.ControlStatusCtx(ag_ctx.Status.UNSPECIFIED):  # The functions around are not to be rewritten.
+            return rewritten(*args, **kwargs)
+
+    return call
 
 
 def _with_checked_reads(decorator):
