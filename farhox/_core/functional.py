@@ -132,7 +132,7 @@ def is_taken_over(value: Any) -> bool:
 class _UserCode:
     """What holds in TensorFlow and Keras while a user's code is run into the graph of an inner training.
 
-    - Calls of `tf.function`s run their Python function, as AutoGraph rewrites it. Their own traces would keep tensors of
+    - Calls of `tf.function`s run their Python function as AutoGraph rewrites it. Their own traces would keep tensors of
       this graph and hide what the function reads.
     - Keras' losses are not divided by the number of replicas, as they are under a distribution strategy for gradients
       that will be added up. Here every replica trains an inner problem of its own on whole batches.
