@@ -194,24 +194,50 @@ def test_l1_goes_with_a_lower_bound_of_zero_as_in_the_positive_lasso(float64):
     np.testing.assert_allclose(result.state.variables[0], expected, atol=1e-9)
 
 
-def test_a_learned_l1_strength_under_other_dynamics_warns():
-    w = keras.Variable([1.0], name="w")
-    w.regularizer = farhox.L1L2(l1=farhox.Hyperparameter(0.1, low=0.0))
+def test_a_learned_l1_strength_under_other_dynamics_is_refused_unless_it_is_asked_for():
+    w, strength = keras.Variable([1.0], name="w"), farhox.Hyperparameter(0.1, low=0.0)
     for dynamics in (farhox.GradientDescent(), farhox.KerasDynamics(keras.optimizers.SGD())):
-        with pytest.warns(UserWarning, match=f"l1 strength of 'w'.*{type(dynamics).__name__}.*ProximalGradient"):
+        w.regularizer = farhox.L1L2(l1=strength)
+        with pytest.raises(ValueError, match=f"That of 'w' is .*{type(dynamics).__name__}.*ProximalGradient"):
             dynamics.bound_to([w])
+        w.regularizer = farhox.L1L2(l1=strength, subgradient=True)
+        dynamics.bound_to([w])
 
 
-def test_a_learned_l1_strength_that_an_objective_calls_by_itself_warns():
+@pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ForwardHG(), farhox.ImplicitHG()],
+                         ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_learned_l1_strength_that_an_inner_objective_calls_by_itself_is_refused(method, mode):
     strength, w = farhox.Hyperparameter(0.1, low=0.0, name="alpha"), variable(np.ones(2), name="w")
+
+    def problem(penalty):
+        def objective(batch):
+            return keras.ops.sum((w - batch) ** 2)
+
+        return farhox.BilevelProblem(
+            lambda batch: objective(batch) + penalty(w), objective, [w], [strength], farhox.GradientDescent(0.1))
+
+    def compute(penalty):
+        zeros = tf.zeros([2], "float64")
+
+        def function():
+            return method.compute(problem(penalty), farhox.repeat(zeros, 2), zeros).gradients
+
+        return (function if mode == "eager" else tf.function(function))()
+
+    with pytest.raises(ValueError, match="'alpha' acts by a subgradient.*penalty=farhox.dynamics.L1"):
+        compute(farhox.L1L2(l1=strength))
+    assert np.all(np.isfinite(compute(farhox.L1L2(l1=strength, subgradient=True))))
+
+
+def test_an_outer_objective_may_hold_a_learned_l1_strength(float64):
+    strength, w = farhox.Hyperparameter(0.1, low=0.0, name="alpha"), variable([2.0, -3.0], name="w")
     penalty = farhox.L1L2(l1=strength)
-
-    def objective(batch):
-        return keras.ops.sum((w - batch) ** 2) + penalty(w)
-
-    problem = farhox.BilevelProblem(objective, objective, [w], [strength], farhox.GradientDescent(0.1))
-    with pytest.warns(UserWarning, match="l1 strength 'alpha'.*subgradient.*penalty=farhox.dynamics.L1"):
-        problem.inner_loss(*problem.initial_state()[:2], problem.outer_values(), tf.zeros([2], "float64"))
+    problem = farhox.BilevelProblem(lambda _: 0.5 * keras.ops.sum(w ** 2), lambda _: penalty(w), [w], [strength],
+                                    farhox.GradientDescent(0.1))
+    result = farhox.ReverseHG().compute(problem, farhox.repeat(tf.zeros(1), 1), tf.zeros(1))
+    # dE/dstrength = sum |w|; what is learned is z with strength = softplus(z), of derivative 1 - exp(-strength).
+    np.testing.assert_allclose(result.gradients[0], 0.9 * 5.0 * (1 - np.exp(-0.1)), rtol=1e-6)
 
 
 def with_regularizer(regularizer, constraint=None):

@@ -55,7 +55,8 @@ def test_a_strength_per_layer_and_one_per_weight_have_the_hypergradients_of_fini
     l1, l2, per_weight = learned(0.02, name="l1"), learned(0.05, name="l2"), learned(np.full([4, 2], 0.1), name="each")
     model = keras.Sequential([
         keras.Input([3]),
-        keras.layers.Dense(4, "tanh", kernel_regularizer=farhox.L1L2(l1, l2), bias_regularizer=farhox.L1L2(l2=l2)),
+        keras.layers.Dense(4, "tanh", kernel_regularizer=farhox.L1L2(l1, l2, subgradient=True),
+                           bias_regularizer=farhox.L1L2(l2=l2)),
         keras.layers.Dense(2, kernel_regularizer=farhox.L1L2(l2=per_weight)),
     ])
     problem = farhox.supervised_problem(

@@ -75,7 +75,7 @@ class _Scope(keras.StatelessScope):
 
 
 def call(function: Callable[..., Any], *arguments: Any, bindings: Any, draws: Any = (),
-         taken_over: Any = ()) -> FunctionalResult:
+         taken_over: Any = None) -> FunctionalResult:
     """Calls `function(*arguments)` with tensors in the place of Keras variables.
 
     Inside another call, a variable without a binding has the value that it has there.
@@ -85,7 +85,8 @@ def call(function: Callable[..., Any], *arguments: Any, bindings: Any, draws: An
         bindings: List of (keras.Variable, tensor). Of two entries for one variable the later one counts.
         draws: The same for variables that the closure only reads, and tensors of any shape: one value per example in
             the place of a scalar, say. Code that computes with the variable then broadcasts.
-        taken_over: Variables of which somebody else does a part that the closure knows of; `is_taken_over` tells it.
+        taken_over: For the objective that a step of training minimises: variables of which somebody else does a part
+            that the closure knows of; `is_taken_over` tells it. None for any other closure.
 
     Returns:
         A `FunctionalResult`. No variable changes.
@@ -117,11 +118,19 @@ def once(function: Callable[[Any], Any], argument: Any) -> Any:
     return scope.found[key][2]
 
 
+def is_training_step() -> bool:
+    """Whether a closure is called by `call` as the objective that a step of training minimises."""
+    scope = get_stateless_scope()
+    while isinstance(scope, _Scope) and scope.taken_over is None:
+        scope = scope.original_scope
+    return isinstance(scope, _Scope)
+
+
 def is_taken_over(value: Any) -> bool:
     """Whether a Keras variable, or the tensor that it is bound to, is one of the `taken_over` of a call around."""
     scope = get_stateless_scope()
     while scope is not None:
-        for variable in scope.taken_over if isinstance(scope, _Scope) else ():
+        for variable in scope.taken_over or () if isinstance(scope, _Scope) else ():
             if value is variable or value is scope.state_mapping.get(id(variable)):
                 scope.met.add(id(variable))
                 return True

@@ -16,7 +16,7 @@ from farhox._core import tree
 from farhox._core.types import Nest, Tensor, Tensors, Variables
 from farhox.dynamics.settings import check_decays, check_setting, setting_per_variable, setting_value
 from farhox.outer.outer_variable import Setting
-from farhox.outer.regularizers import warn_of_subgradients
+from farhox.outer.regularizers import check_no_subgradients
 
 
 class InnerDynamics(abc.ABC):
@@ -118,7 +118,7 @@ class InnerDynamics(abc.ABC):
         Returns:
             An `InnerDynamics` of the same class.
         """
-        warn_of_subgradients(variables, self)
+        check_no_subgradients(variables, self)
         return self
 
 

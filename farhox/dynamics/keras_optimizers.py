@@ -29,7 +29,7 @@ from farhox.dynamics.functional_optimizer import (
 )
 from farhox.dynamics.settings import check_decays, check_length, check_setting, setting_per_variable
 from farhox.outer.outer_variable import OuterVariable
-from farhox.outer.regularizers import warn_of_subgradients
+from farhox.outer.regularizers import check_no_subgradients
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 # Settings of every Keras optimizer that are floats if given and None by default.
@@ -125,7 +125,7 @@ class KerasDynamics(InnerDynamics):
 
     def bound_to(self, variables: Variables) -> InnerDynamics:
         check_length(self.settings.get("learning_rate"), variables)
-        warn_of_subgradients(variables, self)
+        check_no_subgradients(variables, self)
         bound = copy.copy(self)
         # A problem may be made inside a tf.function; the variables that stand for the slots are no part of its graph.
         with tf.init_scope():
