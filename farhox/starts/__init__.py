@@ -3,5 +3,7 @@
 from farhox.starts.baselines import best_on_average, portfolio
 from farhox.starts.evaluations import PriorEvaluations
 from farhox.starts.properties import dataset_properties
+from farhox.starts.rule import StartRule
+from farhox.starts.symbolic import SymbolicDefaults
 
-__all__ = ["PriorEvaluations", "best_on_average", "dataset_properties", "portfolio"]
+__all__ = ["PriorEvaluations", "StartRule", "SymbolicDefaults", "best_on_average", "dataset_properties", "portfolio"]
