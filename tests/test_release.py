@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 REPOSITORY = "https://github.com/farhox/farhox"
 PLACES = (f"{REPOSITORY}/blob/main/", "https://raw.githubusercontent.com/farhox/farhox/main/")
 # The names that packages are imported by, where they are other than those that they are installed by.
-INSTALLED_BY = {"sklearn": "scikit-learn", "tensorflow_datasets": "tensorflow-datasets", "tensorflow_serving": "tensorflow-serving-api"}
+INSTALLED_BY = {"sklearn": "scikit-learn", "tensorflow_datasets": "tensorflow-datasets",
+                "tensorflow_serving": "tensorflow-serving-api"}
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,8 @@ class SymbolicDefaults(StartRule):
     selects on the mean score and the number of operators. An individual one of whose values is complex, infinite, not
     a number or 2^100 and more on a data set ranks below all others.
 
-    It needs the packages deap, whose licence is the LGPL, and scikit-learn, which are in the extra `starts`. A rule that
-    is fitted needs neither.
+    It needs the packages deap, whose licence is the LGPL, and scikit-learn, which are in the extra `starts`. A
+    rule that is fitted needs neither.
 
     Args:
         population: Positive int, offspring of a generation.
