@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.inner_state import InnerState
+from farhox._core.retraced import Retraced
 from farhox._core.types import Batch, InnerBatches, Nest, Objective, Tensor
 from farhox.dynamics.base import GradientDescent, InnerDynamics
 from farhox.outer.hyperparameters import ExampleWeights, LearnedSchedule
@@ -311,7 +312,9 @@ class BilevelProblem(Maps):
         return memory_plan(self, batch, steps, float("inf") if memory is None else memory)
 
     def compiled(self, method: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(method, problem, ...)` as a `tf.function` of the rest, one per method: what eager calls run.
+        """`function(method, problem, ...)` as a traced function of the rest, one per method: what eager calls run.
+
+        It is traced again when a Python value that the objectives, the model or the method read has changed.
 
         Args:
             method: A method; functions are kept as long as the problem.
@@ -320,8 +323,10 @@ class BilevelProblem(Maps):
         key = id(method), function.__name__
         if key not in self._compiled:
             # The method is kept with its function, so that no other one gets its id.
-            self._compiled[key] = method, tf.function(
-                lambda *arguments: function(method, self, *arguments), autograph=False)
+            self._compiled[key] = method, Retraced(
+                lambda *arguments: function(method, self, *arguments),
+                [method, self._inner_objective, self._outer_objective, self._features, self.outer_predictions,
+                 self.dynamics, self.stop_tolerance, self._check_data, self.model])
         return self._compiled[key][1]
 
     @property
