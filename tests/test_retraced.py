@@ -112,7 +112,8 @@ def test_an_eager_call_sees_a_python_number_that_was_changed(make, monkeypatch):
 def test_an_eager_call_sees_what_was_changed_in_a_layer(float64):
     x = np.random.default_rng(0).normal(size=(6, 3))
     model = keras.Sequential([
-        keras.Input([3]), keras.Sequential([keras.layers.Dense(4), keras.layers.LeakyReLU(0.1)]), keras.layers.Dense(1)])
+        keras.Input([3]), keras.Sequential([keras.layers.Dense(4), keras.layers.LeakyReLU(0.1)]),
+        keras.layers.Dense(1)])
 
     def problem():
         rate = variable(0.1)

@@ -51,8 +51,8 @@ class Retraced:
             self._again += 1
             if self._again == _MANY:
                 warnings.warn(
-                    f"The objectives were traced {_MANY} times again, which takes seconds each, because {changed!r}, which "
-                    "they read, was another value at each call. Pass it as a part of the batch, or make it a "
+                    f"The objectives were traced {_MANY} times again, which takes seconds each, because {changed!r}, "
+                    "which they read, was another value at each call. Pass it as a part of the batch, or make it a "
                     "keras.Variable that is assigned.", stacklevel=3)
         traces = self._function.experimental_get_tracing_count()
         result = self._function(*arguments)

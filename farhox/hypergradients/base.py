@@ -74,7 +74,8 @@ class HyperGradient(abc.ABC):
         """Runs T inner steps and computes the hypergradient. Pure TensorFlow: no variable changes.
 
         Called eagerly it runs a compiled function, which is traced once for each structure and shape of the arguments
-        and kept with the problem, and traced again where a Python value that the objectives read has changed; after `tf.config.run_functions_eagerly(True)` the objectives run step by step.
+        and kept with the problem, and traced again where a Python value that the objectives read has changed; after
+        `tf.config.run_functions_eagerly(True)` the objectives run step by step.
 
         Args:
             problem: A `BilevelProblem`; one `over_episodes` has batches and results with one more axis.
