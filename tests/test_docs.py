@@ -60,7 +60,7 @@ def blocks(page):
 
 
 # What makes a block long and not another one: the default run takes at most this much of it.
-AT_MOST = {"epochs": 2, "steps_per_epoch": 3, "episodes": 5, "repeats": 1}
+AT_MOST = {"epochs": 2, "n_trials": 1, "steps_per_epoch": 3, "episodes": 5, "repeats": 1}
 
 
 def shortened(code):
