@@ -10,7 +10,7 @@ from problems import assert_close, assert_identical, variable
 from unrolled import finite_differences
 
 import farhox
-from farhox._core.traced import LARGE
+from farhox._core.large_constants import LARGE
 
 EXAMPLES, INPUTS = 400, 30  # 400 x 30 numbers of float64: 96 kB.
 
@@ -81,8 +81,27 @@ def test_shapes_that_the_users_code_sets_stay_beside_large_arrays():
     np.testing.assert_allclose(result.gradients[0], -2 * 18 * (-0.8 + 0.2), rtol=1e-12)
 
 
+@pytest.mark.parametrize("branch", [
+    lambda yes: tf.cond(tf.constant(True), yes, lambda: 0.0 * yes()),
+    lambda yes: tf.switch_case(tf.constant(1), [lambda: 0.0 * yes(), yes]),
+    lambda yes: tf.while_loop(lambda i, _: i < 2, lambda i, total: (i + 1, total + yes()),
+                              [0, tf.zeros([], "float64")])[1]], ids=["cond", "switch", "while"])
+def test_rules_inside_of_branches_and_loops_hold_beside_large_arrays(branch, float64):
+    data = np.random.default_rng(0).normal(size=LARGE // 8)
+    w, scale = variable([0.7, -0.4]), variable(0.3)
+
+    def inner(_):
+        return tf.reduce_mean(data * data) * branch(
+            lambda: tf.reduce_sum(tf.square(scale * w - tf.stop_gradient(tf.tanh(w.value)))) * tf.reduce_max(data))
+
+    problem = farhox.BilevelProblem(inner, lambda _: tf.reduce_sum(tf.square(w)), [w], [scale],
+                                    farhox.GradientDescent(0.05))
+    arguments = problem, farhox.repeat(tf.zeros([1]), 3), tf.zeros([1])
+    assert_close(farhox.ReverseHG().compute(*arguments).gradients, finite_differences(*arguments), 1e-7)
+
+
 def test_arrays_that_no_graph_has_room_for_are_refused(monkeypatch):
-    monkeypatch.setattr("farhox._core.traced.ROOM", 2**16)
+    monkeypatch.setattr("farhox._core.large_constants.ROOM", 2**16)
     with pytest.raises(ValueError, match="closes over .*must stay under 2 GB together.*Received: 0.0 GB"):
         farhox.ReverseHG().compute(closed_over("arrays"), farhox.repeat(tf.zeros([1]), 1), tf.zeros([1]))
 

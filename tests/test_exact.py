@@ -47,6 +47,10 @@ def in_a_branch(x):
     return tf.cond(tf.reduce_sum(x) > 0, lambda: tf.stop_gradient(x) * x**2, lambda: x)
 
 
+def in_a_switch(x):
+    return tf.switch_case(tf.constant(1), [lambda: x, lambda: tf.stop_gradient(x) * x**2, lambda: tf.exp(x)])
+
+
 def soft_targets(x):
     losses = tf.nn.softmax_cross_entropy_with_logits(tf.nn.softmax(x[:2]), x[2:] * x[:2])
     return losses * tf.constant([1.0, 2.0], X.dtype)
@@ -62,7 +66,8 @@ def pooled(padding):
 
 FUNCTIONS = {
     "moments": variance, "moments of TensorFlow 1": variance_by_compatibility, "variance by hand": variance_by_hand,
-    "self-distillation": self_distillation, "loop": in_a_loop, "branch": in_a_branch, "soft targets": soft_targets,
+    "self-distillation": self_distillation, "loop": in_a_loop, "branch": in_a_branch, "switch": in_a_switch,
+    "soft targets": soft_targets,
     "softsign": lambda x: tf.nn.softsign(x) * W, "silu": lambda x: tf.nn.silu(x) * W,
     "bilinear": resized("bilinear"), "bicubic": resized("bicubic"), "nearest": resized("nearest"),
     "max pooling": pooled("VALID"), "padded max pooling": pooled("SAME"),

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import assert_close
+from problems import assert_close, variable
+from unrolled import finite_differences
 
 import farhox
 
@@ -156,6 +157,66 @@ def test_rematerialised_layers_run_as_they_are(method, float64):
     assert_close(hypergradient(None, own=True), plain, 1e-12)
 
 
+def traced(function, *shapes):
+    """A `ConcreteFunction`, whose Python function cannot be called again."""
+    return tf.function(function).get_concrete_function(*[tf.TensorSpec(shape, "float64") for shape in shapes])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("function, words", [
+    (lambda w, s: s * tf.reduce_sum(tf.stop_gradient(w) * w**2), "StopGradient.*leaves a part out.*'[^']*' calls"),
+    (lambda w, s: s * tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(tf.nn.softmax(w), w)),
+     "SoftmaxCrossEntropyWithLogits.*leaves a part out"),
+    (lambda w, s: s * tf.reduce_sum(w**2) * tf.random.normal([], dtype="float64"), "RandomStandardNormal.*draws from"),
+    (lambda w, s: s * tf.reduce_sum(tf.numpy_function(np.sin, [w], "float64")) + tf.reduce_sum(w**2),
+     "PyFunc.*calls Python")], ids=["stop", "labels", "draw", "python"])
+def test_what_a_function_that_was_traced_before_hides_is_refused(function, words, nested):
+    w, strength = variable([0.7, -0.4], name="w"), variable(0.3, name="strength")
+    call = traced(function, [2], [])
+    if nested:
+        inside = call
+        call = traced(lambda w, s: tf.cond(s > 0, lambda: inside(w, s), lambda: s * tf.reduce_sum(w)), [2], [])
+    problem = farhox.BilevelProblem(
+        lambda _: call(w.value, strength.value), lambda _: tf.reduce_sum(w**2), [w], [strength],
+        farhox.GradientDescent(0.1))
+    with pytest.raises(ValueError, match=words):
+        farhox.ReverseHG().compute(problem, farhox.repeat(tf.zeros([1]), 2), tf.zeros([1]))
+
+
+def test_a_function_that_was_traced_before_is_exact_where_no_rule_is_needed(float64):
+    w, strength = variable([0.7, -0.4], name="w"), variable(0.3, name="strength")
+    penalty = traced(lambda w, s: s * tf.reduce_sum(tf.tanh(w)**2 * w), [2], [])
+    teacher = traced(lambda x: tf.stop_gradient(tf.sin(x)) * 2.0, [2])  # Nothing that is learned passes it.
+    stopped = traced(lambda w, s: s * tf.reduce_sum(tf.stop_gradient(w) * w), [2], [])
+
+    def problem(loss, **arguments):
+        return farhox.BilevelProblem(loss, lambda _: tf.reduce_sum(w**2), [w], [strength], farhox.GradientDescent(0.1),
+                                     **arguments)
+
+    ones = tf.ones([2], "float64")
+    batches = farhox.repeat(ones, 3), ones
+    own = problem(lambda x: penalty(w.value, strength.value) + tf.reduce_sum((w - teacher(x))**2))
+    assert_close(farhox.ReverseHG().compute(own, *batches).gradients, finite_differences(own, *batches), 1e-7)
+    # As a constant the stopped factor is no reason to refuse: g = s c with c = w, so dw_1/ds = -0.1 w.
+    as_constant = problem(lambda _: stopped(w.value, strength.value), stop_gradient="tensorflow")
+    one_step = farhox.repeat(ones, 1), ones
+    expected = np.sum(2 * np.array([0.7, -0.4]) * (1 - 0.03) * -0.1 * np.array([0.7, -0.4]))
+    assert_close(farhox.ReverseHG().compute(as_constant, *one_step).gradients, [expected], 1e-6)
+
+
+def test_a_reversed_gradient_by_a_stop_has_the_hypergradient_of_the_training_that_happens(float64):
+    w, strength = variable([0.7, -0.4], name="w"), variable(0.3, name="strength")
+
+    def reversed_gradient(x):
+        return -strength * x + tf.stop_gradient(x + strength * x)
+
+    problem = farhox.BilevelProblem(
+        lambda x: tf.reduce_sum(tf.tanh(reversed_gradient(tf.convert_to_tensor(w))) ** 2) + tf.reduce_sum((w - x) ** 2),
+        lambda x: tf.reduce_sum(w**2), [w], [strength], farhox.GradientDescent(0.1))
+    arguments = problem, farhox.repeat(tf.ones([2]), 3), tf.ones([2])
+    assert_close(farhox.ReverseHG().compute(*arguments).gradients, finite_differences(*arguments), 1e-7)
+
+
 def test_a_custom_gradient_is_obeyed_where_variables_are_arguments_and_refused_where_they_are_hidden(float64):
     w = keras.Variable(np.ones(1), name="w")
     rate = farhox.Hyperparameter(0.1, low=0.0, log=True, name="rate")
@@ -174,7 +235,8 @@ def test_a_custom_gradient_is_obeyed_where_variables_are_arguments_and_refused_w
     one = np.ones(1)
     with pytest.raises(ValueError, match="variables must be passed to it. 'hidden' reads w"):
         farhox.ReverseHG().compute(problem(lambda x: tf.reduce_sum(hidden(x)**2)), farhox.repeat(one, 2), one)
-    result = farhox.ReverseHG().compute(
-        problem(lambda x: tf.reduce_sum(clipped(x, tf.convert_to_tensor(w))**2)), farhox.repeat(one, 2), one)
+    with pytest.warns(UserWarning, match="gives 'clipped' counts as its derivative.*write it with tf.stop_gradient"):
+        result = farhox.ReverseHG().compute(
+            problem(lambda x: tf.reduce_sum(clipped(x, tf.convert_to_tensor(w))**2)), farhox.repeat(one, 2), one)
     # The clipped gradient is 1 in both steps: w_2 = 1 - 2 rate, and d w_2^2 / d log(rate) = -4 rate w_2.
     assert_close(result.gradients, [-0.4 * 0.8], 1e-12)

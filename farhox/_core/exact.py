@@ -37,6 +37,8 @@ def exact_derivatives(stops: Any = True) -> Iterator[None]:
     Args:
         stops: Bool. Whether second derivatives pass what stopped the first one.
     """
+    if not stops and not tf.executing_eagerly():
+        tf.compat.v1.get_default_graph().add_to_collection(_CONSTANT_STOPS, True)
     with _marked(_PASSING | _SECOND if stops else _SECOND, _MASKED):
         yield
 
@@ -87,10 +89,37 @@ def operations_of(graph: tf.Graph, start: int = 0) -> Iterator[tf.Operation]:
 
 def operations_inside(operation: tf.Operation) -> Iterator[tf.Operation]:
     """The operations that a loop or a branch holds; none of any other operation."""
-    graphs = [getattr(operation, name, None) for name in ("_cond_graph", "_body_graph", "_true_graph", "_false_graph")]
-    for inner in [*graphs, *(getattr(operation, "_branch_graphs", None) or [])]:
-        if inner is not None:
-            yield from operations_of(inner)
+    for name in graphs_inside(operation):
+        yield from operations_of(getattr(operation, name))
+
+
+def operations_called(operation: tf.Operation) -> Iterator[tf.Operation]:
+    """The operations of the function that a call of a traced function runs; none of any other operation.
+
+    Nothing can be set on them: the derivative of the call was traced with the function.
+    """
+    if operation.type not in _CALLS:
+        return
+    name, graph, function = operation.get_attr("f").name, operation.graph, None
+    while graph is not None and function is None:
+        function, graph = graph._get_function(name), getattr(graph, "outer_graph", None)
+    for inner in () if function is None else operations_of(function.graph):
+        yield inner
+        yield from operations_called(inner)
+
+
+def needs_rule(graph: tf.Graph, operation: tf.Operation) -> bool:
+    """Whether the second derivatives of an operation of the inner gradient need a rule of these."""
+    stops = {} if graph.get_collection(_CONSTANT_STOPS) else _PASSING
+    return operation.type in _SECOND or operation.type in stops
+
+
+def graphs_inside(operation: tf.Operation) -> list[str]:
+    """The attributes of a loop or a branch under which TensorFlow keeps the graphs that it holds."""
+    names = list(_GRAPHS)
+    if operation.type in ("Case", "StatelessCase"):
+        names = [f"_branch_graph_{i}" for i in range(len(operation.get_attr("branches")))]
+    return [name for name in names if getattr(operation, name, None) is not None]
 
 
 def passes_to(tensors: Any) -> set[Any]:
@@ -223,6 +252,7 @@ def _summed(product, like):
     return tf.reshape(tf.reduce_sum(product, axes), tf.shape(like))
 
 
+_GRAPHS = ("_cond_graph", "_body_graph", "_true_graph", "_false_graph")
 _PASSING = {"StopGradient": "FarhoxPass", "PreventGradient": "FarhoxPass"}
 _SECOND = {
     "SoftmaxCrossEntropyWithLogits": "FarhoxSoftmaxCrossEntropy",
@@ -237,4 +267,6 @@ _SECOND = {
 _MASKED = {"Mul": "FarhoxMul", "Reciprocal": "FarhoxReciprocal", "Inv": "FarhoxReciprocal", "Log": "FarhoxLog",
            "RealDiv": "FarhoxMaskedDiv"}
 _INFINITE = "farhox_masks_infinities"
+_CONSTANT_STOPS = "farhox_stops_are_constants"
+_CALLS = frozenset(["PartitionedCall", "StatefulPartitionedCall"])
 _ROOTS = {"Sqrt": "FarhoxSqrt", "Rsqrt": "FarhoxRsqrt", "Pow": "FarhoxPow", "RealDiv": "FarhoxRealDiv"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from tensorflow.python.ops import custom_gradient
 # tracing takes three times as long when every call is.
 autograph.CONVERSION_RULES = (autograph.DoNotConvert("farhox"), *autograph.CONVERSION_RULES)
 
+# Their custom gradients are derivatives.
+_EXACT_BY_THEMSELVES = frozenset(["tensorflow", "keras", "farhox"])
 _Function = type(tf.function(lambda: None))
 
 
@@ -220,6 +223,12 @@ def _with_checked_reads(decorator):
             raise ValueError(
                 "A function under tf.custom_gradient has derivatives with respect to its arguments alone: variables "
                 f"must be passed to it. {getattr(function, '__name__', function)!r} reads {', '.join(hidden)}.")
+        if is_training_step() and (function.__module__ or "").split(".")[0] not in _EXACT_BY_THEMSELVES:
+            warnings.warn(
+                f"The gradient that tf.custom_gradient gives {getattr(function, '__name__', function)!r} counts as its "
+                "derivative in a hypergradient too. Where it is another one (a reversed, clipped or straight-through "
+                "gradient), write it with tf.stop_gradient, as g(x) + tf.stop_gradient(f(x) - g(x)): the hypergradient "
+                "is then that of the training that happens.", stacklevel=4)
         return result
 
     return call

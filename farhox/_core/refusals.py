@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox._core.exact import operations_inside, passes_to
+from farhox._core.exact import needs_rule, operations_called, operations_inside, passes_to
 from farhox._core.types import Tensors
 
 _DRAWS = frozenset([
@@ -51,7 +51,7 @@ def check_operations(graph: tf.Graph, outputs: Tensors, outer: Any = False) -> N
     """
     needed = graph.ancestors([output for output in tf.nest.flatten(outputs) if output is not None])
     for operation in graph.graph.get_operations():
-        for found in (operation, *operations_inside(operation)):
+        for found in _with_inner(operation):
             _check(found, operation.name in needed, operation.name, outer)
 
 
@@ -86,17 +86,10 @@ def check_derivatives(outputs: Tensors, inputs: Tensors) -> None:
     Raises:
         ValueError: If there is such an operation; it is named.
     """
-    allowed = passes_to(outputs)
-    reached, stack = {}, [consumer for tensor in inputs for consumer in tensor.consumers()]
     sources = {tensor.name for tensor in inputs}
-    while stack:
-        operation = stack.pop()
-        if operation.name in reached or operation.name not in allowed:
-            continue
-        reached[operation.name] = operation
-        stack.extend(consumer for tensor in operation.outputs for consumer in tensor.consumers())
+    reached = _between(outputs, inputs)
     for operation in reached.values():
-        for found in (operation, *operations_inside(operation)):
+        for found in _with_inner(operation):
             if found.type in _COUNTED_AS_CONSTANT:
                 raise ValueError(f"{_RULE}TensorFlow counts the operation {found.type} at {operation.name!r} as a "
                                  f"constant, which it is not.{_ADVICE}")
@@ -105,6 +98,47 @@ def check_derivatives(outputs: Tensors, inputs: Tensors) -> None:
             if tensor.name in sources or tensor.op.name in reached:
                 raise ValueError(f"{_RULE}TensorFlow leaves out the derivative of the operation {operation.type} at "
                                  f"{operation.name!r} with respect to its input {place}.{_ADVICE}")
+
+
+def check_second_derivatives(outputs: Tensors, inputs: Tensors) -> None:
+    """Refuses calls of traced functions between inputs and outputs whose second derivative would not be exact.
+
+    Args:
+        outputs, inputs: Lists of tensors of one graph, which holds an inner gradient.
+
+    Raises:
+        ValueError: If there is such a call; it is named.
+    """
+    for operation in _between(outputs, inputs).values():
+        for caller in (operation, *operations_inside(operation)):
+            for found in operations_called(caller):
+                if needs_rule(caller.graph, found):
+                    raise ValueError(
+                        f"{_RULE}The one of the operation {found.type} is TensorFlow's own, which leaves a part out, "
+                        f"inside of the function that {operation.name!r} calls: it was traced before. Call the "
+                        "tf.function or the layer itself in the place of its ConcreteFunction or of what was loaded "
+                        "from a SavedModel; where it is tf.stop_gradient, stop_gradient='tensorflow' of the problem "
+                        "takes what it stops for a constant.")
+
+
+def _between(outputs, inputs):
+    """By name, the operations between inputs and outputs that derivatives pass."""
+    allowed = passes_to(outputs)
+    reached, stack = {}, [consumer for tensor in inputs for consumer in tensor.consumers()]
+    while stack:
+        operation = stack.pop()
+        if operation.name in reached or operation.name not in allowed:
+            continue
+        reached[operation.name] = operation
+        stack.extend(consumer for tensor in operation.outputs for consumer in tensor.consumers())
+    return reached
+
+
+def _with_inner(operation):
+    """The operation, those that it holds as a loop or a branch, and those of the functions that these call."""
+    for held in (operation, *operations_inside(operation)):
+        yield held
+        yield from operations_called(held)
 
 
 def check_gradients_exist(operations: Any) -> None:

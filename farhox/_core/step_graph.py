@@ -12,10 +12,9 @@ from typing import Any
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from farhox._core import refusals
+from farhox._core import large_constants, refusals
 from farhox._core.exact import exact_derivatives
 from farhox._core.functional import user_code
-from farhox._core.traced import traced
 from farhox._core.types import Nest, Tensor, Tensors
 
 
@@ -34,13 +33,28 @@ class StepGraph:
     """
 
     def __init__(self, function: Callable[..., Any], inputs: Any) -> None:
-        concrete, self.inputs, self.outputs = traced(function, inputs)
+        traced = []
+
+        def body(*inputs):
+            # A tensor that is returned as it came in must be told from the input.
+            inputs = list(inputs)
+            with user_code():
+                outputs = tf.nest.map_structure(
+                    lambda output: None if output is None else tf.identity(output), function(inputs))
+            traced.extend([inputs, outputs])
+            return ()
+
+        concrete = tf.function(body, autograph=False).get_concrete_function(
+            *[tf.TensorSpec(x.shape, x.dtype) for x in inputs])
+        self.inputs, self.outputs = traced
+        large_constants.check_room(concrete.graph)
         # The graph lives as long as its function.
         self._concrete = concrete
         self._definition = None
         self._nodes = {}
         self._functions = {}
         self._linear = {}
+        self._constants = {}
         self.is_copied = False
 
     @property
@@ -76,8 +90,9 @@ class StepGraph:
         if not pairs:
             return [None] * len(inputs)
         outputs, given = zip(*pairs)
-        refusals.check_derivatives(outputs, [tensor for tensor in inputs if not any(
-            tensor is constant for constant in held)])
+        free = [tensor for tensor in inputs if not any(tensor is constant for constant in held)]
+        refusals.check_derivatives(outputs, free)
+        refusals.check_second_derivatives(outputs, free)
         self._definition: Any = None
         # What is added here is differentiated once more by `pushforward`.
         with self.graph.as_default(), user_code(), exact_derivatives():
@@ -124,9 +139,9 @@ class StepGraph:
             return self._run_eagerly(list(fetches), feeds, checks)
         current = tf.compat.v1.get_default_graph()
         values = {tensor.name: value for tensor, value in feeds}
-        captured = {internal.name: external for external, internal in self.graph.captures}
         wanted = [fetch.name for fetch in fetches if fetch.name not in values]
         nodes, cut = self._needed(wanted, values)
+        captured = {**self._constants, **{internal.name: external for external, internal in self.graph.captures}}
         missing = sorted(name for name in cut if name not in values and name not in captured)
         if missing:
             raise ValueError(f"The graph must be fed all that a fetch depends on. Not fed: {missing}")
@@ -270,6 +285,7 @@ class StepGraph:
         """The definition of the graph, read again when derivatives were added."""
         if self._definition is None:
             self._definition = self.graph.as_graph_def()
+            large_constants.take_out(self.graph, self._definition, self._constants)
             self._nodes = {node.name: node for node in self._definition.node}
             for node in self._nodes.values():
                 node.attr.pop("_class", None)
@@ -292,7 +308,7 @@ class StepGraph:
                 continue
             seen.add(tensor)
             node = every[name]
-            if node.op == "Placeholder":
+            if node.op == "Placeholder" or tensor in self._constants:
                 if not tensor.startswith("^"):
                     cut.add(tensor)
                 continue
