@@ -81,6 +81,26 @@ def test_shapes_that_the_users_code_sets_stay_beside_large_arrays():
     np.testing.assert_allclose(result.gradients[0], -2 * 18 * (-0.8 + 0.2), rtol=1e-12)
 
 
+@pytest.mark.parametrize("make", [lambda x: farhox.repeat(x, 2), lambda x: farhox.gather(x, [[0, 1], [2, 3]])],
+                         ids=["repeat", "gather"])
+def test_large_arrays_that_are_given_inside_of_a_function_are_not_part_of_its_graph(make, float64):
+    x = np.random.default_rng(0).normal(size=(EXAMPLES, INPUTS))
+    w, rate = variable(np.full((INPUTS, 1), 0.1)), variable(0.05, name="rate")
+
+    def objective(x):
+        return tf.reduce_mean(tf.square(tf.matmul(x, tf.tanh(w.value)) - 1.0))
+
+    problem = farhox.BilevelProblem(objective, objective, [w], [rate], farhox.GradientDescent(rate))
+    results = []
+    for data in (x, tf.constant(x)):
+        step = tf.function(lambda data=data: farhox.ReverseHG().compute(problem, make(data), data).gradients)
+        results.append(step())
+        graph = step.get_concrete_function().graph
+        own = [node for node in graph.as_graph_def().node if node.op == "Const"]
+        assert constants(graph) + sum(len(node.attr["value"].tensor.tensor_content) for node in own) < LARGE
+    assert_identical(*results)
+
+
 @pytest.mark.parametrize("branch", [
     lambda yes: tf.cond(tf.constant(True), yes, lambda: 0.0 * yes()),
     lambda yes: tf.switch_case(tf.constant(1), [lambda: 0.0 * yes(), yes]),

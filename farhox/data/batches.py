@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks, tree
+from farhox._core.large_constants import LARGE
 from farhox._core.types import Array, Batch, Data, InnerBatches, Nest, Tensor
 
 
@@ -135,6 +136,9 @@ def as_tensors(name: str, nest: Nest) -> Nest:
     def converted(leaf):
         if not isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
             try:
+                if isinstance(leaf, np.ndarray) and leaf.nbytes >= LARGE:
+                    with tf.init_scope():  # In a graph it would be a constant, of which there are copies then.
+                        return tf.convert_to_tensor(leaf)
                 return tf.convert_to_tensor(leaf)
             except (TypeError, ValueError):
                 pass
