@@ -9,22 +9,26 @@ import keras
 import tensorflow as tf
 
 from farhox._core import tree
-from farhox._core.types import Batch, InnerBatches, Optimizer, Tensor, Variables
-from farhox.hypergradients import EpisodesHG, HyperGradient
+from farhox._core.types import Batch, InnerBatches, Metrics, Optimizer, Tensor, Variables
+from farhox.dynamics.base import check_keras_optimizer, check_unscaled
+from farhox.hypergradients import EpisodesHG, HyperGradient, ReverseHG
 from farhox.hypergradients.base import HyperGradientResult, Memory
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
-from farhox.training.updates import restored
+from farhox.training.kept import Kept
+from farhox.training.updates import GuardedUpdate, restored
+from farhox.training.watch import Watch
 
 
-def checked_settings(problem: BilevelProblem, hypergradient: HyperGradient, online: bool,
+def checked_settings(problem: BilevelProblem, hypergradient: HyperGradient | None, online: bool,
                      outer_first: bool) -> tuple[BilevelProblem, HyperGradient]:
-    """A problem and a method that can be iterated: both over episodes where one of them is.
+    """A problem and a method that can be iterated: both over episodes where one of them is; `ReverseHG` for None.
 
     Raises:
         TypeError: If one of them has the wrong type.
         ValueError: If they do not go with `online` or `outer_first`.
     """
+    hypergradient = ReverseHG() if hypergradient is None else hypergradient
     if not isinstance(problem, BilevelProblem):
         raise TypeError(f"problem must be a farhox.BilevelProblem. Received: {problem!r}")
     if not isinstance(hypergradient, HyperGradient):
@@ -52,6 +56,36 @@ def checked_settings(problem: BilevelProblem, hypergradient: HyperGradient, onli
     return problem, hypergradient
 
 
+def problem_to_compile(problem: BilevelProblem, optimizer: Optimizer, losses: list[Any], metrics: Metrics | None,
+                       parallel_iterations: int | None) -> BilevelProblem:
+    """The problem with what is said when a `HyperOptimizer` is compiled.
+
+    Args:
+        problem: A `BilevelProblem`.
+        optimizer: The outer optimizer.
+        losses: What was given as losses, which must all be None.
+        metrics: The metrics, weighted ones included.
+        parallel_iterations: Int or None, episodes that are computed at the same time.
+
+    Raises:
+        TypeError: If the optimizer is none of Keras'.
+        ValueError: If a loss is given, metrics cannot be computed, or `parallel_iterations` does not fit.
+    """
+    if any(loss is not None for loss in losses):
+        raise ValueError("A HyperOptimizer takes no loss: the inner and outer objective are part of the problem.")
+    if metrics and problem.outer_predictions is None:
+        raise ValueError("Metrics need predictions: give BilevelProblem(outer_predictions=batch -> (targets, "
+                         "predictions, sample_weight)), or make the problem with farhox.supervised_problem.")
+    if parallel_iterations is not None:
+        if not problem.has_episodes:
+            raise ValueError("parallel_iterations is for a problem over_episodes, which has several trainings in a "
+                             f"hyper-iteration. Received: parallel_iterations={parallel_iterations!r}")
+        problem = problem.in_parallel(parallel_iterations)
+    check_keras_optimizer("optimizer", optimizer)
+    check_unscaled("optimizer", optimizer)
+    return problem
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class HyperIteration:
     """What a `HyperOptimizer` does with one element of its data set.
@@ -64,17 +98,29 @@ class HyperIteration:
         kept: `Kept`, where the inner state and the memory are between hyper-iterations.
         guarded_update: `GuardedUpdate`, which takes an update back that a value does not survive.
         watch: `Watch`, which counts what was skipped.
-        last_outer_loss: `keras.Variable` that is given the outer loss, over all replicas.
+        last_outer_loss: `keras.Variable` that is given the outer loss, over all replicas, where the mean over an epoch
+            says too little.
     """
 
     outer: Variables
     hypergradient: HyperGradient
     online: bool
     outer_first: bool
-    kept: Any
-    guarded_update: Any
-    watch: Any
+    kept: Kept
+    guarded_update: GuardedUpdate
+    watch: Watch
     last_outer_loss: keras.Variable
+
+    @classmethod
+    def of(cls, problem: BilevelProblem, hypergradient: HyperGradient, online: bool, outer_first: bool,
+           max_skipped_updates: int) -> HyperIteration:
+        """One with parts of its own; see `HyperOptimizer` for the arguments."""
+        outer, guarded_update = list(problem.outer_variables), GuardedUpdate(problem)
+        watch = Watch(outer, hypergradient, guarded_update, max_skipped_updates)
+        last_outer_loss = keras.Variable(float("nan"), dtype="float32", trainable=False, name="last_outer_loss",
+                                         aggregation="only_first_replica")
+        return cls(outer, hypergradient, online, outer_first, Kept(problem, hypergradient, online), guarded_update,
+                   watch, last_outer_loss)
 
     def run(self, problem: BilevelProblem, optimizer: Optimizer, iteration: Tensor, inner_batches: InnerBatches,
             outer_batch: Batch) -> HyperGradientResult:

@@ -13,32 +13,22 @@ import tensorflow as tf
 
 from farhox._core import checks
 from farhox._core.inner_state import InnerState
-from farhox._core.logs import log_names, log_values
 from farhox._core.types import Batch, Data, InnerBatches, Metrics, Optimizer, Tensor, Tensors
-from farhox.data.batches import as_inner_batches, as_tensors, examples_of
+from farhox.data.batches import examples_of
 from farhox.data.datasets import as_hyper_iterations, pair, raise_if_endless
-from farhox.dynamics.base import check_keras_optimizer, check_unscaled
-from farhox.hypergradients import HyperGradient, ReverseHG
+from farhox.hypergradients import HyperGradient
 from farhox.hypergradients.base import HyperGradientResult
 from farhox.problem.bilevel import BilevelProblem
-from farhox.problem.inner_training import InnerTraining
+from farhox.training.by_hand import ByHand
 from farhox.training.data_checks import with_checks
 from farhox.training.errors import clear_errors
-from farhox.training.hyper_iteration import HyperIteration, checked_settings
-from farhox.training.kept import Kept
+from farhox.training.hyper_iteration import HyperIteration, checked_settings, problem_to_compile
+from farhox.training.measures import Measures
 from farhox.training.metric_variables import make_metrics, make_metrics_of_replicas
 from farhox.training.progress import Logs, add_progress, as_list
-from farhox.training.trained import Trained, describe, known_model, raise_if_not_finite, trained_copy
-from farhox.training.updates import GuardedUpdate
-from farhox.training.watch import GAP, SkipGuard, Watch
-from farhox.training.weights import read_names, unchanged_on_error, write_names
-
-_SAVE_RULE = (
-    "A HyperOptimizer holds objectives, which are Python code and cannot be saved. Use save_weights (ModelCheckpoint "
-    "with save_weights_only=True): it holds inner and outer variables, the outer optimizer and all memory. Save the "
-    "Keras model itself with model.save.")
-# What implicit methods add to the logs; the last one is for a warning alone.
-_OF_SOLVERS = ("solver_failed", "solver_residual", "inner_gradient_norm", GAP)
+from farhox.training.trained import Trained, describe, known_model, trained_copy
+from farhox.training.watch import SkipGuard
+from farhox.training.weights import SAVE_RULE, check_checkpoints, read_names, unchanged_on_error, write_names
 
 
 class HyperOptimizer(keras.Model):
@@ -86,32 +76,22 @@ class HyperOptimizer(keras.Model):
                  max_skipped_updates: int = 10, name: str | None = "hyper_optimizer",
                  outer_first: bool = False) -> None:
         super().__init__(name=name)
-        hypergradient = ReverseHG() if hypergradient is None else hypergradient
         problem, hypergradient = checked_settings(problem, hypergradient, online, outer_first)
-        self.problem = problem
-        self.hypergradient = hypergradient
+        self.problem, self.hypergradient = problem, hypergradient
         self.online, self.outer_first = bool(online), bool(outer_first)
         self.max_skipped_updates = checks.positive_integer("max_skipped_updates", max_skipped_updates)
         # Tracked by Keras, so that save_weights and Resume hold all there is to go on from.
         self._outer = list(problem.outer_variables)
         self._inner = list(problem.inner_variables) + list(problem.state_variables)
-        self._log_names = log_names(problem)
-        self._outer_loss = keras.metrics.Mean(name="outer_loss")
-        self._inner_loss = keras.metrics.Mean(name="inner_loss")
-        self._guarded_update = GuardedUpdate(problem)
-        self._watch = Watch(self._outer, hypergradient, self._guarded_update, self.max_skipped_updates)
-        self._counters = self._watch.variables
-        # The outer loss of the last hyper-iteration, over all replicas, where the mean over an epoch says too little.
-        self.last_outer_loss = keras.Variable(float("nan"), dtype="float32", trainable=False, name="last_outer_loss",
-                                              aggregation="only_first_replica")
-        self._solver_metrics = {name: keras.metrics.Mean(name=name) for name in _OF_SOLVERS}
-        self._kept = Kept(problem, hypergradient, self.online)
+        self._measures = Measures(problem)
+        self._outer_loss, self._inner_loss = self._measures.outer_loss, self._measures.inner_loss
+        self._solver_metrics = self._measures.of_solvers
+        self._one = HyperIteration.of(problem, hypergradient, self.online, self.outer_first, self.max_skipped_updates)
+        self._watch, self._kept, self._guarded_update = self._one.watch, self._one.kept, self._one.guarded_update
+        self._counters, self.last_outer_loss = self._watch.variables, self._one.last_outer_loss
         self._slots, self._carry = self._kept.slots, self._kept.carry
-        self._one = HyperIteration(self._outer, hypergradient, self.online, self.outer_first, self._kept,
-                                   self._guarded_update, self._watch, self.last_outer_loss)
         self.built = True
-        self._step_function: Any = None
-        self._inner_function: Any = None
+        self._by_hand = ByHand(self)
 
     def compile(self, optimizer: Optimizer = "adam", metrics: Metrics | None = None, jit_compile: bool = False,
                 parallel_iterations: int | None = None, **kwargs: Any) -> None:
@@ -131,37 +111,24 @@ class HyperOptimizer(keras.Model):
             ValueError: If a loss is given (the objectives are part of the problem), metrics cannot be computed, or
                 `parallel_iterations` is no positive integer or comes without episodes.
         """
-        if any(kwargs.pop(name, None) is not None for name in ("loss", "loss_weights")):
-            raise ValueError("A HyperOptimizer takes no loss: the inner and outer objective are part of the problem.")
-        if (metrics or kwargs.get("weighted_metrics")) and self.problem.outer_predictions is None:
-            raise ValueError("Metrics need predictions: give BilevelProblem(outer_predictions=batch -> (targets, "
-                             "predictions, sample_weight)), or make the problem with farhox.supervised_problem.")
-        if parallel_iterations is not None:
-            if not self.problem.has_episodes:
-                raise ValueError("parallel_iterations is for a problem over_episodes, which has several trainings in a "
-                                 f"hyper-iteration. Received: parallel_iterations={parallel_iterations!r}")
-            self.problem = self.problem.in_parallel(parallel_iterations)
-        check_keras_optimizer("optimizer", optimizer)
-        check_unscaled("optimizer", optimizer)
+        losses = [kwargs.pop(name, None) for name in ("loss", "loss_weights")]
+        self.problem = problem_to_compile(
+            self.problem, optimizer, losses, metrics or kwargs.get("weighted_metrics"), parallel_iterations)
         # Losses are not scaled: a hypergradient is computed before the optimizer sees it.
         super().compile(optimizer=optimizer, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False, **kwargs)
         if not self.optimizer.built:
             self.optimizer.build(self._outer)
-        self._step_function = self._inner_function = None
+        self._by_hand = ByHand(self)
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         # Those of this class are tracked by Keras among the others too.
-        own = [self._outer_loss, self._inner_loss, *self._solver_metrics.values()]
-        return own + [metric for metric in super().metrics if not any(metric is m for m in own)]
+        return self._measures.joined_with(super().metrics)
 
     @property
     def metrics_names(self) -> list[str]:
         """The names of what `evaluate` returns, in its order."""
-        names = [self._outer_loss.name] + ([] if self.online else [self._inner_loss.name])
-        if self._compile_metrics is not None and self._compile_metrics.built:
-            names += [metric.name for metric in self._compile_metrics.metrics]
-        return names
+        return self._measures.names(self)
 
     @property
     def hyper_iterations(self) -> int:
@@ -192,11 +159,9 @@ class HyperOptimizer(keras.Model):
         raise_if_endless(x, "steps_per_epoch", kwargs.get("steps_per_epoch"))
         if validation_data is not None:
             validation_data = self._dataset(validation_data)
-        callbacks = as_list(callbacks)
-        if any(isinstance(c, keras.callbacks.ModelCheckpoint) and not c.save_weights_only for c in callbacks):
-            raise ValueError(f"ModelCheckpoint must have save_weights_only=True. {_SAVE_RULE}")
         # First in the list, so that what another one restores is not touched.
-        callbacks.insert(0, SkipGuard())
+        callbacks = [SkipGuard(), *as_list(callbacks)]
+        check_checkpoints(callbacks)
         add_progress(callbacks, kwargs.get("verbose", "auto"))
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
         self.problem.raise_if_model_changed()
@@ -233,11 +198,7 @@ class HyperOptimizer(keras.Model):
             # Keras 3.8 leaves tensors where nothing shows the numbers.
             logs = Logs({name: value if np.ndim(value) else float(value) for name, value in super().evaluate(
                 x, callbacks=callbacks, return_dict=True, **kwargs).items()})
-        if as_dictionary:
-            return logs
-        names = self.metrics_names
-        values = [logs[name] for name in names] + [value for name, value in logs.items() if name not in names]
-        return values if len(values) > 1 else values[0]
+        return logs if as_dictionary else logs.as_values(self.metrics_names)
 
     def step(self, inner_batches: InnerBatches, outer_batch: Batch) -> HyperGradientResult:
         """One hyper-iteration by hand: compiled, with the same update as in `fit`.
@@ -255,13 +216,7 @@ class HyperOptimizer(keras.Model):
         """
         if not self.compiled:
             raise ValueError("A HyperOptimizer must be compiled with an outer optimizer before step() or fit().")
-        self.problem.raise_if_model_changed()
-        if self._step_function is None:
-            self._step_function = self._compiled(self._hyper_iteration)
-        inner_batches, outer_batch = as_inner_batches(inner_batches), as_tensors("outer_batch", outer_batch)
-        with clear_errors():
-            self._check_data(inner_batches, outer_batch)
-            result = self._step_function(inner_batches, outer_batch)
+        result = self._by_hand.step(inner_batches, outer_batch)
         self.raise_if_diverged()
         gap = result.diagnostics.get("stationarity_gap")
         self._watch.warn_once(0.0 if gap is None else float(tf.reduce_mean(gap)))
@@ -340,13 +295,8 @@ class HyperOptimizer(keras.Model):
     def train_step(self, data: Any) -> dict[str, Any]:
         inner_batches, outer_batch = self._hyper_iteration_data(data, training=True)
         result = self._hyper_iteration(inner_batches, outer_batch)
-        self._inner_loss.update_state(result.inner_losses[..., -1])
-        logs = self._logs(result.outer_loss, lambda: self.problem.predictions(result.state, outer_batch))
-        if "solver_failed" in result.diagnostics:
-            for name, metric in self._solver_metrics.items():
-                metric.update_state(tf.cast(result.diagnostics[name], tf.float32))
-            logs.update({name: metric.result() for name, metric in self._solver_metrics.items() if name != GAP})
-        logs.update(log_values(self._log_names))
+        logs = self._measures.logs_of_training(
+            self, result, lambda: self.problem.predictions(result.state, outer_batch))
         logs["skipped_updates"] = tf.convert_to_tensor(self._watch.skipped)
         return logs
 
@@ -390,7 +340,7 @@ class HyperOptimizer(keras.Model):
         self._kept.reset()
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(_SAVE_RULE)
+        raise ValueError(SAVE_RULE)
 
     def _hyper_iteration_data(self, data, training=False):
         """(inner_batches, outer_batch) of an element of the data set."""
@@ -420,45 +370,15 @@ class HyperOptimizer(keras.Model):
         Raises:
             DivergedError: A RuntimeError, if the training diverged.
         """
-        self.problem.raise_if_model_changed()
-        if outer is None:
-            outer = self.problem.outer_values()
-        if state is None:
-            state = self._kept.state_now() if self.online else self.problem.initial_state(outer)
-        if self._inner_function is None:
-            self._inner_function = self._compiled(self._train)
-        inner_batches = as_inner_batches(inner_batches)
-        with clear_errors():
-            self._check_data(inner_batches, None)
-            run = self._inner_function(inner_batches, outer, state)
-        raise_if_not_finite(run)
-        return run
-
-    def _train(self, inner_batches, outer, state):
-        training = InnerTraining(self.problem, inner_batches, state, outer, iteration=self._iteration())
-        run = training.run()
-        return Trained(run.state, training.losses(run))
-
-    def _check_data(self, inner_batches, outer_batch):
-        """The checks of the data that XLA leaves out of a compiled hyper-iteration."""
-        if self.compiled and self.jit_compile:
-            self.problem.data_checks(examples_of(inner_batches), outer_batch)
+        return self._by_hand.trained(inner_batches, outer, state)
 
     def warn_once(self) -> None:
         """Warns, once each, of what a person should know about the hyper-iterations since the epoch began."""
-        self._watch.warn_once(float(self._solver_metrics[GAP].result()))
+        self._watch.warn_once(self._measures.gap)
 
     def _logs(self, outer_loss, outer_predictions):
         """The logs; `outer_predictions()` is called where there are metrics."""
-        self._outer_loss.update_state(outer_loss)
-        outer_mean = self._outer_loss.result()
-        logs = {"loss": outer_mean, "outer_loss": outer_mean, "inner_loss": self._inner_loss.result()}
-        if self._compile_metrics is not None:
-            targets, predictions, weights = outer_predictions()
-            values = self.compute_metrics(None, targets, predictions, sample_weight=weights)
-            own = {self._outer_loss.name, self._inner_loss.name, "loss", *self._solver_metrics}
-            logs.update({name: value for name, value in values.items() if name not in own})
-        return logs
+        return self._measures.logs(self, outer_loss, outer_predictions)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch=None):
         make_metrics_of_replicas(self, self._compile_metrics, iterator, self._predictions_of)

@@ -34,6 +34,11 @@ class Logs(dict):
         """The value under a name, those that are not listed included."""
         return self[name] if name in self or name in self._quiet else default
 
+    def as_values(self, names: list[str]) -> Any:
+        """What `evaluate` returns without names: the values of `names`, then the others; one alone as it is."""
+        values = [self[name] for name in names] + [value for name, value in self.items() if name not in names]
+        return values if len(values) > 1 else values[0]
+
 
 def as_list(callbacks: Any) -> list[Any]:
     """Callbacks as a list of their own: of one, of a sequence, of Keras' `CallbackList`, of None."""

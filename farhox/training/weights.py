@@ -8,15 +8,26 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
 
 if TYPE_CHECKING:
     from farhox.training.hyper_optimizer import HyperOptimizer
 
+SAVE_RULE = (
+    "A HyperOptimizer holds objectives, which are Python code and cannot be saved. Use save_weights (ModelCheckpoint "
+    "with save_weights_only=True): it holds inner and outer variables, the outer optimizer and all memory. Save the "
+    "Keras model itself with model.save.")
 _KEY = "of_problem"
 _FORMAT = 1
 # What errors of this module begin with.
 _MARK = "The weights do not fit: "
+
+
+def check_checkpoints(callbacks: list[Any]) -> None:
+    """Raises a ValueError if a `ModelCheckpoint` is to save more than weights."""
+    if any(isinstance(c, keras.callbacks.ModelCheckpoint) and not c.save_weights_only for c in callbacks):
+        raise ValueError(f"ModelCheckpoint must have save_weights_only=True. {SAVE_RULE}")
 
 
 def write_names(optimizer: HyperOptimizer, store: Any) -> None:
