@@ -35,9 +35,10 @@ def test_quick_run_writes_a_row_with_all_measurements(tmp_path, benchmark):
     assert row["over_plain"] == pytest.approx(row["hypergradient_s"] / row["plain_s"])
     # 8-6-6-3 with biases: 117 weights, as many of momentum, and the step.
     assert row["state_mb"] * 2**20 == 4 * 2 * 117 + 8
-    assert finished.stdout.splitlines() == benchmark.table([row]).splitlines()
+    assert finished.stdout.splitlines() == benchmark.cases.table([row], benchmark.COLUMNS).splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("workload, method", [
     ("W1", "reverse"), ("W2", "reverse_sqrt"), ("W2", "forward"),

@@ -26,13 +26,9 @@ call takes beyond a later one: TensorFlow optimizes the graph and asks for memor
 memory, tracing included, above that of the process with its data and its model, `peak_mb` the peak of all.
 """
 
-import json
-import os
 import pathlib
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
@@ -42,7 +38,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scri
 
 from absl import flags
 
-from _shared import program
+from _shared import cases, program
 
 METHODS = {"W1": ["reverse", "reverse_sqrt", "naive"], "W2": ["reverse", "reverse_sqrt", "forward", "naive"],
            "W3": ["maml", "fomaml", "imaml", "hyper_representation"], "W4": ["implicit", "naive"]}
@@ -58,12 +54,9 @@ def define_flags():
     flags.DEFINE_list("steps", None, "Numbers of inner steps T. Default: 10,100,1000, with --quick 2,5.")
     methods = sorted({method for of_workload in METHODS.values() for method in of_workload})
     program.define_names("methods", None, methods, "Methods to run. Default: all that a workload has.")
-    flags.DEFINE_integer("threads", 1, "Threads TensorFlow may use; 0 leaves it to TensorFlow.", lower_bound=0)
     flags.DEFINE_integer("repeats", None, "Timed computations per case. Default: 3 to 15, fewer for more steps.",
                          lower_bound=1)
-    flags.DEFINE_bool("quick", False, "Tiny sizes: shows in seconds that everything runs; the numbers mean nothing.")
-    flags.DEFINE_string("json", None, "File to write the measurements to.")
-    flags.DEFINE_string("case", None, "For internal use: the one case to measure in this process, as JSON.")
+    cases.define_flags("Tiny sizes: shows in seconds that everything runs; the numbers mean nothing.")
 
 
 if __name__ == "__main__":
@@ -73,7 +66,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from _shared import experiment
 import farhox
 from farhox.hypergradients import EpisodesHG
 from farhox import meta
@@ -117,22 +109,13 @@ class Workload(NamedTuple):
 
 def main(_):
     options = flags.FLAGS
-    if options.case is not None:
-        print(json.dumps(measure(**json.loads(options.case))))
+    if cases.is_measured_here(measure):
         return
-    cases = chosen_cases(options.workloads, options.methods, options.steps, options.quick)
-    rows = []
-    for i, case in enumerate(cases):
-        print(f"[{i + 1}/{len(cases)}] {case['workload']} {case['method']} T={case['steps']}", file=sys.stderr,
-              flush=True)
-        rows.append(run_in_own_process(dict(case, threads=options.threads, repeats=options.repeats)))
-    print(table(rows))
-    if options.json:
-        results = {"tensorflow": tf.__version__, "keras": keras.__version__, "python": platform.python_version(),
-                   "processor": processor(), "results": rows}
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
-            file.write("\n")
+    chosen = chosen_cases(options.workloads, options.methods, options.steps, options.quick)
+    rows = [cases.measured(__file__, f"[{i}/{len(chosen)}] {case['workload']} {case['method']} T={case['steps']}",
+                           **case, repeats=options.repeats) for i, case in enumerate(chosen, start=1)]
+    print(cases.table(rows, COLUMNS))
+    cases.write(rows)
 
 
 def chosen_cases(workloads, methods, steps, quick):
@@ -143,17 +126,8 @@ def chosen_cases(workloads, methods, steps, quick):
             if (methods is None or method in methods) and (method != "naive" or t <= NAIVE_MAX_STEPS)]
 
 
-def run_in_own_process(case):
-    """`measure(**case)` in a new process."""
-    result = subprocess.run([sys.executable, os.path.abspath(__file__), f"--case={json.dumps(case)}"],
-                            stdout=subprocess.PIPE, text=True, check=True, start_new_session=True)
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def measure(workload, method, steps, quick, threads, repeats):
+def measure(workload, method, steps, quick, repeats):
     """Measures one case in this process: a dictionary with the columns of the table."""
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
     task = {"W1": softmax_regression, "W2": tanh_network, "W4": near_optimum}[workload](quick) if (
         workload != "W3") else few_shot_learner(quick, method)
     problem = task.problem
@@ -184,8 +158,7 @@ def measure(workload, method, steps, quick, threads, repeats):
     return dict(
         workload=workload, method=method, steps=steps, hypergradient_s=seconds, plain_s=plain_seconds,
         over_plain=seconds / plain_seconds, tracing_s=tracing, first_call_s=max(first_call - seconds, 0.0),
-        growth_mb=(grown - idle) / 1024, peak_mb=grown / 1024, state_mb=state_megabytes(problem), repeats=repeats,
-        threads=threads)
+        growth_mb=(grown - idle) / 1024, peak_mb=grown / 1024, state_mb=state_megabytes(problem), repeats=repeats)
 
 
 def timed(function, arguments):
@@ -214,25 +187,10 @@ def forget_peak_memory():
         pass
 
 
-def processor():
-    """Name of the processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def state_megabytes(problem):
     """Size of one inner state."""
     leaves = tf.nest.flatten(problem.initial_state())
     return sum(leaf.dtype.size * leaf.shape.num_elements() for leaf in leaves) / 2**20
-
-
-def table(rows):
-    """The measurements as text, a line per case where that fits on a screen."""
-    return experiment.markdown_table(
-        [name for name, _ in COLUMNS], [[form.format(row[name]) for name, form in COLUMNS] for row in rows])
 
 
 # The competitors: plain training, and the tape that records every step.

@@ -14,12 +14,9 @@ Peak is the most resident memory of the process, growth what of it came after Te
 made: weights, slots, activations, and the tracing of steps.
 """
 
-import json
-import os
 import pathlib
 import resource
 import statistics
-import subprocess
 import sys
 import time
 
@@ -27,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scri
 
 from absl import flags
 
-from _shared import program
+from _shared import cases, program
 
 FLAGS = flags.FLAGS
 NETWORKS, METHODS = ("mlp", "cnn", "alexnet", "lstm"), ("plain", "stn", "delta")
@@ -41,10 +38,7 @@ def define_flags():
     flags.DEFINE_integer("batch_size", None, "Examples per step. Default: 128, lstm 20; with --quick 4.",
                          lower_bound=1)
     flags.DEFINE_integer("repeats", None, "Timed rounds per case. Default: 15, with --quick 2.", lower_bound=1)
-    flags.DEFINE_integer("threads", 1, "Threads TensorFlow may use; 0 leaves it to TensorFlow.", lower_bound=0)
-    flags.DEFINE_bool("quick", False, "Few repeats and small batches: shows that everything runs.")
-    flags.DEFINE_string("json", None, "File to write the measurements to.")
-    flags.DEFINE_string("case", None, "For internal use: the one case to measure in this process, as JSON.")
+    cases.define_flags("Few repeats and small batches: shows that everything runs.")
 
 
 if __name__ == "__main__":
@@ -54,44 +48,30 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from _shared import experiment
 import farhox
 from farhox import stn
 
 
 def main(_):
-    if FLAGS.case is not None:
-        print(json.dumps(measure(**json.loads(FLAGS.case))))
+    if cases.is_measured_here(measure):
         return
     rows = []
     for network in FLAGS.networks:
         plain = None
         batch_size = FLAGS.batch_size or (4 if FLAGS.quick else 20 if network == "lstm" else 128)
         for method in METHODS:
-            print(f"{network} {method}", file=sys.stderr, flush=True)
-            row = run_in_own_process(dict(network=network, method=method, batch_size=batch_size, threads=FLAGS.threads,
-                                          repeats=FLAGS.repeats or (2 if FLAGS.quick else 15)))
+            row = cases.measured(__file__, f"{network} {method}", network=network, method=method, batch_size=batch_size,
+                                 repeats=FLAGS.repeats or (2 if FLAGS.quick else 15))
             plain = plain or row
             rows.append({**row, "over_plain": row["step_s"] / plain["step_s"],
                          "peak_over_plain": row["peak_mb"] / plain["peak_mb"],
                          "growth_over_plain": row["growth_mb"] / plain["growth_mb"]})
-    print(table(rows))
-    if FLAGS.json:
-        with open(FLAGS.json, "w", encoding="utf-8") as file:
-            json.dump({"tensorflow": tf.__version__, "keras": keras.__version__, "results": rows}, file, indent=1)
+    print(cases.table(rows, COLUMNS))
+    cases.write(rows)
 
 
-def run_in_own_process(case):
-    """`measure(**case)` in a new process."""
-    result = subprocess.run([sys.executable, os.path.abspath(__file__), f"--case={json.dumps(case)}"],
-                            stdout=subprocess.PIPE, text=True, check=True, start_new_session=True)
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def measure(network, method, batch_size, threads, repeats):
+def measure(network, method, batch_size, repeats):
     """Measures one case in this process: a dictionary with columns of the table."""
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
     keras.utils.set_random_seed(0)
     batch = synthetic_batch(network, batch_size)
     idle = peak_memory()
@@ -101,7 +81,7 @@ def measure(network, method, batch_size, threads, repeats):
     seconds = statistics.mean(statistics.median(timed(step) for _ in range(repeats)) for step in steps)
     peak = peak_memory()
     return dict(network=network, method=method, step_s=seconds, peak_mb=peak / 1024, growth_mb=(peak - idle) / 1024,
-                batch_size=batch_size, threads=threads, repeats=repeats)
+                batch_size=batch_size, repeats=repeats)
 
 
 def plain_steps(network, batch):
@@ -132,12 +112,6 @@ def timed(step):
 def peak_memory():
     """The most resident memory that this process has had, in KB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def table(rows):
-    """The measurements as text, a line per case where that fits on a screen."""
-    return experiment.markdown_table(
-        [name for name, _ in COLUMNS], [[form.format(row[name]) for name, form in COLUMNS] for row in rows])
 
 
 def plain_network(name):

@@ -12,12 +12,9 @@ of epochs. `started_s` is what the tuner had used before its first epoch had end
 beside `keras_epoch_s`. Peak is the most resident memory of the process.
 """
 
-import json
-import os
 import pathlib
 import resource
 import statistics
-import subprocess
 import sys
 import time
 
@@ -25,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scri
 
 from absl import flags
 
-from _shared import program
+from _shared import cases, program
 
 FLAGS = flags.FLAGS
 NETWORKS = ("mlp", "cnn", "dropout")
@@ -37,10 +34,7 @@ def define_flags():
     """Called when the script runs, not when it is imported: absl flags are global."""
     program.define_names("networks", list(NETWORKS), NETWORKS, "Networks to run.")
     flags.DEFINE_integer("epochs", 20, "Epochs of each run.", lower_bound=2)
-    flags.DEFINE_integer("threads", 1, "Threads TensorFlow may use; 0 leaves it to TensorFlow.", lower_bound=0)
-    flags.DEFINE_bool("quick", False, "Two epochs of few examples: shows that everything runs.")
-    flags.DEFINE_string("json", None, "File to write the measurements to.")
-    flags.DEFINE_string("case", None, "For internal use: the one case to measure in this process, as JSON.")
+    cases.define_flags("Two epochs of few examples: shows that everything runs.")
 
 
 if __name__ == "__main__":
@@ -48,37 +42,25 @@ if __name__ == "__main__":
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from _shared import experiment
 import farhox
 
 
 def main(_):
-    if FLAGS.case is not None:
-        print(json.dumps(measure(**json.loads(FLAGS.case))))
+    if cases.is_measured_here(measure):
         return
     rows = []
     for network in FLAGS.networks:
-        case = {"network": network, "epochs": 2 if FLAGS.quick else FLAGS.epochs, "threads": FLAGS.threads,
+        case = {"network": network, "epochs": 2 if FLAGS.quick else FLAGS.epochs,
                 "examples": 200 if FLAGS.quick else 10_000}
-        fit, tuner = (run_in_own_process({**case, "method": method}) for method in ("fit", "tuner"))
-        rows.append({**case, "fit_s": fit["seconds"], "tuner_s": tuner["seconds"],
+        fit, tuner = (cases.measured(__file__, f"{network} {method}", **case, method=method)
+                      for method in ("fit", "tuner"))
+        rows.append({**case, "threads": fit["threads"], "fit_s": fit["seconds"], "tuner_s": tuner["seconds"],
                      "ratio": tuner["seconds"] / fit["seconds"], "started_s": tuner["first"],
                      "keras_epoch_s": fit["epoch"], "epoch_s": tuner["epoch"], "fit_mb": fit["peak_mb"],
                      "tuner_mb": tuner["peak_mb"], "memory": tuner["peak_mb"] / fit["peak_mb"]})
-    print(table(rows))
-    if FLAGS.json:
-        with open(FLAGS.json, "w", encoding="utf-8") as file:
-            json.dump({"tensorflow": tf.__version__, "keras": keras.__version__, "results": rows}, file, indent=1)
-
-
-def run_in_own_process(case):
-    """`measure(**case)` in a new process."""
-    print(f"{case['network']} {case['method']}", file=sys.stderr, flush=True)
-    result = subprocess.run([sys.executable, os.path.abspath(__file__), f"--case={json.dumps(case)}"],
-                            stdout=subprocess.PIPE, text=True, check=True, start_new_session=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    print(cases.table(rows, COLUMNS))
+    cases.write(rows)
 
 
 class Clock(keras.callbacks.Callback):
@@ -92,10 +74,8 @@ class Clock(keras.callbacks.Callback):
         self.times.append(time.process_time())
 
 
-def measure(network, method, epochs, threads, examples):
+def measure(network, method, epochs, examples):
     """Measures one case in this process."""
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
     keras.utils.set_random_seed(0)
     train, validation = synthetic(examples), synthetic(examples // 2)
     model, clock, start = compiled(network), Clock(), time.process_time()
@@ -135,12 +115,6 @@ def compiled(name):
     model = keras.Sequential([keras.Input([28, 28, 1]), *body])
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     return model
-
-
-def table(rows):
-    """The measurements as text, a line per network where that fits on a screen."""
-    return experiment.markdown_table(
-        [name for name, _ in COLUMNS], [[form.format(row[name]) for name, form in COLUMNS] for row in rows])
 
 
 if __name__ == "__main__":
