@@ -316,6 +316,7 @@ def test_a_learner_whose_outer_objective_never_sees_the_queries_is_an_error():
             call()
 
 
+@pytest.mark.slow
 def test_training_on_episodes_that_hold_nan_ends_with_an_error_that_names_them():
     learner = meta.MAML(model(), 0.1, 1)
     learner.compile(keras.optimizers.SGD(0.1))

@@ -54,7 +54,7 @@ def test_batches_are_arguments_of_a_compiled_function_that_traces_once(kind):
     made, expected = make(kind)
     traces = []
 
-    @tf.function
+    @tf.function(autograph=False)
     def read(inner_batches, step):
         traces.append(batches.num_steps(inner_batches))
         return batches.batch_at(batches.as_inner_batches(inner_batches), step)
@@ -66,7 +66,7 @@ def test_batches_are_arguments_of_a_compiled_function_that_traces_once(kind):
 
 
 def test_number_of_steps_may_be_unknown_while_tracing():
-    count = tf.function(lambda x: batches.num_steps(x) + 0, input_signature=[tf.TensorSpec([None, 2])])
+    count = tf.function(lambda x: batches.num_steps(x) + 0, autograph=False, input_signature=[tf.TensorSpec([None, 2])])
     assert count(np.zeros([5, 2], "float32")).numpy() == 5
 
 

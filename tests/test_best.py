@@ -49,6 +49,7 @@ def test_the_best_hyper_iteration_is_kept_and_the_model_trained_with_it_written(
         assert optimizer.problem.model.get_weights()[0] != np.float32(0.25)
 
 
+@pytest.mark.slow
 def test_a_value_of_the_logs_can_be_monitored():
     optimizer, lam, batches = quadratic()
     best = farhox.callbacks.BestModel(monitor="val_loss", mode="max")

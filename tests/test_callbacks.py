@@ -103,7 +103,7 @@ def test_every_says_how_many_hyper_iterations_lie_between_records(every, compile
     np.testing.assert_array_equal(trace.history["hyper_iteration"], list(expected))
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize("trace_first", [True, False])
 @pytest.mark.parametrize("every, save_freq", [(3, "epoch"), (1, 3)])
 def test_resumed_file_is_that_of_a_run_that_was_not_interrupted(tmp_path, every, save_freq, trace_first):

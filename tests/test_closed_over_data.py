@@ -47,7 +47,7 @@ def test_large_arrays_give_the_numbers_of_tensors_and_no_graph_holds_a_copy_of_t
     results = []
     for kind in ("arrays", "tensors"):
         problem = closed_over(kind)
-        step = tf.function(lambda problem=problem: method.compute(problem, batches, tf.zeros([1])))
+        step = tf.function(lambda problem=problem: method.compute(problem, batches, tf.zeros([1])), autograph=False)
         results.append(step().gradients)
         assert constants(step.get_concrete_function().graph) < LARGE
     assert_identical(*results)
@@ -58,7 +58,8 @@ def test_large_arrays_give_the_numbers_of_tensors_and_no_graph_holds_a_copy_of_t
 def test_large_arrays_are_the_same_under_xla_and_in_eager_mode(float64):
     batches, method, problem = farhox.repeat(tf.zeros([1]), 3), farhox.ReverseHG(), closed_over("arrays")
     eager = method.compute(problem, batches, tf.zeros([1])).gradients
-    compiled = tf.function(lambda: method.compute(problem, batches, tf.zeros([1])).gradients, jit_compile=True)()
+    compiled = tf.function(lambda: method.compute(problem, batches, tf.zeros([1])).gradients, autograph=False,
+                           jit_compile=True)()
     assert_close(compiled, eager, 1e-12)
 
 
@@ -133,7 +134,7 @@ def test_a_graph_that_is_not_imported_is_copied_with_the_same_results_and_said(m
     def compute():
         return method.compute(problem, batches, tf.zeros([1]))
 
-    function = compute if mode == "eager" else tf.function(compute, jit_compile=mode == "xla")
+    function = compute if mode == "eager" else tf.function(compute, autograph=False, jit_compile=mode == "xla")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         imported = function()
@@ -144,7 +145,7 @@ def test_a_graph_that_is_not_imported_is_copied_with_the_same_results_and_said(m
 
     monkeypatch.setattr(tf.graph_util, "import_graph_def", refuse)
     problem = closed_over("tensors")
-    function = compute if mode == "eager" else tf.function(compute, jit_compile=mode == "xla")
+    function = compute if mode == "eager" else tf.function(compute, autograph=False, jit_compile=mode == "xla")
     with pytest.warns(RuntimeWarning, match="copied operation by operation: .*TensorFlow says: not today"):
         copied = function()
     assert bool(copied.diagnostics["step_is_copied"])

@@ -58,7 +58,7 @@ def kind_of(name, total):
 
 @pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["capped", "simplex", "at_most"])
-@hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @hypothesis.given(values=entries, total=totals)
 def test_projection_equals_bisection_on_random_cases(kind, values, total):
     constraint, cap, exact_sum = kind_of(kind, total)

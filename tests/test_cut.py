@@ -131,6 +131,7 @@ def test_an_index_that_is_off_by_one_and_a_stop_that_is_left_in_are_seen(float64
         assert max(np.max(np.abs(a - b)) for a, b in zip(found, expected)) > 1e-6, name
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("method,learned,without", [
     (farhox.ReverseHG(), False, 1), (farhox.ReverseHG(checkpoint_every=2), False, 1), (farhox.ReverseHG(), True, 0),
@@ -150,6 +151,7 @@ def test_the_last_step_back_takes_no_adjoint_that_nothing_reads(method, learned,
     assert_close(found, method.compute(problem, batches, outer_batch).gradients, 1e-12)
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_is_kept_and_what_is_computed_again(float64):
     problem, (x, y), _ = wide_problem()
     plan = problem.memory_plan(4, (x[0], y[0]), memory=None)

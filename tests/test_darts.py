@@ -52,6 +52,7 @@ def test_settings_of_the_dynamics_have_the_gradient_of_the_last_step():
     assert_close(DartsHG().compute(*case[:3]).gradients, expected, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("dynamics", ["adam", *(
     pytest.param(name, marks=pytest.mark.slow) for name in ("gradient_descent", "momentum", "nesterov"))])

@@ -59,6 +59,7 @@ def test_a_derivative_of_zero_is_no_error_of_100_percent(dtype):
     assert check.entries[1].error == 0.0 and not check.entries[1].chaotic and not check.remarks
 
 
+@pytest.mark.slow
 def test_a_training_in_which_no_step_agrees_is_called_chaotic():
     """The logistic map: a change of 1e-10 is of the order of one after 60 steps."""
     w, rate = (keras.Variable(np.float64(value), dtype="float64", name=name)

@@ -1,6 +1,9 @@
 """The README and the pages of docs/: code blocks run, links lead somewhere, commands name what exists."""
 
+import ast
 import configparser
+import importlib
+import inspect
 import pathlib
 import re
 import types
@@ -19,9 +22,9 @@ OUTPUT = {"text", "console"}
 WITH_SHELL = {README, ROOT / "docs" / "serving.md"}
 
 
-# Tutorials that are run whole, among the slow tests, and not in the default run.
-SLOW = {"augmentation", "data_mixture", "distillation", "fairness", "few_shot", "image_folder", "imbalance",
-        "l2_per_weight", "physics", "wrong_labels"}
+# Pages that the default run runs too, with few epochs. Of the others, which train for longer or trace many graphs, it
+# checks the names and arguments; all are run whole among the slow tests.
+QUICK = {"README", "data", "example_weights", "index"}
 # What pages say of the names of their code, loosely: other machines and versions draw other numbers.
 CLAIMS = {
     "wrong_labels": ["precision > 0.8", "recall > 0.7", "after > before + 0.02"],
@@ -81,10 +84,55 @@ def run(page, whole):
     return namespace
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in SLOW], ids=page_name)
+WITH_CODE = [page for page in PAGES if any(language == "python" for language, _, _ in blocks(page))]
+
+
+@pytest.mark.parametrize("page", [page for page in WITH_CODE if page.stem in QUICK], ids=page_name)
 def test_code_blocks_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(page, whole=False)
+
+
+def imported(tree):
+    """What the imports of a module make of names: modules, and what is taken from them."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                module = importlib.import_module(alias.name)
+                names[alias.asname or alias.name.split(".")[0]] = (
+                    module if alias.asname else importlib.import_module(alias.name.split(".")[0]))
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            names |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+    return names
+
+
+def value_of(node, names):
+    """What an expression a.b.c stands for where a is imported, else None."""
+    if isinstance(node, ast.Attribute):
+        before = value_of(node.value, names)
+        return None if before is None or not isinstance(before, (types.ModuleType, type)) else getattr(
+            before, node.attr)
+    return names.get(node.id) if isinstance(node, ast.Name) else None
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=page_name)
+def test_code_of_a_page_imports_what_exists_and_calls_it_by_its_signature(page):
+    code = "\n".join(code for language, _, code in blocks(page) if language == "python")
+    tree = ast.parse(code)
+    names = imported(tree)
+    own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names = {name: value for name, value in names.items() if name not in own}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            value_of(node, names)
+        elif isinstance(node, ast.Call):
+            function = value_of(node.func, names)
+            if getattr(function, "__module__", "").startswith("farhox") and not any(
+                    isinstance(part, ast.Starred) for part in node.args):
+                keywords = [keyword.arg for keyword in node.keywords if keyword.arg is not None]
+                inspect.signature(function).bind_partial(*node.args, **dict.fromkeys(keywords))
 
 
 @pytest.mark.slow

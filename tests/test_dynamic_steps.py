@@ -71,6 +71,7 @@ def test_early_stop_equals_a_training_of_as_many_steps(name):
     np.testing.assert_array_equal(losses[taken:], losses[taken - 1])
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @methods
 def test_tolerance_that_is_never_reached_changes_no_bit(name):
@@ -88,6 +89,7 @@ def test_first_step_is_always_taken(name):
     assert int(result.diagnostics["inner_steps"]) == 1
 
 
+@pytest.mark.slow
 def test_truncation_counts_back_from_the_last_step_taken():
     case = scalar_quadratic(outer=("target",), stop_tolerance=TOLERANCE)
     end = TARGET + Q ** TAKEN * (START - TARGET)
@@ -131,6 +133,7 @@ def test_network_with_masks_and_statistics_replays_the_steps_it_took(name, float
     assert_close(early.gradients, fixed.gradients, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("name", ["checkpoint_3", "truncated_checkpoints", "forward", "reversible"])
 def test_xla_stops_at_the_same_step(name):
@@ -185,6 +188,7 @@ def test_health_counts_the_steps_taken():
     assert health(*case[:3], farhox.ReverseHG()).steps == TAKEN
 
 
+@pytest.mark.slow
 def test_supervised_problem_takes_a_tolerance():
     model, inner_batches, outer_batch = model_and_data("Dense")
     rate = farhox.Hyperparameter(0.1, low=0.0, name="rate")
@@ -233,6 +237,7 @@ def test_a_tolerance_on_a_gradient_that_a_decoupled_decay_holds_up_is_refused():
     on_the_border(decayed, stop_tolerance=None)
 
 
+@pytest.mark.slow
 def test_a_tolerance_may_follow_the_hyper_iterations():
     tolerance = [3.5, 2.6, 2.1]
     counts = [3, 4, 5]

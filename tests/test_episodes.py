@@ -52,6 +52,7 @@ INNER_BATCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("kind", INNER_BATCHES)
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ForwardHG()], ids=["reverse", "forward"])
@@ -68,6 +69,7 @@ def test_episodes_equal_the_mean_of_single_computations(problem, kind, method):
         result.state.variables[0], [part.state.variables[0] for part in parts], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_episodes_at_the_same_time_change_no_bit():
     problem, inner, outer = make_problem(learned_bias=False), INNER_BATCHES["stacked"][0], examples(EPISODES, 8)
     one, several = (farhox.ReverseHG().compute(problem.over_episodes(parallel_iterations=count), inner, outer)
@@ -102,6 +104,7 @@ def test_order_of_episodes_does_not_matter(problem):
         np.testing.assert_allclose(a, b, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_another_aggregation_replaces_the_mean(problem):
     inner, outer = examples(EPISODES, STEPS, 6), examples(EPISODES, 8)
     worst = EpisodesHG(farhox.ReverseHG(), aggregation=lambda values: tf.reduce_max(values, axis=0))
@@ -145,12 +148,19 @@ def test_different_inner_problems_are_one_problem_with_a_sum():
     np.testing.assert_allclose(actual, expected, rtol=1e-13)
 
 
-def test_fit_and_evaluate_train_on_folds(problem):
+def test_fit_trains_on_folds(problem):
     data = k_fold_dataset(examples(40), folds=4, inner_steps=STEPS, batch_size=6)
     optimizer = farhox.HyperOptimizer(problem, EpisodesHG(farhox.ReverseHG()))
     optimizer.compile(keras.optimizers.SGD(0.1), metrics=["accuracy"])
     history = optimizer.fit(data, epochs=3, verbose=0).history
     assert len(history["rate"]) == 3 and history["rate"][0] != history["rate"][-1]
+
+
+@pytest.mark.slow
+def test_an_evaluation_on_folds_is_that_of_each(problem):
+    data = k_fold_dataset(examples(40), folds=4, inner_steps=STEPS, batch_size=6)
+    optimizer = farhox.HyperOptimizer(problem, EpisodesHG(farhox.ReverseHG()))
+    optimizer.compile(keras.optimizers.SGD(0.1), metrics=["accuracy"])
     result = optimizer.evaluate(data, return_dict=True, verbose=0)
     assert 0 <= result["accuracy"] <= 1
     inner, outer = next(iter(data))

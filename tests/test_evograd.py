@@ -76,6 +76,7 @@ def test_mean_over_draws_is_that_of_one_differentiated_step(perturbations, sign)
     assert error < 0.1 * abs(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("strength", [0.1, 0.5, 2.0])
 def test_direction_is_that_of_the_hypergradient(strength):
@@ -123,6 +124,7 @@ def test_run_is_that_of_the_inner_training(float64):
     assert_close(result.state.variables, evaluation.state.variables, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.skipif(
     tf.__version__.startswith("2.18."), reason="XLA of TensorFlow 2.18 cannot compile the gradient of tf.map_fn"))])
@@ -178,6 +180,7 @@ def test_hyper_optimizer_draws_anew_in_each_iteration_and_goes_on_after_a_restar
     assert [resumed.step(inner_batches, outer_batch).gradients[0].numpy() for _ in range(2)] == gradients[2:]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("outer, name", [(("target", "rate"), "rate"), (("target", "initial"), "w")])
 def test_what_acts_through_the_path_is_an_error_that_names_it(outer, name):
     with pytest.raises(ValueError, match=f"depends on '{name}'. EvoGradHG sees .*use ReverseHG or ForwardHG"):

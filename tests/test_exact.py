@@ -97,8 +97,16 @@ def differences(gradient, step=1e-5):
     return np.stack(columns, axis=1)
 
 
+# XLA has no kernels for these, or none for float64.
+NOT_UNDER_XLA = ("bilinear", "bicubic", "nearest", "max pooling, padded by hand")
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("name", list(FUNCTIONS))
-def test_second_derivatives_are_those_of_the_gradient_that_was_traced(name):
+def test_second_derivatives_are_those_of_the_gradient_that_was_traced(name, mode):
+    if mode == "xla" and name in NOT_UNDER_XLA:
+        pytest.skip("no kernel")
     gradient = gradient_of(FUNCTIONS[name])
     in_float32 = name in ("bilinear", "bicubic")
     matrix = differences(tf.function(gradient, autograph=False), 3e-2 if in_float32 else 1e-5)
@@ -111,16 +119,14 @@ def test_second_derivatives_are_those_of_the_gradient_that_was_traced(name):
         forward = graph.pushforward(graph.outputs, graph.inputs, [tangent])
         return graph.run(back + forward, [(graph.inputs[0], X), (cotangent, V), (tangent, V)])
 
-    values = {"eager": products(), "graph": tf.function(products, autograph=False)()}
-    # XLA has no kernels for these, or none for float64.
-    if name not in ("bilinear", "bicubic", "nearest", "max pooling, padded by hand"):
-        values["xla"] = tf.function(products, autograph=False, jit_compile=True)()
+    run = products if mode == "eager" else tf.function(products, autograph=False, jit_compile=mode == "xla")
+    back, along = run()
     v, scale = np.reshape(V, [-1]), np.max(np.abs(matrix))
-    for back, along in values.values():
-        np.testing.assert_allclose(np.reshape(back, [-1]), v @ matrix, atol=tolerance * scale)
-        np.testing.assert_allclose(np.reshape(along, [-1]), matrix @ v, atol=tolerance * scale)
+    np.testing.assert_allclose(np.reshape(back, [-1]), v @ matrix, atol=tolerance * scale)
+    np.testing.assert_allclose(np.reshape(along, [-1]), matrix @ v, atol=tolerance * scale)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("dimensions,padding", [(2, "SAME"), (3, "SAME"), (3, "VALID")])
 def test_maxima_that_agree_in_bfloat16_are_told_apart_under_xla(dimensions, padding):
     random = np.random.default_rng(0)
@@ -140,6 +146,7 @@ def test_maxima_that_agree_in_bfloat16_are_told_apart_under_xla(dimensions, padd
                                tf.function(product, autograph=False)(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_cumulative_logsumexp_is_exact_in_reverse_mode_and_no_number_in_forward_mode(float64):
     w, rate = variable(np.array([0.3, -0.2, 0.5])), variable(0.1)
     problem = farhox.BilevelProblem(
@@ -176,23 +183,24 @@ def test_without_passing_stops_what_is_stopped_is_a_constant():
     assert graph.run(products, [(graph.inputs[0], tf.constant(3.0)), (one, tf.constant(1.0))])[0] == 2 * 3.0
 
 
+@pytest.mark.covering
+@pytest.mark.parametrize("jit_compile", [None, True])
 @pytest.mark.parametrize("function, x, derivative", [
     (tf.sqrt, 0.0, 0.0), (tf.sqrt, 4.0, 0.25), (tf.math.rsqrt, 0.0, 0.0), (tf.math.rsqrt, 4.0, -1 / 16),
     (lambda x: x**0.5, 0.0, 0.0), (lambda x: x**0.5, 4.0, 0.25), (lambda x: x**3.0, -2.0, 12.0),
     (lambda x: tf.pow(2.0, x), 3.0, 8 * np.log(2.0)), (lambda x: 3.0 / x, 0.0, 0.0), (lambda x: 3.0 / x, 2.0, -0.75),
     (lambda x: x / 4.0, 2.0, 0.25), (lambda x: tf.reduce_sum(x / tf.ones([3])), 2.0, 3.0)])
-def test_roots_and_quotients_of_update_rules_have_finite_derivatives_at_zero(function, x, derivative):
+def test_roots_and_quotients_of_update_rules_have_finite_derivatives_at_zero(function, x, derivative, jit_compile):
     def update(inputs):
         with exact.finite_roots():
             return [function(inputs[0])]
 
-    for jit_compile in (None, True):
-        graph = StepGraph(update, [tf.constant(x)])
-        (one,) = graph.placeholders(graph.outputs)
-        products = graph.pullback(graph.outputs, graph.inputs, [one])
-        run = tf.function(lambda: graph.run(products, [(graph.inputs[0], tf.constant(x)), (one, tf.constant(1.0))]),
-                          autograph=False, jit_compile=jit_compile)
-        np.testing.assert_allclose(run()[0], derivative, rtol=1e-6)
+    graph = StepGraph(update, [tf.constant(x)])
+    (one,) = graph.placeholders(graph.outputs)
+    products = graph.pullback(graph.outputs, graph.inputs, [one])
+    run = tf.function(lambda: graph.run(products, [(graph.inputs[0], tf.constant(x)), (one, tf.constant(1.0))]),
+                      autograph=False, jit_compile=jit_compile)
+    np.testing.assert_allclose(run()[0], derivative, rtol=1e-6)
 
 
 @pytest.mark.one_case
@@ -227,6 +235,7 @@ def image_problem(layer, before=True):
     return problem, (x, y), (x[0], y[0])
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @modes
 @methods
@@ -250,6 +259,7 @@ def test_an_operation_without_a_derivative_is_an_error_that_names_it_and_its_lay
         MODES[mode](method.compute)(problem, *data)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @modes
 @methods
@@ -262,6 +272,7 @@ def test_resized_data_need_no_second_derivative(layer, method, mode, float64):
     assert_close(gradients, unrolled.finite_differences(problem, *data), 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @modes
 @methods
@@ -275,6 +286,7 @@ def test_resized_features_are_no_error_for_first_order_dynamics(method, mode, fl
     assert np.isfinite(gradient) and gradient != 0
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @modes
 @methods

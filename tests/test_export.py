@@ -97,9 +97,10 @@ def check_answers(learner, directory, sizes):
 
 
 @main
-def test_every_signature_answers_as_the_live_learner(name, exported):
+@pytest.mark.parametrize("ways, shots", [(3, 2), pytest.param(WAYS, 5, marks=pytest.mark.slow)])
+def test_every_signature_answers_as_the_live_learner(name, ways, shots, exported):
     learner, directory = exported(name)
-    check_answers(learner, directory, [(3, 2), (WAYS, 5)])
+    check_answers(learner, directory, [(ways, shots)])
     assert ("embed" in export.load(directory).signatures) == (name in ("hyper_representation", "prototypical_network"))
 
 
@@ -161,7 +162,8 @@ def test_regression_tasks_have_targets_as_labels(tmp_path):
 def test_inputs_that_make_no_sense_are_named_by_an_error_of_the_graph(changes, message, served):
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         served.predict("adapt", **request(**changes))
-    assert np.isfinite(served.predict("adapt", **request())["probabilities"]).all(), "It answers on."
+    if "support_inputs" in changes:
+        assert np.isfinite(served.predict("adapt", **request())["probabilities"]).all(), "It answers on."
 
 
 @pytest.mark.parametrize("shape", [(None, 3), (2,), ()])
@@ -207,6 +209,7 @@ np.savez(sys.argv[2], **answers)
 """
 
 
+@pytest.mark.slow
 def test_exports_are_served_without_keras_and_farhox(exported, tmp_path):
     folders = [str(exported(name)[1] / "1") for name in ("maml", "prototypical_network")]
     np.savez(tmp_path / "request.npz", **request(5, 1))
@@ -391,6 +394,7 @@ def regression(loss, **arguments):
     return meta.MAML(model, 0.1, 2, loss=loss, **arguments)
 
 
+@pytest.mark.slow
 def test_labels_that_are_dictionaries_are_inputs_by_name(tmp_path):
     learner, random = regression(spread), np.random.default_rng(0)
     spec = {"place": tf.TensorSpec([2]), "counts": tf.TensorSpec([])}
@@ -560,6 +564,7 @@ def test_labels_must_name_the_outputs(labels, tmp_path):
         export.saved_model(plain(), tmp_path, labels=labels)
 
 
+@pytest.mark.slow
 def test_warm_up_requests_are_records_of_requests_that_run(exported, tmp_path):
     prediction_log_pb2 = pytest.importorskip("tensorflow_serving.apis.prediction_log_pb2")
     own = [("serving_default", {"inputs": np.ones([2, 2], "float32")})]

@@ -51,6 +51,7 @@ METHODS = {
     "episodes": EpisodesHG(farhox.ReverseHG())}
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("batches", ["repeated", "stacked"])

@@ -33,6 +33,7 @@ def test_contraction_and_truncation_bias_are_those_of_the_quadratic():
     assert any("truncation=11" in sentence for sentence in found.advice)  # 0.8^11 < 0.1 < 0.8^10
 
 
+@pytest.mark.slow
 def test_convergence_decides_what_is_said_of_implicit_and_reverse():
     assert any("assumes a converged" in sentence for sentence in report(farhox.ImplicitHG()).advice)
     converged = report(farhox.ImplicitHG(), steps=100)
@@ -40,6 +41,7 @@ def test_convergence_decides_what_is_said_of_implicit_and_reverse():
     assert any("ImplicitHG or a truncation" in sentence for sentence in report(farhox.ReverseHG(), steps=100).advice)
 
 
+@pytest.mark.slow
 def test_divergence_is_reported_not_hidden():
     found = report(farhox.ReverseHG(), steps=2000, rate=2.0)
     assert "not finite" in found.gradients[0].remark and not found.converged

@@ -459,8 +459,8 @@ def test_a_value_at_its_bound_is_held_before_it_reported_and_can_come_back(jit_c
 
 
 @pytest.mark.parametrize("low, high, value, gradient", [
-    (0.0, None, 1e-3, 1e4), (100.0, None, 100.5, 1e4), (None, 100.0, 99.5, 1e4), (100.0, 101.0, 100.5, 1e4),
-    (100.0, 101.0, 100.5, -1e4)])
+    (0.0, None, 1e-3, 1e4), (100.0, 101.0, 100.5, -1e4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (100.0, None, 100.5, 1e4), (None, 100.0, 99.5, 1e4), (100.0, 101.0, 100.5, 1e4)))])
 def test_every_map_is_held_strictly_inside_its_bounds(low, high, value, gradient):
     entry = farhox.Hyperparameter([value, value], low=low, high=high, name="entry")
     w = keras.Variable(1.0, name="w")
@@ -499,6 +499,7 @@ def of_strengths(method, steps=20, shape=(64, 8)):
     return hyper_optimizer, (farhox.repeat((X[:50], Y[:50]), steps), (X[50:100], Y[50:100]))
 
 
+@pytest.mark.slow
 def test_logs_of_implicit_methods_tell_of_the_linear_system_and_of_a_start_that_is_far_from_stationary():
     hyper_optimizer, data = of_strengths(farhox.ImplicitHG(), steps=3)
     with pytest.warns(RuntimeWarning, match="far from a stationary point.*stationarity_gap"):
@@ -612,21 +613,26 @@ def test_fit_counts_skips_in_a_row_anew_once_the_cause_is_removed():
     assert history["skipped_updates"] == [2]
 
 
-def test_fit_and_step_stop_with_an_error_that_says_what_diverged():
-    message = "3 updates in a row were skipped.*the inner objective.*'learning_rate'.*smaller inner learning rate"
-    with pytest.raises(RuntimeError, match=message):
-        make(rate=1e30, max_skipped_updates=3, metrics=()).fit(hyper_iterations(5), verbose=0)
+@pytest.mark.slow
+def test_step_stops_with_an_error_that_says_what_diverged():
     hyper_optimizer = make(rate=1e30, max_skipped_updates=3)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match="3 updates in a row were skipped.*the inner objective.*'learning_rate'"):
         for pair in hyper_iterations(3):
             hyper_optimizer.step(*pair)
 
 
+def test_fit_stops_with_an_error_that_says_what_diverged():
+    message = "3 updates in a row were skipped.*the inner objective.*'learning_rate'.*smaller inner learning rate"
+    with pytest.raises(RuntimeError, match=message):
+        make(rate=1e30, max_skipped_updates=3, metrics=()).fit(hyper_iterations(5), verbose=0)
+
+
 @pytest.mark.parametrize("where, words", [
-    ("stacked", r"in array 1 at index \[1, 4\] of the inner batches: mend them"),
-    ("gathered", r"in array 1 at index \[150, 7\] of the inner batches"),
-    ("repeated", r"in array 1 at index \[3, 7\] of the inner batches"),
-    ("outer", r"in array 1 at index \[99, 63\] of the outer batch"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("gathered", r"in array 1 at index \[150, 7\] of the inner batches"),
+        ("stacked", r"in array 1 at index \[1, 4\] of the inner batches: mend them"),
+        ("repeated", r"in array 1 at index \[3, 7\] of the inner batches"),
+        ("outer", r"in array 1 at index \[99, 63\] of the outer batch"))),
     ("both", r"\[3, 7\] of the inner batches and in array 1 at index \[99, 63\] of the outer batch")])
 def test_data_that_are_not_finite_are_named_with_their_place_when_training_stops(where, words):
     x, outer = X[:200].copy(), VALIDATION
@@ -649,6 +655,7 @@ def test_data_that_are_not_finite_are_named_with_their_place_when_training_stops
         hyper_optimizer.fit((inner, outer), epochs=5, verbose=0)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("compiled", [
     {"steps_per_execution": 2}, {"run_eagerly": True}, {"jit_compile": True}], ids=lambda value: next(iter(value)))
@@ -681,6 +688,7 @@ def test_fit_traces_once():
     assert len(traces) == after_step and after_step == 2 * count
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_hyper_iterations(traced):
     import psutil
     hyper_optimizer, pair = traced(), next(iter(hyper_iterations(1)))
@@ -727,6 +735,7 @@ def test_an_old_keras_is_told_that_it_cannot_train_on_several_replicas(monkeypat
         mirrored.fit(hyper_iterations(2), verbose=0, steps_per_epoch=1)
 
 
+@pytest.mark.slow
 def test_weights_within_a_budget_are_projected_after_each_update():
     weights = farhox.ExampleWeights(200, budget=20.0)
     problem = farhox.supervised_problem(
@@ -738,6 +747,7 @@ def test_weights_within_a_budget_are_projected_after_each_update():
     assert values.sum() <= 20 * (1 + 1e-6) and values.min() == 0.0 and values.max() > 0.15
 
 
+@pytest.mark.slow
 def test_learned_initial_values_are_updated_in_the_model():
     model = make_model()
     problem = farhox.supervised_problem(model, dynamics=farhox.GradientDescent(0.1), learn_initialization=True)
@@ -749,6 +759,7 @@ def test_learned_initial_values_are_updated_in_the_model():
         np.testing.assert_allclose(b, a - 0.1 * gradient.numpy(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_reset_starts_slots_steps_and_memory_anew():
     hyper_optimizer = make(farhox.ForwardHG(), online=True)
     pair = next(iter(hyper_iterations(1)))

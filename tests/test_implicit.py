@@ -35,7 +35,10 @@ EXACT_SOLVERS = {
     "nystrom": Nystrom(rank=10, rho=1e-11),
     "fixed_point": FixedPoint(max_steps=300, tolerance=1e-14),
 }
-solvers = pytest.mark.parametrize("solver", list(EXACT_SOLVERS))
+# All of them are held against NumPy in test_linear_solvers.
+solvers = pytest.mark.parametrize("solver", [
+    name if name in ("cg", "dense", "fixed_point") else pytest.param(name, marks=pytest.mark.slow)
+    for name in EXACT_SOLVERS])
 Q = 1 - RATE * CURVATURE
 END = 1.024288
 
@@ -59,6 +62,7 @@ def test_scalar_quadratic_has_the_gradient_of_its_minimum(dtype, solver):
     assert not result.diagnostics["solver_failed"]
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @dtypes
 @pytest.mark.parametrize("terms, published", [(1, 0.0048576), (3, 0.011852544), (10, 0.0216800959), (25, None)])
@@ -214,6 +218,7 @@ def test_fixed_point_sees_what_acts_on_the_fixed_point_of_other_dynamics():
     assert_close(gradients, [TARGET - GOAL], 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("solver", list(EXACT_SOLVERS))
 def test_every_solver_solves_the_system_of_the_dynamics_and_that_of_the_objective(solver):

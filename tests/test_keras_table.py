@@ -112,8 +112,7 @@ def trained(kind, option):
 CELLS = [(kind, option) for kind in KINDS for option in [*OPTIONS, *OWN.get(kind, {})] if kind in dir(OPTIMIZERS)]
 # What is refused takes no time; of the others one optimizer with an option of its own and one with what all have.
 FAST = {(kind, option) for kind in ("SGD", "LossScaleOptimizer") for option in REFUSED_OPTIONS} | {
-    ("Adam", "bfloat16"), ("SGD", "nesterov"), ("Adam", "accumulation"), ("MultiOptimizer", "alone"),
-    ("AdamW", "excluded"), ("SGD", "mixed_bfloat16")}
+    ("Adam", "bfloat16"), ("AdamW", "excluded"), ("SGD", "mixed_bfloat16")}
 
 
 def test_every_optimizer_that_keras_exports_is_in_the_table():

@@ -75,6 +75,7 @@ def test_loss_never_rises_on_a_network(float64):
     assert not np.all(np.diff(descent.evaluate(*case[1:3]).inner_losses) < 0)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ReverseHG(checkpoint_every=2), farhox.ForwardHG()])
 def test_hypergradient_equals_finite_differences(method, float64):

@@ -252,9 +252,9 @@ def test_a_series_that_diverges_is_returned_as_it_is_and_reported(solver):
 
 
 @pytest.mark.one_case
-@pytest.mark.parametrize("solver", [Neumann(2000, step_size=1.0), FixedPoint(2000)])
+@pytest.mark.parametrize("solver", [Neumann(150, step_size=1.0), FixedPoint(150)])
 def test_a_series_that_overflows_is_not_a_number(solver):
-    solution = solve(solver, np.diag([3.0, 1.0]), [1.0, 1.0])
+    solution = solve(solver, np.diag([300.0, 1.0]), [1.0, 1.0])
     assert solution.failed and not np.all(np.isfinite(solution.vector))
 
 

@@ -82,6 +82,7 @@ def test_a_model_that_keras_cannot_make_again_is_an_error(make, received):
         copy_of(model)
 
 
+@pytest.mark.slow
 def test_learners_adapt_to_texts():
     labels = np.repeat(np.arange(6), 6)
     texts = np.array([f"word{label} the" for label in labels])[:, None]

@@ -54,10 +54,14 @@ def mirrored():
         ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice())
 
 
-@pytest.mark.one_case
+def joint(model):
+    return meta.JointTraining(model, 0.1, 1)
+
+
 @pytest.mark.parametrize("make, loop", [
-    pytest.param(maml, "fit", marks=pytest.mark.skipif(farhox.data.datasets.KERAS_IS_OLD, reason="needs Keras 3.9")),
-    pytest.param(hyper_representation, "fit_distributed", marks=pytest.mark.slow), (reptile, "fit_distributed")])
+    pytest.param(joint, "fit", marks=pytest.mark.skipif(farhox.data.datasets.KERAS_IS_OLD, reason="needs Keras 3.9")),
+    *(pytest.param(make, loop, marks=pytest.mark.slow) for make, loop in (
+        (maml, "fit"), (hyper_representation, "fit_distributed"), (reptile, "fit_distributed")))])
 def test_a_meta_batch_over_two_replicas_gives_the_weights_of_one_device(make, loop, tmp_path):
     source, _ = images()
     single, shared = compiled(make, metrics=None), compiled(make, mirrored(), metrics=None)

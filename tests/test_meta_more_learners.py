@@ -196,6 +196,7 @@ def test_meta_curvature_starts_as_maml_and_its_matrices_are_learned_exactly(floa
                  outer.gradient(loss, values), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("transductive", [True, False])
 def test_maml_plus_plus_is_a_plain_loop_with_a_rate_a_loss_and_a_normalisation_of_each_step(transductive, float64):

@@ -134,6 +134,7 @@ def conditioned():
     return learner, encoder
 
 
+@pytest.mark.slow
 def test_a_condition_on_the_task_gets_the_gradient_of_a_plain_loop_and_stays_in_the_adapted_model(float64):
     learner, encoder = conditioned()
     expected = by_hand(

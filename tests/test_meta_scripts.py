@@ -173,6 +173,7 @@ def test_maml_is_trained_and_compared_on_sinusoids(tmp_path):
     assert (tmp_path / "sinusoid.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_meta_steps_that_make_no_whole_epochs_are_refused(tmp_path):
     process = start("omniglot", tmp_path, None, "--meta_steps=5", "--steps_per_epoch=2")
     assert "must be a multiple of --steps_per_epoch. Received: 5 and 2" in process.communicate()[1]

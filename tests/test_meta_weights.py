@@ -96,8 +96,12 @@ def assert_same(got, expected):
         np.testing.assert_allclose(got[key], value, rtol=1e-9, atol=1e-12, err_msg=key)
 
 
-@pytest.mark.one_case
-@pytest.mark.parametrize("name", list(LEARNERS))
+# One that has no inner training.
+QUICK = ("PrototypicalNetwork",)
+
+
+@pytest.mark.parametrize("name", [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS])
 def test_padded_tasks_of_weight_zero_give_the_numbers_of_those_not_padded_times_the_weight(name, float64):
     learner = LEARNERS[name](network(normalized=True))
     learner.compile(keras.optimizers.SGD(1.0))
@@ -180,6 +184,7 @@ def test_accuracy_is_resolved_by_shapes_as_by_keras(targets, predictions, expect
     assert float(metric.result()) == pytest.approx(np.mean(expected))
 
 
+@pytest.mark.slow
 def test_one_sigmoid_and_one_hot_targets_have_their_accuracy_and_regression_has_none():
     def judged(outputs, activation, loss, targets):
         keras.utils.set_random_seed(0)

@@ -29,6 +29,7 @@ class Quadratic:
                                      fixed=[] if self.rate in variables else [self.rate])
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ForwardHG()], ids=["reverse", "forward"])
 def test_each_variable_follows_its_own_objective(method):

@@ -108,7 +108,7 @@ def self_tuned(make):
 
 
 @pytest.mark.one_case
-@pytest.mark.parametrize("use", [every_setting, own_dynamics, self_tuned], ids=lambda use: use.__name__)
+@pytest.mark.parametrize("use", [own_dynamics, every_setting, self_tuned], ids=lambda use: use.__name__)
 def test_an_own_outer_variable_is_told_from_a_hyperparameter_by_no_bit(use):
     own, same = use(Own), use(plain)
     assert len(own) == len(same) and all(np.any(keras.ops.convert_to_numpy(value) != 0) for value in own)

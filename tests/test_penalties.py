@@ -75,7 +75,7 @@ def test_no_point_near_the_proximal_one_has_a_lower_value(case):
 
     best = value(nearest.numpy())
     for size in (1e-3, 0.1, 1.0):
-        for _ in range(10):
+        for _ in range(4):
             other = nearest + size * RANDOM.normal(size=v.shape)
             if isinstance(penalty, Projection):
                 other = tf.convert_to_tensor(penalty.constraint(other))

@@ -228,6 +228,7 @@ def test_missing_matplotlib_is_an_import_error_that_names_the_extra(name, monkey
         CALLS[name]()
 
 
+@pytest.mark.slow
 def test_farhox_is_imported_where_matplotlib_is_missing():
     code = "import sys; sys.modules['matplotlib'] = None; import farhox"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

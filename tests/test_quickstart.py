@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from script_files import import_script, script_path
+from script_files import given_flags, import_script, script_path
 
 
 @pytest.fixture
@@ -15,30 +15,32 @@ def quickstart(monkeypatch):
     return import_script("quickstart", monkeypatch)
 
 
-def run_script(output, hyper_iterations, inner_steps):
-    """Runs the script in a process of its own; returns what it wrote, after checks that hold for every length."""
-    command = [sys.executable, str(script_path("quickstart")), f"--output={output}",
-               f"--hyper_iterations={hyper_iterations}", f"--inner_steps={inner_steps}"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+def what_it_wrote(output, shown, hyper_iterations):
+    """The results in the folder `output`, after checks that hold for every length."""
     results = json.loads((output / "results.json").read_text())
     history = results["history"]
     assert len(history["learning_rate"]) == len(history["l2_strength"]) == hyper_iterations
     for name in ("untuned", "tuned", "clean_only"):
-        assert f"{results[name]:.1%}" in run.stdout
+        assert f"{results[name]:.1%}" in shown
     for name in ("hyper_iterations.png", "example_weights.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     return results
 
 
-def test_a_short_run_lowers_the_outer_loss_and_writes_what_it_found(tmp_path):
-    results = run_script(tmp_path, 3, 10)
+def test_a_short_run_lowers_the_outer_loss_and_writes_what_it_found(quickstart, tmp_path, capsys):
+    with given_flags(quickstart.define_flags, f"--output={tmp_path}", "--hyper_iterations=3", "--inner_steps=10"):
+        quickstart.main(None)
+    results = what_it_wrote(tmp_path, capsys.readouterr().out, 3)
     assert results["history"]["outer_loss"][-1] < results["history"]["outer_loss"][0]
 
 
 @pytest.mark.slow
 def test_the_tuned_model_beats_the_untuned_one_and_comes_near_the_clean_one(tmp_path):
-    results = run_script(tmp_path, 30, 60)
+    command = [sys.executable, str(script_path("quickstart")), f"--output={tmp_path}", "--hyper_iterations=30",
+               "--inner_steps=60"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    results = what_it_wrote(tmp_path, run.stdout, 30)
     assert results["tuned"] > results["untuned"] + 0.02
     assert results["tuned"] > results["clean_only"] - 0.03
     assert results["precision"] > 0.8 and results["recall"] > 0.9
@@ -69,6 +71,7 @@ def test_parts_of_the_digits_are_disjoint_and_hold_all_of_them(quickstart):
     np.testing.assert_array_equal(np.sort(images.sum(axis=1)), np.sort(again.sum(axis=1)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("FARHOX_DATA_DIR" not in os.environ, reason="FARHOX_DATA_DIR names no folder of TFDS' data sets")
 def test_images_of_tfds_keep_their_test_set(quickstart, monkeypatch):
     try:

@@ -71,6 +71,7 @@ def test_a_loss_that_tensorflow_differentiates_once_only_is_named(float64):
         farhox.ReverseHG().compute(problem, farhox.repeat(batch, 2), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.hypergradients.ForwardHG()], ids=["reverse", "forward"])
 def test_masks_of_minus_infinity_leave_the_second_derivative_finite(method, float64):
@@ -85,6 +86,7 @@ def test_masks_of_minus_infinity_leave_the_second_derivative_finite(method, floa
     assert report.maximum_error < 1e-6
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mode", ["CONSTANT", "REFLECT", "WRAP", "NEAREST"])
 @pytest.mark.parametrize("interpolation", ["NEAREST", "BILINEAR"])
 def test_what_moves_pixels_goes_back_by_its_adjoint(mode, interpolation):
@@ -92,7 +94,7 @@ def test_what_moves_pixels_goes_back_by_its_adjoint(mode, interpolation):
     transforms = R.normal(size=(6, 8)) * [0.4, 0.3, 5.0, 0.3, 0.4, 5.0, 0.02, 0.02] + [1, 0, 0, 0, 1, 0, 0, 0]
     images, cotangent = R.random((6, 5, 4, 2)), R.random((6, 4, 6, 2))
 
-    @tf.function
+    @tf.function(autograph=False)
     def both(images, cotangent):
         graph = tf.compat.v1.get_default_graph()
         with graph.gradient_override_map({"ImageProjectiveTransformV3": "FarhoxImageProjectiveTransform"}):

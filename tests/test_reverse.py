@@ -30,7 +30,8 @@ from farhox.problem.back_step import BackStep
 from farhox.problem.inner_training import InnerTraining
 
 dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
-checkpoints = pytest.mark.parametrize("checkpoint_every", [None, 1, 2, 3, 7, 20, "sqrt"])
+checkpoints = pytest.mark.parametrize("checkpoint_every", [
+    None, 3, "sqrt", *(pytest.param(length, marks=pytest.mark.slow) for length in (1, 2, 7, 20))])
 Q = 1 - RATE * CURVATURE
 END = TARGET + Q ** STEPS * (START - TARGET)
 
@@ -141,10 +142,20 @@ def test_many_steps_reach_the_implicit_meta_gradient():
     assert_close(farhox.ReverseHG().compute(*case[:3]).gradients, case.expected, 1e-9)
 
 
-@pytest.mark.parametrize("truncation, lengths", [
-    (None, (3, "sqrt")), pytest.param(5, (3,), marks=pytest.mark.slow)])
-def test_checkpoints_change_no_bit(truncation, lengths, float64):
-    case = network_problem("BatchNormalization", "momentum", steps=7, extra=[keras.layers.Dropout(0.5)])
+def small_network():
+    """A layer that draws, and a learned rate."""
+    model, inner_batches, outer_batch = model_and_data("Dropout", steps=7)
+    rate = variable(0.3)
+    return farhox.supervised_problem(model, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                                     farhox.Momentum(rate, 0.5), [rate]), inner_batches, outer_batch
+
+
+@pytest.mark.parametrize("make, truncation, lengths", [
+    (small_network, None, (3,)), *(pytest.param(
+        lambda: network_problem("BatchNormalization", "momentum", steps=7, extra=[keras.layers.Dropout(0.5)]),
+        *case, marks=pytest.mark.slow) for case in ((None, (3, "sqrt")), (5, (3,))))])
+def test_checkpoints_change_no_bit(make, truncation, lengths, float64):
+    case = make()
     whole = tf.function(lambda: farhox.ReverseHG(truncation).compute(*case[:3]), autograph=False)()
     for checkpoint_every in lengths:
         method = farhox.ReverseHG(truncation, checkpoint_every)
@@ -216,6 +227,7 @@ def test_first_order_dynamics_are_exact_whether_or_not_statistics_count(reads_st
     assert_close(result.gradients, unrolled.unrolled_hypergradient(problem, inner_batches, outer_batch), 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("dynamics, reads_statistics, walked", [
     (farhox.GradientDescent(0.3, first_order=True), False, 0), (farhox.GradientDescent(0.3, first_order=True), True, 1),
@@ -252,6 +264,7 @@ def test_online_computation_goes_on_from_the_state():
     assert_close(second.gradients, truncated.gradients, 1e-12)
 
 
+@pytest.mark.slow
 def test_integer_slots_of_the_optimizer_pass_through():
     """A dynamics with an integer in its state: the adjoint leaves it out."""
     case = scalar_quadratic(outer=("target",), dynamics=_CountingDescent)
@@ -278,12 +291,14 @@ def explicit_problem():
         inner_variables=[w], outer_variables=[scale, w], dynamics=farhox.Momentum(0.1, 0.5))
 
 
-@pytest.mark.covering
+@pytest.mark.one_case
+@pytest.mark.parametrize("checkpoint_every", [None, 3])
 @pytest.mark.parametrize("make", [
-    lambda: network_problem("BatchNormalization", "momentum", steps=4, extra=[keras.layers.Dropout(0.5)])[:3],
+    pytest.param(
+        lambda: network_problem("BatchNormalization", "momentum", steps=4, extra=[keras.layers.Dropout(0.5)])[:3],
+        marks=pytest.mark.slow),
     lambda: (explicit_problem(), tf.constant([1.0, 2.0, 0.5, 1.5], tf.float64), tf.constant(1.0, tf.float64)),
 ], ids=["network", "explicit dependence"])
-@pytest.mark.parametrize("checkpoint_every", [None, 3])
 def test_weights_of_steps_give_the_hypergradient_of_the_weighted_outer_losses(make, checkpoint_every, float64):
     problem, inner_batches, outer_batch = make()
     inner_batches = farhox.data.batches.as_inner_batches(inner_batches)

@@ -28,7 +28,8 @@ def compiled(method, case, **options):
     return tf.function(lambda: method.compute(*case[:3]), autograph=False, **options)()
 
 
-@pytest.mark.parametrize("ratio", [(9, 10), (1, 2), (99, 100), (7, 1000), (9_999, 10_000)])
+@pytest.mark.parametrize("ratio", [(9, 10), (7, 1000), *(pytest.param(ratio, marks=pytest.mark.slow) for ratio in (
+    (1, 2), (99, 100), (9_999, 10_000)))])
 def test_ratio_is_undone_exactly_whatever_the_numbers(ratio):
     fixed = _Fixed(ratio, 40)
     random = np.random.default_rng(0)
@@ -105,6 +106,7 @@ def test_replay_has_the_masks_and_statistics_of_each_step(float64):
                  [v for v in expected.state.state_variables if v.dtype.is_floating], 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 def test_float32_training_is_undone_exactly_in_graphs_and_under_xla(jit_compile):
@@ -195,6 +197,7 @@ def test_what_leaves_the_range_is_not_a_number_afterwards(start):
     assert np.isnan(result.outer_loss) and np.isnan(result.gradients[0])
 
 
+@pytest.mark.slow
 def test_diverged_training_is_not_a_number():
     case = scalar_quadratic(outer=("target",), steps=60, dynamics=lambda rate: farhox.Momentum(30.0, 0.9))
     result = ReversibleHG().compute(*case[:3])

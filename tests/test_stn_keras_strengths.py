@@ -120,6 +120,7 @@ WITH_RATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("name", WITH_RATES)
 def test_attention_and_recurrent_layers_drop_out_with_a_rate_per_example_and_come_back_with_it(name, tmp_path):

@@ -8,7 +8,6 @@ from stn_cases import (
     LAYERS,
     PLAIN,
     TOKENS,
-    every_layer,
     gated,
     hyperparameters,
     inputs,
@@ -33,7 +32,7 @@ def plain_twin(name, layer, weights):
     return twin
 
 
-@every_layer
+@layers_of_each_kind
 def test_each_example_is_computed_with_the_weights_of_its_own_draw(name, float64):
     layer, x = layer_and_input(name)
     outputs = with_draws(layer, x, tf.constant(DRAWS))
@@ -123,7 +122,7 @@ def test_weights_start_as_in_the_paper_and_hyper_weights_differ_from_elementary_
 
 
 @pytest.mark.filterwarnings("ignore:Layer 'flatten")
-@every_layer
+@layers_of_each_kind
 def test_layers_come_back_from_configuration_and_from_a_saved_model_with_shared_hyperparameters(name, tmp_path):
     layer, x = layer_and_input(name)
     again = type(layer).from_config(layer.get_config())

@@ -64,6 +64,7 @@ def test_gate_learns_the_exact_jacobian_of_a_quadratic_problem_whatever_the_scal
         np.testing.assert_allclose(model(np.ones((1, 1))), [[1.5]], rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_gates_learn_the_exact_jacobian_of_a_quadratic_problem_in_several_dimensions(method, float64):
@@ -81,6 +82,7 @@ def test_gates_learn_the_exact_jacobian_of_a_quadratic_problem_in_several_dimens
     np.testing.assert_allclose(model(np.ones((1, 1)))[0], np.linalg.solve(a, b @ u.numpy()), atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_bias_of_the_response_vanishes_with_the_scale_as_predicted_and_delta_has_none(method, float64):
@@ -188,6 +190,7 @@ def test_gradients_of_hyperparameters_and_scales_are_those_of_finite_differences
         assert step.raw_scales is None
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("compiled", [False, True])
 def test_delta_takes_the_network_linearised_in_the_gates(compiled, float64):

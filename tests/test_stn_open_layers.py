@@ -88,8 +88,8 @@ def test_attention_computes_each_example_with_the_projections_of_its_own_draw(na
 
 
 @pytest.mark.parametrize("name", [
-    "einsum", "attention", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        "transpose", "separable", "conv3d", "group_query"))])
+    "einsum", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        "attention", "transpose", "separable", "conv3d", "group_query"))])
 def test_gradients_of_elementary_and_hyper_weights_and_gates_are_those_of_finite_differences(name, float64):
     if name in ATTENTION:
         model, shape = stn.convert(attention_model(name), hyperparameters()), SEQUENCE
@@ -214,6 +214,7 @@ def test_layers_of_your_own_become_self_tuning_by_twins_and_plain_again(float64,
     assert [type(layer) for layer in left.layers] == [SelfTuningScale, Block, K.Dense]
 
 
+@pytest.mark.slow
 def test_attention_and_own_layers_tune_train_and_come_back_from_a_saved_model(tmp_path):
     keras.utils.set_random_seed(0)
     drop = rate("drop")

@@ -64,6 +64,7 @@ def test_plain_training_replays_the_values_that_every_training_step_had(tmp_path
     np.testing.assert_allclose(hyperparameters[0].numpy(), recorder.schedule["values"]["rate"][-1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_records_are_made_every_so_many_training_steps_and_go_on_with_training():
     recorder, _, _, _ = recorded(every=5)
     assert recorder.schedule["steps"] == [0, 5, 10]

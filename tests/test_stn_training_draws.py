@@ -10,6 +10,7 @@ from farhox import stn
 K = keras.layers
 
 
+@pytest.mark.slow
 def test_a_bilevel_problem_tunes_dropout_through_gates_and_a_strength_of_weights_through_training(float64):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([

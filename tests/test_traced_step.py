@@ -128,6 +128,7 @@ def test_what_python_draws_is_one_constant_for_all_directions(method):
     np.testing.assert_allclose(result.gradients[0], result.outer_loss, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_seeded_draws_differ_under_xla_and_the_hypergradient_is_that_of_the_training_with_them(float64):
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(8, "tanh"), keras.layers.Dropout(0.5, seed=1),
                               keras.layers.Dense(1)])

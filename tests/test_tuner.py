@@ -191,6 +191,7 @@ def test_a_users_own_hyperparameters_are_tuned_as_they_are(eagerly):
     assert config["config"]["l2"] == pytest.approx(tuner.get_hyperparameters()["strength"])
 
 
+@pytest.mark.slow
 def test_a_metric_that_counts_chooses_the_epoch_and_the_loss_leads_there(eagerly):
     tuner = farhox.Tuner(network(), objective="val_accuracy", sweep=False)
     history = tuner.fit(*TRAIN, batch_size=40, epochs=4, validation_data=VALIDATION, verbose=0).history
@@ -264,6 +265,7 @@ def test_the_schedule_of_an_optimizer_stays_and_is_scaled(eagerly):
         tuner.get_schedule()["learning_rate"], factor * 0.1 * 0.5 ** (np.arange(16) / 10), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_streams_and_callbacks_work_as_in_fit(eagerly):
     train = tf.data.Dataset.from_tensor_slices(TRAIN).shuffle(160).batch(16)
     validation = tf.data.Dataset.from_tensor_slices(VALIDATION).batch(16)

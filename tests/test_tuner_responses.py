@@ -94,6 +94,7 @@ def test_one_round_moves_strengths_by_the_response_and_penalties_by_the_path():
     assert before["l2"] == pytest.approx(np.log(1e-3), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_readmes_own_model_is_tuned_on_a_folder_of_images_and_plain(tmp_path, capsys, monkeypatch):
     pytest.importorskip("PIL")
     for label in range(3):  # Pictures of three classes, as a user has them on disk.
