@@ -216,6 +216,40 @@ def test_functions_run_eagerly_for_debugging_with_the_same_numbers(float64):
     assert_close(eager.gradients, compiled.gradients, 1e-10)
 
 
+@pytest.mark.parametrize("what", ["outer_loss of compute", "gradients of compute", "outer_loss of evaluate"])
+def test_a_tape_does_not_go_through_results(what):
+    w, rate, factor = keras.Variable(0.5), keras.Variable(0.1), tf.Variable(2.0)
+    problem = farhox.BilevelProblem(lambda _: 0.5 * tf.square(w), lambda _: 0.5 * tf.square(w), [w], [rate],
+                                    farhox.GradientDescent(rate))
+    arguments = farhox.repeat(tf.zeros([]), 2), tf.zeros([])
+
+    def value():
+        if what == "outer_loss of evaluate":
+            return problem.evaluate(*arguments).outer_loss
+        result = farhox.ReverseHG().compute(problem, *arguments)
+        return result.gradients[0] if what == "gradients of compute" else result.outer_loss
+
+    with tf.GradientTape() as tape:
+        product = factor * value()
+    with pytest.raises(ValueError, match="The hypergradient is result.gradients.*tf.stop_gradient"):
+        tape.gradient(product, rate.value)
+    with tf.GradientTape() as tape:
+        product = factor * tf.stop_gradient(value())
+    np.testing.assert_allclose(tape.gradient(product, factor), value())
+    # In a graph a gradient may be built that nobody asked for: there is none.
+    for function in (tf.function(value), value):
+        @tf.function
+        def of_rate(function=function):
+            with tf.GradientTape() as tape:
+                result = function()
+            return tape.gradient(result, rate.value, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+        assert float(of_rate()) == 0
+    with tf.GradientTape() as tape:
+        result = tf.function(value)()
+    assert tape.gradient(result, rate.value) is None
+
+
 def test_settings_of_tensorflow_and_keras_are_as_before_after_user_code():
     from keras.src.losses import loss as keras_loss
     before = keras_loss.scale_loss_for_distribution

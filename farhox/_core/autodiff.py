@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import record
 
 from farhox._core import refusals
 from farhox._core.exact import exact_derivatives
-from farhox._core.types import Tensor, Tensors
+from farhox._core.types import Nest, Tensor, Tensors
 
 
 def dense(gradient: Tensor) -> Tensor:
@@ -57,6 +58,40 @@ def gradients(function: Callable[..., Any], inputs: Tensors, exact: bool = False
     except LookupError as error:
         raise refusals.no_derivative(error, tf.compat.v1.get_default_graph()) from error
     return value, auxiliary, [dense(gradient) for gradient in found]
+
+
+def not_differentiable(results: Nest, sources: Tensors) -> Nest:
+    """Results of an inner training through which a tape must not go: it does not know the rules of `exact`.
+
+    Args:
+        results: Nest of tensors and None.
+        sources: List of tensors that the results depend on.
+
+    Returns:
+        The same values. An eager tape meets an error where it would differentiate them; in a graph there is no
+        gradient: an error there could come up without anybody asking for one.
+    """
+    results = tf.nest.map_structure(lambda leaf: None if leaf is None else tf.stop_gradient(leaf), results)
+    if not tf.executing_eagerly() or not record.could_possibly_record():
+        return results
+    flat = tf.nest.flatten(results)
+    floating = [index for index, leaf in enumerate(flat) if leaf is not None and leaf.dtype.is_floating]
+    for index, leaf in zip(floating, _refusing([flat[index] for index in floating], sources)):
+        flat[index] = leaf
+    return tf.nest.pack_sequence_as(results, flat)
+
+
+@tf.custom_gradient
+def _refusing(tensors, sources):
+    del sources  # They are on the tape: so is this.
+
+    def refuse(*_):
+        raise ValueError(
+            "A tape does not differentiate what compute() and evaluate() return: it would leave out what TensorFlow's "
+            "second derivatives leave out. The hypergradient is result.gradients of compute(). Where the result is a "
+            "constant of what the tape differentiates, write tf.stop_gradient(result.outer_loss).")
+
+    return [tf.identity(tensor) for tensor in tensors], refuse
 
 
 class ForwardLinearization:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from farhox._core import tree
+from farhox._core.autodiff import not_differentiable
 from farhox._core.inner_state import InnerState
 from farhox._core.types import Batch, Carry, InnerBatches, Tensor, Tensors
 from farhox.data.batches import as_inner_batches, as_tensors
@@ -73,6 +74,8 @@ class HyperGradient(abc.ABC):
                 iteration: int | Tensor = 0) -> HyperGradientResult:
         """Runs T inner steps and computes the hypergradient. Pure TensorFlow: no variable changes.
 
+        Tapes do not go through the result: `gradients` is what there is to know.
+
         Called eagerly it runs a compiled function, which is traced once for each structure and shape of the arguments
         and kept with the problem, and traced again where a Python value that the objectives read has changed; after
         `tf.config.run_functions_eagerly(True)` the objectives run step by step.
@@ -100,11 +103,13 @@ class HyperGradient(abc.ABC):
         outer_batch = as_tensors("outer_batch", outer_batch)
         iteration = tf.cast(iteration, tf.int64)
         if tf.executing_eagerly() and not tf.config.functions_run_eagerly():
-            return with_words_alone(
-                problem.compiled(self, HyperGradient.compute), inner_batches, outer_batch, state, carry, iteration)
+            return not_differentiable(with_words_alone(
+                problem.compiled(self, HyperGradient.compute), inner_batches, outer_batch, state, carry, iteration),
+                problem.outer_values())
         if problem.has_episodes and not self.takes_episodes:
             return _over_episodes(self, problem, inner_batches, outer_batch, state, carry, iteration)
-        return self._compute(problem, inner_batches, outer_batch, state, carry, iteration)
+        return not_differentiable(
+            self._compute(problem, inner_batches, outer_batch, state, carry, iteration), problem.outer_values())
 
     @abc.abstractmethod
     def _compute(self, problem, inner_batches, outer_batch, state, carry, iteration) -> HyperGradientResult:

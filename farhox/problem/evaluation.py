@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
+from farhox._core.autodiff import not_differentiable
 from farhox._core.inner_state import InnerState
 from farhox._core.types import Batch, InnerBatches, Nest, Tensor
 from farhox.data.batches import as_inner_batches, as_tensors
@@ -42,8 +43,11 @@ def evaluate(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: 
     outer_batch = as_tensors("outer_batch", outer_batch)
     iteration = tf.cast(iteration, tf.int64)
     if tf.executing_eagerly() and not tf.config.functions_run_eagerly():
-        return with_words_alone(problem.compiled(None, _evaluated), inner_batches, outer_batch, state, iteration)
-    return _evaluated(None, problem, inner_batches, outer_batch, state, iteration)
+        return not_differentiable(with_words_alone(
+            problem.compiled(None, _evaluated), inner_batches, outer_batch, state, iteration),
+            problem.outer_values())
+    return not_differentiable(
+        _evaluated(None, problem, inner_batches, outer_batch, state, iteration), problem.outer_values())
 
 
 def _evaluated(_, problem, inner_batches, outer_batch, state, iteration):
