@@ -92,9 +92,7 @@ class PriorEvaluations:
 
     def middle(self) -> dict[str, Any]:
         """The middle of all ranges, the geometric one where the scale is logarithmic."""
-        low, high = np.array(list(self.space.values())).T
-        values = np.where(is_log(self.space), np.sqrt(np.abs(low)) * np.sqrt(np.abs(high)), low / 2 + high / 2)
-        return self.rounded(dict(zip(self.space, map(float, values))))
+        return self.rounded(middle(self.space))
 
     def rounded(self, configuration: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration with integers where hyperparameters are integers."""
@@ -118,12 +116,31 @@ class PriorEvaluations:
         part.data = None if self.data is None else [datasets[index] for index in indices]
         return part
 
+    def to_json(self) -> str:
+        """The table as JSON: all but the pairs (x, y)."""
+        scores = [[None if math.isnan(score) else score for score in row] for row in self.scores.tolist()]
+        return json.dumps({"space": self.space, "names": self.names, "properties": self.properties,
+                           "configurations": self.configurations, "scores": scores})
+
+    @classmethod
+    def from_json(cls, text: str) -> PriorEvaluations:
+        """The table of what `to_json` returned.
+
+        Raises:
+            ValueError: If the text holds no such table.
+        """
+        try:
+            value = json.loads(text)
+            scores = np.array([[math.nan if score is None else score for score in row] for row in value["scores"]])
+            parts = value["space"], value["properties"], value["configurations"], scores, value["names"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError("A table as JSON must be what PriorEvaluations wrote. Received: "
+                             f"{type(error).__name__}: {error}") from error
+        return cls(*parts)
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a file of JSON: all but the pairs (x, y)."""
-        scores = [[None if math.isnan(score) else score for score in row] for row in self.scores.tolist()]
-        value = {"space": self.space, "names": self.names, "properties": self.properties,
-                 "configurations": self.configurations, "scores": scores}
-        pathlib.Path(path).write_text(json.dumps(value), encoding="utf-8")
+        pathlib.Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PriorEvaluations:
@@ -132,14 +149,7 @@ class PriorEvaluations:
         Raises:
             ValueError: If the file holds no such table.
         """
-        try:
-            value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            scores = np.array([[math.nan if score is None else score for score in row] for row in value["scores"]])
-            parts = value["space"], value["properties"], value["configurations"], scores, value["names"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError("path must be a file that PriorEvaluations.save wrote. Received: "
-                             f"{os.fspath(path)!r}, {type(error).__name__}: {error}") from error
-        return cls(*parts)
+        return cls.from_json(pathlib.Path(path).read_text(encoding="utf-8"))
 
     def _checked_configuration(self, index, configuration):
         if not isinstance(configuration, Mapping):
@@ -171,6 +181,13 @@ def checked_table(table: Any) -> PriorEvaluations:
 def is_log(space: Mapping[str, tuple[float, float]]) -> np.ndarray:
     """Whether each hyperparameter is on a logarithmic scale."""
     return np.array([low > 0 and high / low >= _LOG_FROM for low, high in space.values()])
+
+
+def middle(space: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """The middle of each range, the geometric one where the scale is logarithmic."""
+    low, high = np.array(list(space.values())).T
+    values = np.where(is_log(space), np.sqrt(np.abs(low)) * np.sqrt(np.abs(high)), low / 2 + high / 2)
+    return dict(zip(space, map(float, values)))
 
 
 def to_units(space: Mapping[str, tuple[float, float]], values: np.ndarray) -> np.ndarray:

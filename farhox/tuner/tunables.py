@@ -14,6 +14,8 @@ from farhox._core import checks
 from farhox.dynamics.keras_optimizers import learnable_settings
 from farhox.outer import Box, Hyperparameter
 from farhox.outer.outer_variable import OuterVariable
+from farhox.starts import StartRule
+from farhox.starts.evaluations import middle
 
 SWEEP, PATH, RESPONSE = "sweep", "path", "response"
 
@@ -124,7 +126,8 @@ class Choice:
         fix: List of names that are not tuned.
         ranges: Dictionary from names to pairs (low, high).
         start: Dictionary from names to values, as of a trial of KerasTuner or Optuna, or an object of either with such
-            a dictionary as `values` or `params`.
+            a dictionary as `values` or `params`; or a `StartRule`, which has values when there are data. Until then the
+            middle of its ranges stands in.
         granularity: "global": one hyperparameter per kind, or "layer": one per kind and layer.
 
     Raises:
@@ -145,7 +148,8 @@ class Choice:
         if both:
             raise ValueError(f"A hyperparameter can be tuned or fixed, not both. Received in both: {sorted(both)}")
         self.ranges = _checked_ranges(ranges)
-        self.start = _values_of_trial(start)
+        self.rule = start if isinstance(start, StartRule) else None
+        self.start = _values_of_trial(start) if self.rule is None else middle(self.rule.space)
         self._of_trial = start is not None and not isinstance(start, dict)
         self.granularity = granularity
         self._used = set()
@@ -226,6 +230,10 @@ class Choice:
 
     def check_used(self, tunables: Sequence[Any]) -> None:
         """Raises a ValueError if a name is none of the model's. A trial may have others, of architectures."""
+        if self.rule is not None and not self._used & set(self.start):
+            raise ValueError("A rule to start from must know a hyperparameter of the model: "
+                             f"{', '.join(sorted(t.name for t in tunables))}. Received: a rule for "
+                             f"{', '.join(self.start)}")
         given = {*(self.tune or []), *self.fix, *self.ranges, *(() if self._of_trial else self.start)}
         unknown = sorted(given - self._used)
         if unknown:
@@ -244,6 +252,9 @@ class Choice:
         """Where the range is not the user's, it has the start in it."""
         if name in self.ranges or kind.name in self.ranges:
             return low, high
+        if self.rule is not None:  # What it may say has to fit too.
+            reach = [*self.rule.space.get(name, ()), *self.rule.space.get(kind.name, ())]
+            start = np.append(start, [end for end in reach if end > 0 or not kind.log])
         return min(low, float(np.min(start)) / 10 if kind.log else low), max(high, float(np.max(start)) * (
             10 if kind.log else 1))
 
@@ -310,8 +321,8 @@ def _values_of_trial(start):
     candidates = [start, getattr(start, "params", None), getattr(start, "values", None)]
     values = next((candidate for candidate in candidates if isinstance(candidate, dict)), None)
     if values is None:
-        raise TypeError("start must be a dictionary from names to values, HyperParameters of KerasTuner, or a trial of "
-                        f"Optuna. Received: {start!r}")
+        raise TypeError("start must be a dictionary from names to values, HyperParameters of KerasTuner, a trial of "
+                        f"Optuna or a farhox.starts.StartRule. Received: {start!r}")
     for name, value in values.items():
         if isinstance(start, dict) and np.asarray(value).dtype.kind not in "iuf":
             raise TypeError(f"A value to start from must be a number. Received: {name}={value!r}")

@@ -18,6 +18,7 @@ from farhox.tuner.data import rounds_of
 from farhox.tuner.network import Network, Objective, check_model
 from farhox.tuner.rate_search import SWEEP_STEPS, RateSearch
 from farhox.tuner.resuming import Reading, SavedRun
+from farhox.tuner.starting import assign, examples_of
 from farhox.tuner.training import Guard, Training
 from farhox.tuner.tunables import Choice, optimizer_tunables
 
@@ -49,7 +50,9 @@ class Tuner:
         tune: List of names of hyperparameters, or of kinds of them, to tune. Default: those worth it.
         fix: List of names not to tune.
         ranges: Dictionary from names to pairs (low, high).
-        start: Dictionary from names to values to start from; or a trial of Optuna, or HyperParameters of KerasTuner.
+        start: Dictionary from names to values to start from; or a trial of Optuna, or HyperParameters of KerasTuner; or
+            a fitted `farhox.starts.StartRule` (`SymbolicDefaults`, `DatasetEncoder`), which `fit` asks for values for
+            its training data. The sweep finds a rate of its own, so that a rate to start from needs `sweep=False`.
         granularity: "global", one hyperparameter per kind, or "layer", one per kind and layer.
         sweep: Bool. Find the learning rate by a sweep.
         online: Bool. Let hyperparameters follow hypergradients.
@@ -79,6 +82,7 @@ class Tuner:
         check_model(model)
         self._model = model
         choice = Choice(tune, fix, ranges, start, granularity)
+        self._rule = choice.rule
         self._objective = Objective(objective, model)
         self._sweeps, self._guards = bool(sweep), bool(guard)
         self._annealing = checks.number_in_range("annealing", annealing, 0.0, 1.0)
@@ -131,12 +135,16 @@ class Tuner:
             x = (x, y) if sample_weight is None else (x, y, sample_weight)
         data, rounds, inner_steps, evaluated = rounds_of(x, validation_data, batch_size, steps_per_epoch, self._seed)
         plan = _Plan(Reading(data), rounds, inner_steps, epochs, evaluated)
+        started = []
+        if self._rule is not None:
+            started = [assign(self._rows, self._rule.start(*examples_of(x, steps_per_epoch)))]
+            self._values_before = {row.name: row.value() for row in self._rows}
         with clear_errors():
-            return self._fit(plan, saved, verbose)
+            return self._fit(plan, saved, verbose, started)
 
-    def _fit(self, plan, saved, verbose):
+    def _fit(self, plan, saved, verbose, started):
         training = Training(self._network, self._model.optimizer, self._rows, self._truncation, self._outer_rate)
-        self.notes = [self._objective.note]
+        self.notes = [self._objective.note, *started]
         self._history, self._best = [], None
         guard = Guard(training.state(), -(-SWEEP_STEPS // plan.inner_steps)) if self._guards else None
         if saved.state is not None:
