@@ -93,6 +93,36 @@ def test_branches_and_loops_over_tensors_in_a_tf_function_are_part_of_the_step(m
     assert_close(function(), unrolled.finite_differences(problem, batches, tf.zeros([1])), 1e-7)
 
 
+class InBranch(keras.layers.Layer):
+    """A layer that calls another one, or adds a loss, where a condition over tensors holds."""
+
+    def __init__(self, layer=None):
+        super().__init__()
+        self.inner = layer
+
+    @tf.function
+    def call(self, x, training=None):
+        if tf.reduce_mean(x) > -100.0:
+            if self.inner is None:
+                self.add_loss(tf.reduce_mean(x ** 2))
+            else:
+                x = self.inner(x, training=training)
+        return x
+
+
+@pytest.mark.parametrize("layer, words", [
+    (lambda: keras.layers.Dropout(0.5, seed=1), "assigns '[^']*seed[^']*' there"),
+    (lambda: keras.layers.BatchNormalization(), "assigns '[^']*moving_[^']*' there"),
+    (lambda: None, "adds a loss there")], ids=["dropout", "batch normalisation", "loss"])
+def test_what_is_assigned_inside_of_a_branch_over_tensors_is_refused_with_what_to_do(layer, words):
+    train, validation = data()
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(4), InBranch(layer()), keras.layers.Dense(1)])
+    rate = variable(0.1)
+    problem = farhox.supervised_problem(model, "mse", farhox.GradientDescent(rate), outer_variables=[rate])
+    with pytest.raises(ValueError, match=rf"(?s)must not be inside of a branch.*{words}.*tf.where\(condition, layer"):
+        farhox.ReverseHG().compute(problem, farhox.repeat(train, 2), validation)
+
+
 def test_a_tf_function_of_a_user_does_not_rewrite_this_package():
     files = []
 

@@ -61,6 +61,7 @@ class _Scope(keras.StatelessScope):
         self.taken_over = taken_over
         self.met = set()
         self.found = {}
+        self.graph = tf.compat.v1.get_default_graph()
         for variable, value in draws:
             super().add_update((variable, tf.cast(value, variable.dtype)))
 
@@ -73,8 +74,22 @@ class _Scope(keras.StatelessScope):
     def add_update(self, update: Any) -> None:
         variable, value = update
         self.assigned.append(variable)
+        self._check_reached(value, f"It assigns {variable.path!r} there, as dropout and batch normalisation do.")
         # Of a variable that is assigned to another one, Keras would keep the object, which outside has another value.
         super().add_update((variable, tf.convert_to_tensor(value)))
+
+    def add_loss(self, loss: Any) -> None:
+        self._check_reached(loss, "It adds a loss there.")
+        super().add_loss(loss)
+
+    def _check_reached(self, value, what):
+        """Raises a ValueError if a value was made inside of a branch or a loop of the closure, which it cannot leave."""
+        if tf.is_symbolic_tensor(value) and value.graph is not self.graph and tf.compat.v1.get_default_graph(
+                ) is value.graph:
+            raise ValueError(
+                "What an objective assigns or adds must not be inside of a branch or a loop over tensors (tf.cond, "
+                f"tf.while_loop, or an if or a for that AutoGraph makes one). {what} Call the layer before, and choose "
+                "between its results inside: tf.where(condition, layer(x), x).")
 
 
 def call(function: Callable[..., Any], *arguments: Any, bindings: Any, draws: Any = (),
