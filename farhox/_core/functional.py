@@ -83,7 +83,7 @@ class _Scope(keras.StatelessScope):
         super().add_loss(loss)
 
     def _check_reached(self, value, what):
-        """Raises a ValueError if a value was made inside of a branch or a loop of the closure, which it cannot leave."""
+        """Raises a ValueError if a value was made in a branch or a loop of the closure, which it cannot leave."""
         if tf.is_symbolic_tensor(value) and value.graph is not self.graph and tf.compat.v1.get_default_graph(
                 ) is value.graph:
             raise ValueError(
