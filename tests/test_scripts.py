@@ -284,3 +284,15 @@ def test_tables_and_ranges_read_well(load):
     assert experiment.markdown_table(["a", "long"], [["value", "b"]]) == (
         "| a     | long |\n| ----- | ---- |\n| value | b    |")
     assert experiment.rounded({"a": [1.23456789, 2], "b": None}) == {"a": [1.23457, 2], "b": None}
+
+
+@pytest.mark.parametrize("low, high", [(0.117, 0.49), (0.43, 0.7), (0.05, 0.3), (0.43, 2.4), (0.04, 0.8), (1e-4, 0.3)])
+def test_logarithmic_axes_have_a_few_round_numbers_on_them(low, high, monkeypatch, tmp_path):
+    pictures = import_script("pictures", monkeypatch)
+    with pictures.figure(tmp_path / "picture.png") as axis:
+        axis.plot([0, 1], [low, high])
+        pictures.logarithmic(axis)
+        ends = axis.get_ylim()
+        shown = [tick for tick in axis.get_yticks() if ends[0] <= tick <= ends[1]]
+        assert 3 <= len(shown) <= 6 and max(low / shown[0], shown[0] / low) < 2.1
+        assert all(len(axis.yaxis.get_major_formatter()(tick).strip("0.").replace(".", "")) <= 2 for tick in shown)

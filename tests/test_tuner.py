@@ -1,15 +1,17 @@
 """Tuner: what it finds, what it trains, what it gives back."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import farhox
+from farhox.tuner import report
 from farhox.tuner.losses import Losses
 from farhox.tuner.rate import Rate, read_sweep
 from farhox.tuner.rate_search import RateSearch
-from farhox.tuner.report import epoch_line
 from farhox.tuner.training import Guard, Round, Training
 from farhox.tuner.tunables import Choice
 
@@ -377,10 +379,10 @@ def test_the_rate_sweeps_exponentially_and_ends_in_a_cosine():
 
 def test_a_line_of_an_epoch_has_80_columns():
     logs = {f"a_rather_long_name_{k}": 0.123456 for k in range(5)}
-    assert len(epoch_line(99, 1000, logs, 12.3)) <= 80
-    assert epoch_line(0, 3, {"loss": 0.12345}, 2.2) == "epoch 1/3 2 s  loss 0.123"
+    assert len(report.epoch_line(99, 1000, logs, 12.3)) <= 80
+    assert report.epoch_line(0, 3, {"loss": 0.12345}, 2.2) == "epoch 1/3 2 s  loss 0.123"
     # What does not fit makes room for what does.
-    line = epoch_line(0, 3, {"loss": 0.12345, 80 * "a": 1.0, "l2": 1e-5}, 2.2)
+    line = report.epoch_line(0, 3, {"loss": 0.12345, 80 * "a": 1.0, "l2": 1e-5}, 2.2)
     assert line == "epoch 1/3 2 s  loss 0.123  l2 1e-5 ..."
 
 
@@ -389,6 +391,19 @@ def test_the_picture_is_written(fitted, tmp_path):
     pytest.importorskip("matplotlib")
     fitted[2].plot(tmp_path / "tuning.png")
     assert (tmp_path / "tuning.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_short_range_in_the_picture_of_the_tuner_has_more_than_one_tick(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    made = []
+    monkeypatch.setattr(matplotlib.Figure, "savefig", lambda figure, path: made.append(figure))
+    rows = [types.SimpleNamespace(name=name, kind=types.SimpleNamespace(log=True)) for name in ("learning_rate", "l2")]
+    report.plot([{"learning_rate": np.geomspace(0.1, 1e-4, 9), "l2": np.geomspace(1e-2, 2.6e-3, 9)}], rows, None, "")
+    rate, strength = made[0].axes
+    assert (rate.get_ylabel(), strength.get_ylabel(), strength.get_xlabel()) == ("Learning rate", "L2", "Training step")
+    low, high = strength.get_ylim()
+    np.testing.assert_allclose([tick for tick in strength.get_yticks() if low <= tick <= high], [0.003, 0.005, 0.01])
+    assert strength.yaxis.get_major_formatter()(0.003) == "0.003"
 
 
 def test_tensorboard_shows_the_run_with_its_hyperparameters(fitted, tmp_path):
