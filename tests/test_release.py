@@ -64,7 +64,8 @@ def test_the_project_names_its_places_author_and_licence(settings):
 
 def optional_imports():
     """(package, file) of what functions of farhox import when they are called, and is not of Python or required."""
-    known = {"farhox", "tensorflow", "keras", "numpy", *sys.stdlib_module_names}
+    # Of google protobuf alone, which TensorFlow brings.
+    known = {"farhox", "tensorflow", "keras", "numpy", "google", *sys.stdlib_module_names}
     for file in sorted((ROOT / "farhox").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
