@@ -167,12 +167,11 @@ def table(by_seed):
     return experiment.markdown_table(["", "test accuracy, %", "precision", "recall", "F1", "seconds"], rows)
 
 
-def plot(by_seed, path):
-    """Accuracy and F1 by budget, F1 while learning, and the weights of the best budget."""
+def plot(by_seed, best, path):
+    """Accuracy and F1 by budget; of the first seed F1 while learning, and the weights of the best budget."""
     seeds, first = list(by_seed), next(iter(by_seed.values()))
     names = [name for name in first if name.startswith("budget")]
     budgets = [int(float(name.split()[1])) for name in names]
-    best = best_budget(by_seed)
     with pictures.figure(path, rows=2, columns=2, size=(7.8, 6.6)) as (accuracy, f1, progress, histogram):
         for name, label, color, dashes in (("oracle", "right labels alone", pictures.GREEN, "--"),
                                            ("baseline", "all labels, no weights", pictures.BLACK, ":")):
@@ -187,10 +186,10 @@ def plot(by_seed, path):
         pictures.legend_below(accuracy)
         f1.set(title="Wrong labels found", ylabel="F1 of the discarded")
         styles = pictures.line_styles(names)
-        for name in names:
-            values = np.mean([by_seed[seed][name]["history"]["f1"] for seed in seeds], axis=0)
+        for name in (name for name in names if "history" in first[name]):
+            values = first[name]["history"]["f1"]
             progress.plot(np.arange(1, len(values) + 1), values, label=name, **styles[name])
-        progress.set(title="F1 while learning", xlabel="Hyper-iteration", ylabel="F1 of the discarded", ylim=(0, 1))
+        progress.set(title=f"F1 while learning, seed {seeds[0]}", xlabel="Hyper-iteration", ylabel="F1 of the discarded", ylim=(0, 1))
         pictures.whole_numbers(progress)
         pictures.legend_below(progress, columns=2)
         weights, flipped = np.array(first[best]["weights"]), np.array(first[best]["flipped"], bool)
@@ -214,7 +213,7 @@ def main(_):
                     for name, run in runs.items()} for seed, runs in by_seed.items()}
     experiment.write_json(
         output / "results.json", experiment.rounded({"settings": settings, "best": best, "seeds": short}))
-    plot(by_seed, output / "clean_labels.png")
+    plot(by_seed, best, output / "clean_labels.png")
 
 
 if __name__ == "__main__":
