@@ -33,7 +33,8 @@ class EvoGradHG(SingleHyperGradient):
     First order only: K = `perturbations` forward passes and one backward pass through them, whatever T. The part that
     goes through the inner training is random; for small sigma its mean is that of one differentiated gradient step of
     size sigma^2 (1 - 1/K) / temperature. With the default settings that is about 1e-5: outer optimizers that rescale
-    (Adam) suit it, and a part of E that depends on λ explicitly would outweigh it.
+    (Adam, with an epsilon of 1e-12 rather than 1e-7) suit it, and a part of E that depends on λ explicitly would
+    outweigh it.
 
     The order of the published code (the hypergradient at the current weights, the outer update, the training step on
     the same batch) is that of `EvoGradHG(at_start=True)` under `HyperOptimizer(online=True, outer_first=True)`.

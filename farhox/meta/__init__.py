@@ -13,6 +13,7 @@ from farhox.meta.episodes import (
     with_rotations,
 )
 from farhox.meta.evaluation import evaluate_episodes, mean_and_interval
+from farhox.meta.feature_transformation import FeatureWiseTransformation
 from farhox.meta.learner import Learner
 from farhox.meta.learners import ANIL, IMAML, MAML, HyperRepresentation, JointTraining, Reptile
 from farhox.meta.maml_plus_plus import MAMLPlusPlus
@@ -26,10 +27,10 @@ from farhox.meta.support_vectors import SupportVectorNetwork
 from farhox.meta.tasks import TaskEpisodes
 
 __all__ = [
-    "ANIL", "CAVIA", "ClassificationEpisodes", "EmbeddingLearner", "Episode", "EpisodeSource", "HyperRepresentation",
-    "IMAML", "JointTraining", "Learner", "MAML", "MAMLPlusPlus", "MetaCurvature", "PreconditionedDescent",
-    "PrototypicalNetwork", "Reptile", "RidgeNetwork", "SinusoidEpisodes", "StepBatchNormalization",
-    "SupportVectorNetwork", "TaskContext", "TaskEpisodes", "convolutional_body", "episode_problem",
-    "evaluate_episodes", "few_shot_classifier", "fit_distributed", "identity_factors", "is_chief", "load_omniglot",
-    "mean_and_interval", "residual_body", "split_classes", "with_rotations",
+    "ANIL", "CAVIA", "ClassificationEpisodes", "EmbeddingLearner", "Episode", "EpisodeSource",
+    "FeatureWiseTransformation", "HyperRepresentation", "IMAML", "JointTraining", "Learner", "MAML", "MAMLPlusPlus",
+    "MetaCurvature", "PreconditionedDescent", "PrototypicalNetwork", "Reptile", "RidgeNetwork", "SinusoidEpisodes",
+    "StepBatchNormalization", "SupportVectorNetwork", "TaskContext", "TaskEpisodes", "convolutional_body",
+    "episode_problem", "evaluate_episodes", "few_shot_classifier", "fit_distributed", "identity_factors", "is_chief",
+    "load_omniglot", "mean_and_interval", "residual_body", "split_classes", "with_rotations",
 ]
