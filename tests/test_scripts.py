@@ -16,7 +16,8 @@ from script_files import SCRIPTS, given_flags, import_script, script_path
 
 import farhox
 
-EXPERIMENTS = ["clean_labels", "learn_schedule", "tune_learning_rates"]
+EXPERIMENTS = ["clean_labels", "cross_domain", "learn_schedule", "reverse_training", "tune_learning_rates",
+               "weigh_noisy_labels"]
 needs_data = pytest.mark.skipif(
     "FARHOX_DATA_DIR" not in os.environ, reason="FARHOX_DATA_DIR names no folder of TFDS' data sets")
 
@@ -187,6 +188,19 @@ def test_a_table_that_is_too_wide_is_turned_or_in_parts(load):
     assert second.split("\n")[21].split() == "| row 19 | 4 | 5 | 6 |".split()
     first, second = table(["", "", *names[:4]], [["task", f"row {i}", *"1234"] for i in range(20)]).split("\n\n")
     assert second.split("\n")[21].split() == "| task | row 19 | 4 |".split()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak of memory in use")
+def test_memory_of_a_step_is_what_it_has_at_a_time_above_what_stays(load):
+    stays = []
+
+    def run(steps):
+        for _ in range(steps):
+            stays[:] = [np.ones(4 * 2**20)]
+            np.ones(8 * 2**20).sum()
+
+    cost = load("experiment").cost_of_steps(run, 2)
+    assert 60 < cost["step_mb"] < 110 and 0 < cost["seconds_per_step"] < 5
 
 
 def test_a_finished_run_is_not_done_again(load, tmp_path):

@@ -42,6 +42,41 @@ def images(dataset, data_dir, sizes, seed):
     return [*zip(np.split(x[order], ends), np.split(y[order], ends)), test]
 
 
+def alphabets(data_dir, count, sizes, seed):
+    """Characters of the alphabets of Omniglot that have the fewest, as tasks of one shape.
+
+    Args:
+        data_dir: Folder of TFDS' data sets or None, TFDS' own.
+        count: Int, the number of alphabets.
+        sizes: Examples of each character in each part, 20 in all; who wrote them is drawn by `seed`.
+        seed: Int.
+
+    Returns:
+        List of (images [alphabets, n, 196] in [0, 1] with ink 1, labels [alphabets, n], 1 where there is an example and
+        0 where an alphabet has fewer than the largest, 1 for each character that it has [alphabets, characters]).
+    """
+    import tensorflow as tf
+    dataset = prepared("omniglot", data_dir).as_dataset(split="train+test")
+    characters = collections.defaultdict(lambda: collections.defaultdict(list))
+    for example in dataset.as_numpy_iterator():
+        characters[example["alphabet"]][example["alphabet_char_id"]].append(example["image"][..., :1])
+    chosen = sorted(characters, key=lambda alphabet: (len(characters[alphabet]), alphabet))[:count]
+    most = max(len(characters[alphabet]) for alphabet in chosen)
+    random = np.random.default_rng(seed)
+    parts = [[np.zeros([count, most * size, 196], "float32"), np.zeros([count, most * size], "int64"),
+              np.zeros([count, most * size], "float32"), np.zeros([count, most], "float32")] for size in sizes]
+    for task, alphabet in enumerate(chosen):
+        for label, drawn in enumerate(characters[alphabet].values()):
+            ink = 1.0 - tf.image.resize(np.stack(drawn).astype("float32"), [14, 14], method="area").numpy() / 255
+            order, start = random.permutation(len(ink)), 0
+            for part, size in zip(parts, sizes):
+                here = slice(label * size, (label + 1) * size)
+                part[0][task, here] = ink[order[start:start + size]].reshape(size, -1)
+                part[1][task, here], part[2][task, here], part[3][task, label] = label, 1.0, 1.0
+                start += size
+    return [tuple(part) for part in parts]
+
+
 def read_texts(level, folder, data_dir):
     """Three lists of tokens: training, validation, test.
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 import time
 
@@ -15,6 +16,9 @@ import numpy as np
 from _shared import program
 from farhox.callbacks import Resumable, Resume
 from farhox.training.progress import WIDTH, line
+
+# For the environment of a process whose memory is measured: what is freed is not kept for reuse.
+MEMORY_GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 # These change where and how often something runs, not what one run is.
 _NOT_SETTINGS = ("data_dir", "output", "seed", "num_seeds", "quick")
@@ -137,6 +141,44 @@ class _Run(keras.callbacks.Callback, Resumable):
 def clocks():
     """Seconds of the clock and CPU seconds of this process, to be subtracted from later ones."""
     return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
+
+
+def cost_of_steps(run, steps):
+    """Time of a step, and its memory in a process with `MEMORY_GIVEN_BACK` (on Linux).
+
+    Args:
+        run: Callable, a number of steps; called once before anything is measured.
+        steps: Positive int.
+
+    Returns:
+        Dictionary of "seconds_per_step" (CPU seconds) and "step_mb", the peak of resident memory within a step above
+        what is there between steps.
+    """
+    run(1)
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
+        file.write("5")  # From now on the peak is counted anew.
+    between = _memory_in_use("VmRSS")
+    start = time.process_time()
+    run(steps)
+    seconds = time.process_time() - start
+    return {"seconds_per_step": seconds / steps, "step_mb": (_memory_in_use("VmHWM") - between) / 1024}
+
+
+def measured_apart(file, case):
+    """What a script, called with --case, prints as JSON: in a new process, whose memory is not that of what ran before.
+
+    Args:
+        file: The script's file.
+        case: JSON value, what is measured.
+    """
+    process = subprocess.run([sys.executable, os.path.abspath(file), f"--case={json.dumps(case)}"],
+                             stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **MEMORY_GIVEN_BACK})
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def _memory_in_use(kind):
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(kind))
 
 
 class ProgressBar:
