@@ -42,7 +42,7 @@ def images(dataset, data_dir, sizes, seed):
     return [*zip(np.split(x[order], ends), np.split(y[order], ends)), test]
 
 
-def alphabets(data_dir, count, sizes, seed):
+def small_alphabets(data_dir, count, sizes, seed):
     """Characters of the alphabets of Omniglot that have the fewest, as tasks of one shape.
 
     Args:

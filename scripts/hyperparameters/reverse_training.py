@@ -293,7 +293,7 @@ def make(name, parts, settings, seed):
 def load(name, settings, data_dir, seed):
     """Training, validation and test data of an experiment."""
     if name == "ties":
-        return data_sets.alphabets(data_dir, settings["alphabets"], (10, 5, 5), seed)
+        return data_sets.small_alphabets(data_dir, settings["alphabets"], (10, 5, 5), seed)
     return flat_images("mnist" if name in ("l2", "images") else "fashion_mnist", data_dir, settings, seed)
 
 
