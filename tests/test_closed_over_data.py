@@ -25,6 +25,10 @@ def closed_over(kind):
     w, rate, l2 = variable(np.full((INPUTS, 1), 0.1)), variable(0.05, name="rate"), variable(0.3, name="l2")
 
     def inner(_):
+        with tf.control_dependencies([tf.convert_to_tensor(x)]):
+            return loss()
+
+    def loss():
         return tf.reduce_mean(tf.square(tf.matmul(x, tf.tanh(w.value)) - y)) + l2 * tf.reduce_sum(tf.square(w))
 
     def outer(_):

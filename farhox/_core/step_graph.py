@@ -308,7 +308,7 @@ class StepGraph:
                 continue
             seen.add(tensor)
             node = every[name]
-            if node.op == "Placeholder" or tensor in self._constants:
+            if node.op == "Placeholder" or f"{name}:0" in self._constants:
                 if not tensor.startswith("^"):
                     cut.add(tensor)
                 continue
