@@ -189,7 +189,8 @@ def plot(by_seed, best, path):
         for name in (name for name in names if "history" in first[name]):
             values = first[name]["history"]["f1"]
             progress.plot(np.arange(1, len(values) + 1), values, label=name, **styles[name])
-        progress.set(title=f"F1 while learning, seed {seeds[0]}", xlabel="Hyper-iteration", ylabel="F1 of the discarded", ylim=(0, 1))
+        progress.set(title=f"F1 while learning, seed {seeds[0]}", xlabel="Hyper-iteration",
+                     ylabel="F1 of the discarded", ylim=(0, 1))
         pictures.whole_numbers(progress)
         pictures.legend_below(progress, columns=2)
         weights, flipped = np.array(first[best]["weights"]), np.array(first[best]["flipped"], bool)
