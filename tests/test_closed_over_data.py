@@ -44,8 +44,9 @@ def constants(graph):
 
 
 @pytest.mark.parametrize("method", [
-    farhox.ReverseHG(), farhox.ForwardHG(), farhox.ReverseHG(checkpoint_every=2),
-    farhox.ImplicitHG(linear_solver=farhox.linear_solvers.Direct())], ids=["reverse", "forward", "kept", "implicit"])
+    farhox.ReverseHG(), farhox.ForwardHG(), pytest.param(farhox.ReverseHG(checkpoint_every=2), marks=pytest.mark.slow),
+    pytest.param(farhox.ImplicitHG(linear_solver=farhox.linear_solvers.Direct()), marks=pytest.mark.slow)],
+    ids=["reverse", "forward", "kept", "implicit"])
 def test_large_arrays_give_the_numbers_of_tensors_and_no_graph_holds_a_copy_of_them(method, float64):
     batches = farhox.repeat(tf.zeros([1]), 3)
     results = []
@@ -131,6 +132,7 @@ def test_arrays_that_no_graph_has_room_for_are_refused(monkeypatch):
         farhox.ReverseHG().compute(closed_over("arrays"), farhox.repeat(tf.zeros([1]), 1), tf.zeros([1]))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_a_graph_that_is_not_imported_is_copied_with_the_same_results_and_said(mode, float64, monkeypatch):
     problem, method, batches = closed_over("tensors"), farhox.ReverseHG(), farhox.repeat(tf.zeros([1]), 3)

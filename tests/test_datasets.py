@@ -235,6 +235,7 @@ def test_skipped_epochs_leave_the_order_and_draws_of_those_after_them(make):
         resumed.skip_epochs(-1)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_stream_trains_in_fit():
     w = keras.Variable(1.0)
     strength = farhox.Hyperparameter(0.1, low=0.0)

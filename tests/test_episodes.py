@@ -148,6 +148,7 @@ def test_different_inner_problems_are_one_problem_with_a_sum():
     np.testing.assert_allclose(actual, expected, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_fit_trains_on_folds(problem):
     data = k_fold_dataset(examples(40), folds=4, inner_steps=STEPS, batch_size=6)
     optimizer = farhox.HyperOptimizer(problem, EpisodesHG(farhox.ReverseHG()))

@@ -102,6 +102,7 @@ def test_an_unsolved_linear_system_is_reported():
     assert any("linear system is not solved" in sentence for sentence in found.advice)
 
 
+@pytest.mark.slow
 def test_the_report_reads_as_text_and_compare_prints_it_per_method():
     text = str(report(farhox.ReverseHG(truncation=3)))
     assert "inner gradient norm  5 -> 1.05 (not converged)" in text and "truncation bias" in text

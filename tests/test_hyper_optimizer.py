@@ -621,6 +621,7 @@ def test_step_stops_with_an_error_that_says_what_diverged():
             hyper_optimizer.step(*pair)
 
 
+@pytest.mark.slow
 def test_fit_stops_with_an_error_that_says_what_diverged():
     message = "3 updates in a row were skipped.*the inner objective.*'learning_rate'.*smaller inner learning rate"
     with pytest.raises(RuntimeError, match=message):

@@ -365,6 +365,7 @@ def test_the_estimate_of_a_neumann_series_is_carried_on():
     assert_close(second.gradients, first.gradients, 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("system", ["objective", "dynamics"])
 def test_stationarity_gap_is_the_way_that_is_left_relative_to_the_weights(system):

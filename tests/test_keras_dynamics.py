@@ -231,6 +231,7 @@ def test_hypergradients_of_all_settings_equal_finite_differences_with_zero_gradi
 AT_ZERO = {"Adam amsgrad"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [
     case if case in AT_ZERO else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_zero_gradients_give_finite_hypergradients_in_float32_with_keras_own_settings(case):

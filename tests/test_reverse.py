@@ -213,6 +213,7 @@ def test_replay_is_exact_with_dropout_batch_norm_and_minibatches(float64):
     assert seeds, "The network draws no random numbers."
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("checkpoint_every", [None, 2])
 @pytest.mark.parametrize("reads_statistics", [False, True])

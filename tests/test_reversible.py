@@ -70,6 +70,7 @@ def test_heavy_ball_has_its_hypergradient(momentum):
     assert result.diagnostics["reversed_exactly"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [
     0.9, pytest.param(0.123, marks=pytest.mark.slow), pytest.param(0.99, marks=pytest.mark.slow)])
 def test_hypergradient_is_that_of_reverse_mode_up_to_rounding(momentum, float64):

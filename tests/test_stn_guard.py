@@ -101,6 +101,7 @@ def test_fit_keeps_good_values_and_ends_with_an_error_that_names_what_is_not_fin
     assert int(model.guard.skipped.numpy()) == 6
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_has_no_entry_in_the_logs():
     model, data = tuned(hyperparameter(), warmup_steps=3), examples()
     stop = keras.callbacks.EarlyStopping("outer_loss", mode="min", patience=2)

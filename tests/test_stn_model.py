@@ -258,6 +258,7 @@ def test_a_training_step_moves_weights_and_statistics_and_a_validation_step_hype
     assert changed(model.validation_step) - others == tuned
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("method", ["stn", "delta"])
 def test_compiled_steps_trace_once_and_do_what_eager_ones_do(method, float64):

@@ -221,6 +221,7 @@ def test_the_outer_objective_may_draw():
     assert 0.9 <= float(farhox.ReverseHG().compute(problem, farhox.repeat(0.0, 1), 0.0).gradients[0]) <= 1.8
 
 
+@pytest.mark.slow
 def test_functions_run_eagerly_for_debugging_with_the_same_numbers(float64):
     train, validation = data()
     rate = variable(0.1)

@@ -92,6 +92,7 @@ def test_graph_is_of_the_same_size_whatever_the_number_of_steps(method, float64)
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["repeat", "gather"])
 def test_graph_of_other_kinds_of_batches_does_not_grow_either(kind):
@@ -108,6 +109,7 @@ def test_graph_of_other_kinds_of_batches_does_not_grow_either(kind):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.one_case
 @methods
 def test_number_of_steps_may_be_unknown_when_traced(method):

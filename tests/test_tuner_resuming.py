@@ -47,8 +47,8 @@ class Stop(keras.callbacks.Callback):
         self._epoch = epoch
 
 
-def tune(folder=None, callbacks=(), stream=False, epochs=EPOCHS, quick=False):
-    """A small tuned run; returns the tuner and its history. With `quick` no sweep and few steps."""
+def tune(folder=None, callbacks=(), stream=False, epochs=EPOCHS):
+    """A small tuned run; returns the tuner and its history."""
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input([4]), keras.layers.Dense(6, activation="tanh", kernel_regularizer="l2"),
                               keras.layers.Dropout(0.2), keras.layers.Dense(2, activation="softmax")])
@@ -56,12 +56,12 @@ def tune(folder=None, callbacks=(), stream=False, epochs=EPOCHS, quick=False):
     train = (X[:80], Y[:80])
     if stream:
         train = tf.data.Dataset.from_tensor_slices(train).shuffle(80, seed=3).batch(8)
-    tuner = farhox.Tuner(model, sweep=not quick)
+    tuner = farhox.Tuner(model)
     callbacks = [*callbacks, keras.callbacks.EarlyStopping("val_loss", patience=9)]
     if folder is not None:
         callbacks.append(farhox.callbacks.Resume(folder))
-    history = tuner.fit(train, batch_size=None if stream else 40 if quick else 8, epochs=epochs, verbose=0,
-                        validation_data=(X[80:], Y[80:]), callbacks=callbacks)
+    history = tuner.fit(train, batch_size=None if stream else 8, epochs=epochs, validation_data=(X[80:], Y[80:]),
+                        verbose=0, callbacks=callbacks)
     return tuner, history.history
 
 
@@ -79,16 +79,6 @@ def check_same(found, expected):
 @pytest.fixture(scope="module")
 def whole():
     return tune()
-
-
-def test_a_quick_run_that_is_interrupted_goes_on_to_the_same_weights_and_history(tmp_path):
-    tf.config.run_functions_eagerly(True)
-    try:
-        with pytest.raises(InterruptedError):
-            tune(tmp_path, [Stop(2)], epochs=3, quick=True)
-        check_same(tune(tmp_path, epochs=3, quick=True), tune(epochs=3, quick=True))
-    finally:
-        tf.config.run_functions_eagerly(False)
 
 
 @pytest.mark.slow
