@@ -64,6 +64,7 @@ def support_vectors(x, y, weights, cost):
     return x.T @ found.x.reshape(upper.shape)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("cost", [0.1, 3.0])
 def test_a_support_vector_network_predicts_with_the_solution_of_its_problem(cost, float64):
     learner = meta.SupportVectorNetwork(embedding(), 3, cost=cost, scale=4.0)
@@ -101,6 +102,7 @@ def test_the_gradient_through_a_support_vector_machine_is_that_of_its_solution(f
         assert np.sum(gradient * direction) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("make", [meta.RidgeNetwork, meta.SupportVectorNetwork])
 def test_a_head_in_closed_form_is_learned_through_saved_and_served(make, tmp_path):
     source = meta.ClassificationEpisodes(

@@ -149,6 +149,7 @@ def test_a_condition_on_the_task_gets_the_gradient_of_a_plain_loop_and_stays_in_
     np.testing.assert_array_equal(learner.model.layers[1].shift, np.zeros(4))
 
 
+@pytest.mark.slow
 def test_a_condition_beside_a_bias_is_a_start_of_the_bias_for_each_task(float64):
     """The sum of both moves as one bias that starts there; so it does with slots of an optimizer."""
     for dynamics in (farhox.GradientDescent(RATE), farhox.Adam(RATE)):
