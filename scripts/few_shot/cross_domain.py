@@ -52,7 +52,7 @@ def define_flags():
     flags.DEFINE_float("sigma", 1e-3, "EvoGrad: size of their perturbation.")
     flags.DEFINE_float("temperature", 0.05, "EvoGrad: temperature of the softmax over their losses.")
     flags.DEFINE_integer("test_episodes", 100, "Episodes of a test.", lower_bound=2)
-    flags.DEFINE_list("measured_filters", ["16", "64"], "Filters of the networks for time and memory.")
+    flags.DEFINE_list("measured_filters", ["16", "64"], "Filters of the networks that are timed, or none.")
     flags.DEFINE_integer("measured_steps", 10, "Steps that are timed.", lower_bound=1)
     flags.DEFINE_string("case", None, "JSON of the settings of a measurement, which this process makes and prints.")
 
@@ -306,13 +306,15 @@ def main(_):
     output = pathlib.Path(flags.FLAGS.output)
     # Which runs there are is not a setting of one of them.
     folder = experiment.Folder(output, {name: value for name, value in settings.items()
-                                        if name not in ("domains", "methods")})
+                                        if name not in ("domains", "methods", "measured_filters")})
     domains = {name: load_domain(name, flags.FLAGS.data_dir) for name in DOMAINS}
     trainings = Trainings(settings)
     by_seed = {seed: {f"{tested} {method}": folder.once(
         f"seed{seed}_{tested}_{method}", lambda path: trainings.train(domains, tested, method, seed, path))
         for tested in settings["domains"] for method in settings["methods"]} for seed in experiment_flags.seeds()}
-    measured = folder.once("measured", lambda _: experiment.measured_apart(__file__, settings))
+    measured = {"rows": []}
+    if settings["measured_filters"]:
+        measured = folder.once("measured", lambda _: experiment.measured_apart(__file__, settings))
     print(f"\n{settings['ways']} ways, {settings['shots']} shots, {settings['steps']} steps, {len(by_seed)} seed(s), "
           f"accuracy in %: mean (least to greatest)\n{table(by_seed, settings)}\n\n{cost_table(measured)}\n"
           f"Results and plot: {output.resolve()}")
