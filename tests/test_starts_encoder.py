@@ -5,6 +5,7 @@ import pickle
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from farhox.starts import DatasetEncoder, PriorEvaluations
 
@@ -23,6 +24,14 @@ def planted(count, seed):
 
 def small(**changes):
     return DatasetEncoder(**{"size": 3, "units": 16, "rows": 32, "features": 4, "classes": 2, "steps": 150, **changes})
+
+
+@pytest.fixture
+def eagerly():
+    """Few steps cost less than a graph."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +69,7 @@ def test_an_encoder_comes_back_from_its_file_and_from_pickle_with_what_it_learne
         assert back.training_losses == encoder.training_losses
 
 
-def test_the_same_seed_gives_the_same_codes_another_others_and_fit_begins_anew():
+def test_the_same_seed_gives_the_same_codes_another_others_and_fit_begins_anew(eagerly):
     table, data, _ = planted(4, 4)
     made = small(steps=3).fit(table)
     first = made.distances(*data[0])
@@ -71,7 +80,7 @@ def test_the_same_seed_gives_the_same_codes_another_others_and_fit_begins_anew()
     assert np.max(np.abs(small(steps=3, seed=1).fit(table).distances(*data[0]) - first)) > 1e-3
 
 
-def test_pairs_without_a_common_configuration_are_left_out():
+def test_pairs_without_a_common_configuration_are_left_out(eagerly):
     _, data, _ = planted(3, 5)
     nan = np.nan
     scores = [[0, 1, nan, nan], [1, 0, nan, nan], [nan, nan, 0, 1]]

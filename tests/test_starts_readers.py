@@ -35,6 +35,7 @@ def test_the_digits_of_a_key_are_those_of_the_grid_and_a_score_is_the_mean_over_
     assert table.best(1)["learning_rate"] == 1e-5 and table.integers == {"batch_size", "depth", "width"}
 
 
+@pytest.mark.slow
 def test_settings_of_hpolib_that_are_no_numbers_are_fixed_and_less_is_better(tmp_path):
     entries = {"".join(map(str, digits)): {"val_loss": [math.exp(digits[5])] * 4} for digits in itertools.product(
         range(2), range(2), range(4), range(3), range(3), range(6), range(2), range(6), range(6))}

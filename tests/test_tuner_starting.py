@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import farhox
 from farhox.starts import StartRule
-from farhox.tuner.starting import examples_of
+from farhox.tuner.starting import assign, examples_of
 
 RANDOM = np.random.default_rng(0)
 X, Y = RANDOM.normal(size=(60, 4)).astype("float32"), np.arange(60) % 3
@@ -88,10 +88,11 @@ def test_learned_rules_are_starts():
     encoder = farhox.starts.DatasetEncoder(
         size=2, units=4, rows=4, features=2, classes=2, steps=1, batch_size=2).fit(table)
     rule = farhox.starts.SymbolicDefaults(population=5, generations=1, trees=2).fit(table)
-    assert fitted(encoder, batch_size=60).get_hyperparameters()["learning_rate"] == pytest.approx(0.1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(rule._fitted["trees"], "learning_rate", ("/", "m", ("*", "n", 0.5)))
-        assert fitted(rule, batch_size=60).get_hyperparameters()["learning_rate"] == pytest.approx(0.1)
+    rule._fitted["trees"]["learning_rate"] = ("/", "m", ("*", "n", 0.5))
+    for start in (encoder, rule):
+        tuner = farhox.Tuner(network(), start=start)
+        assert assign(tuner._rows, start.start(*examples_of((X, Y), None))).endswith("learning_rate 0.1")
+        assert tuner.get_hyperparameters()["learning_rate"] == pytest.approx(0.1)
 
 
 class Batches(keras.utils.PyDataset):

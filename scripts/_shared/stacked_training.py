@@ -45,7 +45,8 @@ class StackedTraining:
         indices = np.concatenate([random.permutation(len(x)) for _ in range(
             -(-self._steps * self._batch_size // len(x)))])[:self._steps * self._batch_size]
         shapes = [(x.shape[1], self._units), (self._units, self._classes)]
-        # As Keras begins: Glorot's uniform kernels, the same for all configurations; biases zero.
+        # Glorot's uniform kernels, the same for all configurations, as those of layers with at most as many outputs as
+        # there are classes; biases zero.
         kernels = [random.uniform(-1, 1, shape) * np.sqrt(6.0 / (shape[0] + min(shape[1], classes)))
                    for shape in shapes]
         bias = np.where(np.arange(self._classes) < classes, 0.0, -1e9)
