@@ -168,6 +168,7 @@ def test_groups_and_ranks_settle_at_the_closed_form_with_its_hypergradient(kind,
         np.testing.assert_allclose(result.gradients[0], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_constraint_as_penalty_is_the_constraint_of_the_variable(float64):
     paths = []
     for as_penalty in (True, False):

@@ -109,6 +109,7 @@ def test_an_eager_call_sees_a_python_number_that_was_changed(make, monkeypatch):
         change()
 
 
+@pytest.mark.slow
 def test_an_eager_call_sees_what_was_changed_in_a_layer(float64):
     x = np.random.default_rng(0).normal(size=(6, 3))
     model = keras.Sequential([

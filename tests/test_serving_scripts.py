@@ -168,6 +168,7 @@ def test_the_list_of_models_on_the_page_is_what_tensorflow_serving_reads():
     assert model.name == "omniglot" and dict(model.version_labels) == {"stable": 1, "canary": 2}
 
 
+@pytest.mark.slow
 def test_answers_errors_and_silence_of_a_server_reach_the_user(tmp_path, servers, script):
     body = meta.convolutional_body((6, 6, 1), filters=2, blocks=1)
     learner = meta.MAML(meta.few_shot_classifier(3, body), inner_steps=1)
