@@ -65,6 +65,7 @@ def test_a_loss_and_a_call_under_tf_function_are_part_of_the_step(method, float6
     assert before != 0 and float(tf.reduce_sum(model(train[0]))) == 0
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("mode", ["eager", "graph", "graph of functions as they are"])
 def test_branches_and_loops_over_tensors_in_a_tf_function_are_part_of_the_step(mode, float64):
     w, scale = variable([1.5, -0.5], name="w"), variable(0.7, name="scale")

@@ -154,6 +154,7 @@ def test_settings_are_found_for_every_optimizer_and_start_turns_them_on():
     np.testing.assert_allclose(np.exp([low, high]), [0.5, 2.0])
 
 
+@pytest.mark.slow
 def test_hyperparameters_never_leave_their_ranges(eagerly):
     tuner = farhox.Tuner(network(), ranges={"l2": (9e-4, 1.1e-3)}, sweep=False, outer_rate=3.0)
     tuner.fit(*TRAIN, batch_size=40, epochs=4, validation_data=VALIDATION, verbose=0)
