@@ -77,11 +77,13 @@ def _check(operation, needed, name, outer):
             "with TensorFlow or keras.ops, or move it into the data.")
 
 
-def check_derivatives(outputs: Tensors, inputs: Tensors) -> None:
+def check_derivatives(outputs: Tensors, inputs: Tensors, second: bool = False) -> None:
     """Refuses operations between inputs and outputs of which TensorFlow would leave a derivative out unsaid.
 
     Args:
         outputs, inputs: Lists of tensors of one graph.
+        second: Bool. The graph holds an inner gradient, whose derivative this is: calls of functions that were traced
+            before, where no rule can be set, must not need one.
 
     Raises:
         ValueError: If there is such an operation; it is named.
@@ -98,27 +100,20 @@ def check_derivatives(outputs: Tensors, inputs: Tensors) -> None:
             if tensor.name in sources or tensor.op.name in reached:
                 raise ValueError(f"{_RULE}TensorFlow leaves out the derivative of the operation {operation.type} at "
                                  f"{operation.name!r} with respect to its input {place}.{_ADVICE}")
+        if second:
+            _check_calls(operation)
 
 
-def check_second_derivatives(outputs: Tensors, inputs: Tensors) -> None:
-    """Refuses calls of traced functions between inputs and outputs whose second derivative would not be exact.
-
-    Args:
-        outputs, inputs: Lists of tensors of one graph, which holds an inner gradient.
-
-    Raises:
-        ValueError: If there is such a call; it is named.
-    """
-    for operation in _between(outputs, inputs).values():
-        for caller in (operation, *operations_inside(operation)):
-            for found in operations_called(caller):
-                if needs_rule(caller.graph, found):
-                    raise ValueError(
-                        f"{_RULE}The one of the operation {found.type} is TensorFlow's own, which leaves a part out, "
-                        f"inside of the function that {operation.name!r} calls: it was traced before. Call the "
-                        "tf.function or the layer itself in the place of its ConcreteFunction or of what was loaded "
-                        "from a SavedModel; where it is tf.stop_gradient, stop_gradient='tensorflow' of the problem "
-                        "takes what it stops for a constant.")
+def _check_calls(operation):
+    for caller in (operation, *operations_inside(operation)):
+        for found in operations_called(caller):
+            if needs_rule(caller.graph, found):
+                raise ValueError(
+                    f"{_RULE}The one of the operation {found.type} is TensorFlow's own, which leaves a part out, "
+                    f"inside of the function that {operation.name!r} calls: it was traced before. Call the "
+                    "tf.function or the layer itself in the place of its ConcreteFunction or of what was loaded "
+                    "from a SavedModel; where it is tf.stop_gradient, stop_gradient='tensorflow' of the problem "
+                    "takes what it stops for a constant.")
 
 
 def _between(outputs, inputs):

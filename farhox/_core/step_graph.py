@@ -91,8 +91,7 @@ class StepGraph:
             return [None] * len(inputs)
         outputs, given = zip(*pairs)
         free = [tensor for tensor in inputs if not any(tensor is constant for constant in held)]
-        refusals.check_derivatives(outputs, free)
-        refusals.check_second_derivatives(outputs, free)
+        refusals.check_derivatives(outputs, free, second=True)
         self._definition: Any = None
         # What is added here is differentiated once more by `pushforward`.
         with self.graph.as_default(), user_code(), exact_derivatives():
