@@ -399,7 +399,7 @@ def test_a_file_that_is_no_trace_is_named(text, words, tmp_path):
 
 # Classes to derive from, what is made by farhox alone, and layers that share the checks of those in a table.
 WITHOUT_ARGUMENTS_OF_USERS = {
-    "EmbeddingLearner", "Memory", "identity_factors",
+    "BestConfigurations", "EmbeddingLearner", "Memory", "StartComparison", "identity_factors",
     "HyperGradientResult", "SingleHyperGradient", "HyperGradient", "result", "InnerDynamics", "InnerState", "Penalty",
     "LinearOperator", "LinearSolution", "LinearSolver", "OuterLoss", "OuterVariable", "value_of", "Resumable",
     "EpisodeSource", "SelfTuning", "SelfTuningParts", "Response", "PerturbationLayer", "ServedModel", "is_chief",
@@ -408,11 +408,12 @@ SHARED_CHECKS = {"Conv2D", "Conv2DTranspose", "GroupQueryAttention"}
 
 
 def test_every_public_name_is_in_a_table():
-    tables = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_bad_inputs*.py"))
+    tables = "".join(path.read_text() for pattern in ("test_bad_inputs*.py", "test_starts_*.py", "test_feature_tr*.py")
+                     for path in sorted(pathlib.Path(__file__).parent.glob(pattern)))
     tables = tables[:tables.index("WITHOUT_ARGUMENTS")] + tables[tables.index("def test_every_public"):]
     rooms = [farhox, *(importlib.import_module(f"farhox.{name}") for name in (
         "callbacks", "constraints", "data", "dynamics", "export", "hypergradients", "insight", "linear_solvers",
-        "losses", "meta", "outer", "plots", "problem", "stn", "training"))]
+        "losses", "meta", "outer", "plots", "problem", "starts", "stn", "training"))]
     names = {name for room in rooms for name in room.__all__ if callable(getattr(room, name))}
     missing = {name for name in names if not re.search(rf"\b{name}\b", tables)}
     assert missing <= WITHOUT_ARGUMENTS_OF_USERS | SHARED_CHECKS, missing

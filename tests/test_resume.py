@@ -112,7 +112,7 @@ def assert_same(a, b):
 
 @pytest.mark.one_case
 @pytest.mark.parametrize("every, seconds", [
-    (3, 0.0), (1, 1000.0), pytest.param(1, 0.0, marks=pytest.mark.slow),
+    (3, 0.0), pytest.param(1, 1000.0, marks=pytest.mark.slow), pytest.param(1, 0.0, marks=pytest.mark.slow),
     pytest.param("epoch", 0.0, marks=pytest.mark.slow)])
 def test_how_often_a_state_is_saved_has_no_influence_on_the_result(tmp_path, every, seconds):
     def make():
@@ -264,7 +264,8 @@ def test_a_callback_of_ones_own_hears_of_each_step_once_and_goes_on_with_its_sta
 
 
 @pytest.mark.one_case
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_is_obeyed_at_the_end_of_the_batch_with_the_state_saved(tmp_path, capsys, number, code):
     model = dense()
     with pytest.raises(KeyboardInterrupt) as raised:

