@@ -1,6 +1,7 @@
 """Tuner: what it finds, what it trains, what it gives back."""
 
 import types
+import warnings
 
 import keras
 import numpy as np
@@ -172,11 +173,16 @@ def test_trials_of_other_tools_are_starts():
             "l2": optuna.distributions.FloatDistribution(1e-5, 1.0),
             "units": optuna.distributions.IntDistribution(1, 128)})
 
-    class HyperParameters:  # KerasTuner's, which has values.
-        values = {"l2": 2e-4, "activation": "relu"}
-
-    for start in (trial, HyperParameters(), {"l2": 2e-4}):
-        assert farhox.Tuner(network(), start=start).get_hyperparameters()["l2"] == pytest.approx(2e-4)
+    keras_tuner = pytest.importorskip("keras_tuner")
+    parameters = keras_tuner.HyperParameters()
+    parameters.Fixed("l2", 2e-4)
+    parameters.values["tuner/epochs"] = 3  # As Hyperband does.
+    for start in (trial, parameters, keras_tuner.engine.trial.Trial(parameters), {"l2": 2e-4}):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            tuner = farhox.Tuner(network(), start=start)
+        assert any("passed by: units" in str(warning.message) for warning in said) == (start is trial)
+        assert tuner.get_hyperparameters()["l2"] == pytest.approx(2e-4)
 
 
 def test_a_users_own_hyperparameters_are_tuned_as_they_are(eagerly):

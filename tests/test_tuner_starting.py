@@ -1,5 +1,7 @@
 """A tuner whose start is learned: values come from the rule when there are data, and lie in their ranges."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ class Rule(StartRule):
         return [self.values]
 
 
-SPACE = {"learning_rate": (1e-3, 1.0), "l2": (0.0, 8.0), "momentum": (0.0, 0.9), "units": (4, 64)}
+SPACE = {"learning_rate": (1e-3, 1.0), "l2": (0.0, 8.0), "momentum": (0.0, 0.9)}
 
 
 def network():
@@ -59,7 +61,7 @@ def fitted(rule, x=X, y=Y, **options):
 
 
 def test_a_rule_is_asked_for_the_training_data_when_the_tuner_is_fitted():
-    rule = Rule({"learning_rate": 0.25, "l2": 7.0, "momentum": 0.0, "units": 8}, SPACE)
+    rule = Rule({"learning_rate": 0.25, "l2": 7.0, "momentum": 0.0}, SPACE)
     tuner = farhox.Tuner(network(), start=rule, sweep=False, online=False, annealing=0.0, guard=False)
     before = tuner.get_hyperparameters()
     assert before["learning_rate"] == pytest.approx(1e-3 ** 0.5) and before["l2"] == pytest.approx(4.0)
@@ -95,6 +97,32 @@ def test_learned_rules_are_starts():
         assert tuner.get_hyperparameters()["learning_rate"] == pytest.approx(0.1)
 
 
+def trials(values):
+    """What has these values: as a trial of Optuna, HyperParameters and a trial of KerasTuner, and a rule."""
+    parameters = types.SimpleNamespace(values=values)
+    return [types.SimpleNamespace(params=values, values=[0.5]), parameters,
+            types.SimpleNamespace(hyperparameters=parameters), Rule(values, dict.fromkeys(values, (0.0, 1.0)))]
+
+
+def test_names_of_a_trial_or_a_rule_that_the_model_has_not_are_named_and_none_that_it_has_is_an_error():
+    for start in trials({"units": 0.5, "l2": 0.5, "layers": 0.5}):
+        with pytest.warns(UserWarning, match="no hyperparameters of the model are passed by: units, layers. The model "
+                                             "has .*, l2, learning_rate, momentum") as said:
+            tuner = farhox.Tuner(network(), start=start)
+        (where,) = [warning.filename for warning in said if "passed by" in str(warning.message)]
+        assert where == __file__
+        assert tuner.get_hyperparameters()["l2"] == pytest.approx(0.5)
+    for start, come in [(start, "units") for start in trials({"units": 0.5})] + [
+            (start, "none") for start in trials({})]:
+        with pytest.raises(ValueError, match="to start from must know a hyperparameter of the model: .*, l2, "
+                                             f"learning_rate, momentum, .*. Received: a (trial|rule) for {come}$"):
+            farhox.Tuner(network(), start=start)
+    (hyperband, *_) = trials({"tuner/epochs": 3, "l2": 0.5})[1:]  # What KerasTuner notes for itself is no name.
+    assert farhox.Tuner(network(), start=hyperband).get_hyperparameters()["l2"] == pytest.approx(0.5)
+    with pytest.raises(TypeError, match="A value to start from must be a number. Received: l2='small'"):
+        farhox.Tuner(network(), start=trials({"l2": "small"})[0])
+
+
 class Batches(keras.utils.PyDataset):
     @property
     def num_batches(self):
@@ -120,8 +148,6 @@ def test_what_cannot_be_a_start_is_an_error_that_names_the_rule():
              "The rule must have learned from a table"),
             (lambda: farhox.Tuner(network(), start=farhox.starts.DatasetEncoder(steps=1)), ValueError,
              "The encoder must have learned from a table"),
-            (lambda: farhox.Tuner(network(), start=Rule({}, {"units": (1, 5)})), ValueError,
-             "A rule to start from must know a hyperparameter of the model: .*, l2, .* Received: a rule for"),
             (lambda: farhox.Tuner(network(), start=3), TypeError, "or a farhox.starts.StartRule. Received: 3"),
             (lambda: examples_of(({"a": X}, Y), None), TypeError, "one input and one target, as arrays"),
             (lambda: examples_of(stream.map(lambda x, y: ((x, x), y)), None), TypeError, "one input and one target"),

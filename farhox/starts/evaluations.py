@@ -185,7 +185,7 @@ def is_log(space: Mapping[str, tuple[float, float]]) -> np.ndarray:
 
 def middle(space: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """The middle of each range, the geometric one where the scale is logarithmic."""
-    low, high = np.array(list(space.values())).T
+    low, high = np.array(list(space.values())).reshape(-1, 2).T
     values = np.where(is_log(space), np.sqrt(np.abs(low)) * np.sqrt(np.abs(high)), low / 2 + high / 2)
     return dict(zip(space, map(float, values)))
 

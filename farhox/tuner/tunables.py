@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,9 +126,9 @@ class Choice:
         tune: List of names, of hyperparameters or of kinds, or None: those worth tuning.
         fix: List of names that are not tuned.
         ranges: Dictionary from names to pairs (low, high).
-        start: Dictionary from names to values, as of a trial of KerasTuner or Optuna, or an object of either with such
-            a dictionary as `values` or `params`; or a `StartRule`, which has values when there are data. Until then the
-            middle of its ranges stands in.
+        start: Dictionary from names to values; a trial of Optuna or KerasTuner or the HyperParameters of the latter,
+            of whose names the model must have one; or a `StartRule`, which has values when there are data. Until then
+            the middle of its ranges stands in.
         granularity: "global": one hyperparameter per kind, or "layer": one per kind and layer.
 
     Raises:
@@ -150,7 +151,9 @@ class Choice:
         self.ranges = _checked_ranges(ranges)
         self.rule = start if isinstance(start, StartRule) else None
         self.start = _values_of_trial(start) if self.rule is None else middle(self.rule.space)
-        self._of_trial = start is not None and not isinstance(start, dict)
+        # What has names of other things too, such as the units of a layer.
+        self._chosen_from = None if start is None or isinstance(start, dict) else (
+            "a trial" if self.rule is None else "a rule")
         self.granularity = granularity
         self._used = set()
 
@@ -173,7 +176,7 @@ class Choice:
             ValueError: If a start value is out of range.
         """
         low, high = self._lookup(self.ranges, name, kind, (kind.low, kind.high))
-        given = self._lookup(self.start, name, kind, None)
+        given = self._given(name, kind)
         values = [place.value for place in places]
         asked = self._lookup(dict.fromkeys(self.tune or [], True), name, kind, False)
         refused = self._lookup(dict.fromkeys(self.fix, True), name, kind, False)
@@ -203,15 +206,16 @@ class Choice:
         low = -math.inf if hyperparameter.low is None else hyperparameter.low
         high = math.inf if hyperparameter.high is None else hyperparameter.high
         kind = Kind(hyperparameter.name, low, high, hyperparameter.log, route)
-        if hyperparameter.name in self.start:
-            hyperparameter.assign(self.start[hyperparameter.name])
+        given = self._given(hyperparameter.name, kind)
+        if given is not None:
+            hyperparameter.assign(given)
         return self.tunable(hyperparameter.name, kind, places, hyperparameter)
 
     def strength(self, hyperparameter: OuterVariable, kind_name: str, places: list[Place]) -> Tunable:
         """The `Tunable` of the strength of layers that perturb, with its start and its range set."""
         high = math.inf if hyperparameter.high is None else hyperparameter.high
         kind = Kind(kind_name, hyperparameter.low or 0.0, high, False, RESPONSE)
-        start = self._lookup(self.start, hyperparameter.name, kind, None)
+        start = self._given(hyperparameter.name, kind)
         given = self._lookup(self.ranges, hyperparameter.name, kind, None)
         if start is not None:
             hyperparameter.assign(start)
@@ -229,17 +233,34 @@ class Choice:
         return self.tunable(hyperparameter.name, kind, places, hyperparameter)
 
     def check_used(self, tunables: Sequence[Any]) -> None:
-        """Raises a ValueError if a name is none of the model's. A trial may have others, of architectures."""
-        if self.rule is not None and not self._used & set(self.start):
-            raise ValueError("A rule to start from must know a hyperparameter of the model: "
-                             f"{', '.join(sorted(t.name for t in tunables))}. Received: a rule for "
-                             f"{', '.join(self.start)}")
-        given = {*(self.tune or []), *self.fix, *self.ranges, *(() if self._of_trial else self.start)}
+        """Checks that names are the model's.
+
+        A trial or a rule may have others, of architectures: they are passed by with a warning, but one must be known.
+
+        Raises:
+            ValueError: If a name is none of the model's, or none that a trial or a rule has.
+        """
+        known = sorted({t.name for t in tunables} | {t.kind.name for t in tunables})
+        if self._chosen_from is not None:
+            others = [name for name in self.start if name not in self._used]
+            if len(others) == len(self.start):
+                raise ValueError(f"{self._chosen_from.capitalize()} to start from must know a hyperparameter of the "
+                                 f"model: {', '.join(known)}. Received: {self._chosen_from} for "
+                                 f"{', '.join(others) or 'none'}")
+            if others:
+                warnings.warn(f"Names of {self._chosen_from} that are no hyperparameters of the model are passed by: "
+                              f"{', '.join(others)}. The model has {', '.join(known)}.", stacklevel=3)
+        given = {*(self.tune or []), *self.fix, *self.ranges, *(self.start if self._chosen_from is None else ())}
         unknown = sorted(given - self._used)
         if unknown:
-            known = sorted({t.name for t in tunables} | {t.kind.name for t in tunables})
             raise ValueError(f"Names must be hyperparameters of the model: {', '.join(known)}. "
                              f"Received: {', '.join(unknown)}")
+
+    def _given(self, name, kind):
+        value = self._lookup(self.start, name, kind, None)
+        if value is not None and np.asarray(value).dtype.kind not in "iuf":
+            raise TypeError(f"A value to start from must be a number. Received: {name}={value!r}")
+        return value
 
     def _lookup(self, table, name, kind, default):
         for key in (name, kind.name):
@@ -314,19 +335,18 @@ def _checked_ranges(ranges):
 
 
 def _values_of_trial(start):
-    """Values by name, from a dictionary, KerasTuner's `HyperParameters` or Optuna's trials."""
+    """Values by name, from a dictionary, KerasTuner's trials and `HyperParameters` or Optuna's trials."""
     if start is None:
         return {}
-    # Optuna's trials have a dictionary as `params`, KerasTuner's HyperParameters as `values`.
-    candidates = [start, getattr(start, "params", None), getattr(start, "values", None)]
+    # Optuna's trials have a dictionary as `params`, KerasTuner's HyperParameters, which its trials hold, as `values`.
+    candidates = [start, getattr(start, "params", None),
+                  getattr(getattr(start, "hyperparameters", start), "values", None)]
     values = next((candidate for candidate in candidates if isinstance(candidate, dict)), None)
     if values is None:
-        raise TypeError("start must be a dictionary from names to values, HyperParameters of KerasTuner, a trial of "
-                        f"Optuna or a farhox.starts.StartRule. Received: {start!r}")
-    for name, value in values.items():
-        if isinstance(start, dict) and np.asarray(value).dtype.kind not in "iuf":
-            raise TypeError(f"A value to start from must be a number. Received: {name}={value!r}")
-    return dict(values)
+        raise TypeError("start must be a dictionary from names to values, HyperParameters or a trial of KerasTuner, a "
+                        f"trial of Optuna or a farhox.starts.StartRule. Received: {start!r}")
+    # KerasTuner's Hyperband keeps notes of its own among the values: no names of anything.
+    return {name: value for name, value in values.items() if start is values or not name.startswith("tuner/")}
 
 
 def _text(value):

@@ -50,9 +50,11 @@ class Tuner:
         tune: List of names of hyperparameters, or of kinds of them, to tune. Default: those worth it.
         fix: List of names not to tune.
         ranges: Dictionary from names to pairs (low, high).
-        start: Dictionary from names to values to start from; or a trial of Optuna, or HyperParameters of KerasTuner; or
-            a fitted `farhox.starts.StartRule` (`SymbolicDefaults`, `DatasetEncoder`), which `fit` asks for values for
-            its training data. The sweep finds a rate of its own, so that a rate to start from needs `sweep=False`.
+        start: Dictionary from names to values to start from; or a trial of Optuna or KerasTuner, or HyperParameters of
+            the latter; or a fitted `farhox.starts.StartRule` (`SymbolicDefaults`, `DatasetEncoder`), which `fit` asks
+            for values for its training data. Of a dictionary the model must have all names; of a trial or a rule one,
+            and a warning says which others it has not. The sweep finds a rate of its own, so that a rate to start from
+            needs `sweep=False`.
         granularity: "global", one hyperparameter per kind, or "layer", one per kind and layer.
         sweep: Bool. Find the learning rate by a sweep.
         online: Bool. Let hyperparameters follow hypergradients.
