@@ -74,6 +74,14 @@ def seeds():
 
 
 @pytest.fixture
+def eagerly():
+    """Few steps cost less than a graph."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
 def float64():
     """Keras layers and variables made in the test are float64."""
     floatx, policy = keras.config.floatx(), keras.config.dtype_policy()

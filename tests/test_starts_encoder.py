@@ -5,7 +5,6 @@ import pickle
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from farhox.starts import DatasetEncoder, PriorEvaluations
 
@@ -24,14 +23,6 @@ def planted(count, seed):
 
 def small(**changes):
     return DatasetEncoder(**{"size": 3, "units": 16, "rows": 32, "features": 4, "classes": 2, "steps": 150, **changes})
-
-
-@pytest.fixture
-def eagerly():
-    """Few steps cost less than a graph."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture(scope="module")

@@ -34,14 +34,6 @@ def network(optimizer=None, loss=None, metrics=("accuracy",), l2=(1e-3, 1e-3), n
     return model
 
 
-@pytest.fixture
-def eagerly():
-    """Few steps cost less than a graph."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-
-
 @pytest.fixture(scope="module")
 def fitted():
     model = network()

@@ -11,6 +11,8 @@ import farhox
 from farhox.starts import StartRule
 from farhox.tuner.starting import assign, examples_of
 
+pytestmark = pytest.mark.usefixtures("eagerly")
+
 RANDOM = np.random.default_rng(0)
 X, Y = RANDOM.normal(size=(60, 4)).astype("float32"), np.arange(60) % 3
 
@@ -45,13 +47,6 @@ def network():
     model.compile(
         keras.optimizers.SGD(0.01, momentum=0.5), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
-
-
-@pytest.fixture(autouse=True)
-def eagerly():
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 def fitted(rule, x=X, y=Y, **options):

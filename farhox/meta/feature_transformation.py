@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core.types import Config, Shape, Tensor
-from farhox.outer.hyperparameters import ExampleWeights
 from farhox.outer.outer_variable import OuterVariable, Strength, value_of
 from farhox.outer.serialization import deserialized, serialized
+from farhox.outer.strengths import checked_strength
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -44,8 +44,8 @@ class FeatureWiseTransformation(keras.layers.Layer):
     def __init__(self, scale: Strength = 0.0, shift: Strength = 0.0, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
-        self.scale = _strength("scale", scale)
-        self.shift = _strength("shift", shift)
+        self.scale = checked_strength("scale", scale)
+        self.shift = checked_strength("shift", shift)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -80,18 +80,3 @@ class FeatureWiseTransformation(keras.layers.Layer):
         config = dict(config)
         strengths = {name: config.pop(name) for name in ("scale", "shift")}
         return cls(**config, **deserialized(strengths, "scale", "shift"))
-
-
-def _strength(name, strength):
-    if isinstance(strength, OuterVariable) and not isinstance(strength, ExampleWeights):
-        if strength.low is None or strength.low < 0:
-            raise ValueError(f"{name} must not become negative: give the hyperparameter low=0.0. "
-                             f"Received: {strength!r} with low={strength.low}")
-        return strength
-    numbers = np.asarray(strength)
-    if numbers.dtype.kind not in "iuf":
-        raise TypeError(f"{name} must be a number, an array of numbers or a farhox.Hyperparameter. "
-                        f"Received: {strength!r} of type {type(strength).__name__}")
-    if not np.all(np.isfinite(numbers)) or np.any(numbers < 0):
-        raise ValueError(f"{name} must be finite and not negative. Received: {strength}")
-    return numbers.astype("float64")

@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from farhox._core import functional
 from farhox._core.types import Array, Config, Tensor, Variables
-from farhox.outer.hyperparameters import ExampleWeights
 from farhox.outer.outer_variable import OuterVariable, Strength, value_of
 from farhox.outer.serialization import deserialized, serialized
+from farhox.outer.strengths import checked_strength
 
 if TYPE_CHECKING:
     from farhox.dynamics.base import InnerDynamics
@@ -55,8 +55,8 @@ class L1L2(keras.regularizers.Regularizer):
     """
 
     def __init__(self, l1: Strength = 0.0, l2: Strength = 0.0, *, subgradient: bool = False) -> None:
-        self.l1 = _strength("l1", l1)
-        self.l2 = _strength("l2", l2)
+        self.l1 = checked_strength("l1", l1)
+        self.l2 = checked_strength("l2", l2)
         self.subgradient = bool(subgradient)
 
     @property
@@ -107,21 +107,6 @@ def check_no_subgradients(variables: Variables, dynamics: InnerDynamics) -> None
             f"A learned l1 strength needs a proximal step. That of {', '.join(map(repr, paths))} is an outer variable "
             f"under {type(dynamics).__name__}, whose subgradient steps never settle at zero: its hypergradient would "
             f"say little. {_ADVICE}")
-
-
-def _strength(name, strength):
-    if isinstance(strength, OuterVariable) and not isinstance(strength, ExampleWeights):
-        if strength.low is None or strength.low < 0:
-            raise ValueError("A regularisation strength must not become negative: give the hyperparameter low=0.0. "
-                             f"Received: {name}={strength!r} with low={strength.low}")
-        return strength
-    numbers = np.asarray(strength)
-    if numbers.dtype.kind not in "iuf":
-        raise TypeError(f"{name} must be a number, an array of numbers or a farhox.Hyperparameter. "
-                        f"Received: {strength!r} of type {type(strength).__name__}")
-    if not np.all(np.isfinite(numbers)) or np.any(numbers < 0):
-        raise ValueError(f"{name} must be finite and not negative. Received: {name}={strength}")
-    return numbers.astype("float64")
 
 
 def _penalty(name, strength, magnitudes):

@@ -55,24 +55,23 @@ def small_alphabets(data_dir, count, sizes, seed):
         List of (images [alphabets, n, 196] in [0, 1] with ink 1, labels [alphabets, n], 1 where there is an example and
         0 where an alphabet has fewer than the largest, 1 for each character that it has [alphabets, characters]).
     """
-    import tensorflow as tf
-    dataset = prepared("omniglot", data_dir).as_dataset(split="train+test")
-    characters = collections.defaultdict(lambda: collections.defaultdict(list))
-    for example in dataset.as_numpy_iterator():
-        characters[example["alphabet"]][example["alphabet_char_id"]].append(example["image"][..., :1])
-    chosen = sorted(characters, key=lambda alphabet: (len(characters[alphabet]), alphabet))[:count]
-    most = max(len(characters[alphabet]) for alphabet in chosen)
+    images, alphabet, label, _ = _drawings(data_dir, 14)
+    # Characters in the order in which their first drawing is read.
+    characters = {task: [np.flatnonzero(label == value) for value in dict.fromkeys(label[alphabet == task])]
+                  for task in np.unique(alphabet)}
+    chosen = sorted(characters, key=lambda task: (len(characters[task]), task))[:count]
+    most = max(len(characters[task]) for task in chosen)
     random = np.random.default_rng(seed)
     parts = [[np.zeros([count, most * size, 196], "float32"), np.zeros([count, most * size], "int64"),
               np.zeros([count, most * size], "float32"), np.zeros([count, most], "float32")] for size in sizes]
-    for task, alphabet in enumerate(chosen):
-        for label, drawn in enumerate(characters[alphabet].values()):
-            ink = 1.0 - tf.image.resize(np.stack(drawn).astype("float32"), [14, 14], method="area").numpy() / 255
+    for task, number in enumerate(chosen):
+        for character, drawn in enumerate(characters[number]):
+            ink = images[drawn]
             order, start = random.permutation(len(ink)), 0
             for part, size in zip(parts, sizes):
-                here = slice(label * size, (label + 1) * size)
+                here = slice(character * size, (character + 1) * size)
                 part[0][task, here] = ink[order[start:start + size]].reshape(size, -1)
-                part[1][task, here], part[2][task, here], part[3][task, label] = label, 1.0, 1.0
+                part[1][task, here], part[2][task, here], part[3][task, character] = character, 1.0, 1.0
                 start += size
     return [tuple(part) for part in parts]
 
@@ -133,6 +132,24 @@ def alphabets(data_dir, count, size):
     Returns:
         List of dictionaries with "name" and "train", "validation", "test": pairs (x [n, size * size], y [n]).
     """
+    images, alphabet, label, names = _drawings(data_dir, size, count)
+    order, found = np.random.default_rng(0).permutation(20), []
+    for number in range(count):
+        characters = [np.flatnonzero(label == value) for value in np.unique(label[alphabet == number])]
+        entry = {"name": names[number]}
+        for part, chosen in (("train", order[:12]), ("validation", order[12:16]), ("test", order[16:])):
+            indices = np.concatenate([drawings[chosen] for drawings in characters])
+            entry[part] = images[indices].reshape(len(indices), -1), np.repeat(np.arange(len(characters)), len(chosen))
+        found.append(entry)
+    return found
+
+
+def _drawings(data_dir, size, count=50):
+    """All drawings of the first alphabets, reduced by means of areas, with their alphabets and characters as integers.
+
+    Returns:
+        (images [n, size, size, 1] with ink 1 and paper 0, alphabets [n], characters [n], names of alphabets).
+    """
     import tensorflow as tf
     builder = prepared("omniglot", data_dir)
 
@@ -144,14 +161,4 @@ def alphabets(data_dir, count, size):
     if count < 50:
         dataset = dataset.filter(lambda example: example["alphabet"] < count)
     parts = list(dataset.map(small, num_parallel_calls=2).batch(512).as_numpy_iterator())
-    images, alphabet, label = (np.concatenate(arrays) for arrays in zip(*parts))
-    order, found = np.random.default_rng(0).permutation(20), []
-    names = builder.info.features["alphabet"].names
-    for number in range(count):
-        characters = [np.flatnonzero(label == value) for value in np.unique(label[alphabet == number])]
-        entry = {"name": names[number]}
-        for part, chosen in (("train", order[:12]), ("validation", order[12:16]), ("test", order[16:])):
-            indices = np.concatenate([drawings[chosen] for drawings in characters])
-            entry[part] = images[indices].reshape(len(indices), -1), np.repeat(np.arange(len(characters)), len(chosen))
-        found.append(entry)
-    return found
+    return (*(np.concatenate(arrays) for arrays in zip(*parts)), builder.info.features["alphabet"].names)

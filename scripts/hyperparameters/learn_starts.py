@@ -135,7 +135,9 @@ def tuned_from_starts(alphabets, table, settings, count, folder):
     for index in held_out.tolist():
         entry, results = alphabets[index], {}
         for name in ("middle", "best on average", "symbolic", "encoder", "middle, sweep"):
-            label = f"tuned_{index}_{name.replace(', ', '_').replace(' ', '_')}"
+            # What learns does so from the alphabets that are left.
+            label = f"tuned_{index}_" + ("" if name.startswith("middle") else f"without_{count}_") + (
+                name.replace(", ", "_").replace(" ", "_"))
             if folder.done(label) is None and name in ("symbolic", "encoder") and not rules:
                 rules = {key: rule.fit(rest) for key, rule in learners(rest, settings, 0).items()}
             start = {"best on average": average, **rules}.get(name, middle)
