@@ -175,3 +175,20 @@ def test_error_of_the_objective_is_raised_as_it_is():
     for compute in (farhox.ForwardHG().compute, tf.function(farhox.ForwardHG().compute, autograph=False)):
         with pytest.raises(KeyError, match="the objective's own error"):
             compute(problem, *data)
+
+
+def test_inner_gradient_is_computed_once_for_the_step_and_for_its_tangents():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, "tanh"), keras.layers.Dense(1)])
+    rate = farhox.Hyperparameter(0.1, name="rate")
+    problem = farhox.supervised_problem(
+        model, loss="mse", dynamics=farhox.GradientDescent(rate), outer_variables=[rate])
+    x = tf.ones([2, 3])
+    batch = (x, tf.ones([2, 1]))
+    traced = tf.function(lambda: farhox.ForwardHG().compute(
+        problem, farhox.repeat(batch, 3), batch).gradients).get_concrete_function()
+    bodies = [function for function in traced.graph.as_graph_def().library.function
+              if "while_body" in function.signature.name]
+    # Two forward and three back for the gradient; of the tangent three forward and five back; the outputs once more for
+    # the loss, which TensorFlow's graph optimizer merges.
+    products = [sum(node.op == "MatMul" for node in body.node_def) for body in bodies]
+    assert max(products) == 14

@@ -40,6 +40,11 @@ class LinearizedMap:
         # By name: tensors that depend on no cotangent or tangent, with their values.
         self._computed = {}
 
+    @property
+    def computed(self) -> list[tuple[Tensor, Tensor]]:
+        """What products so far needed at the point: pairs (tensor of the graph, its value)."""
+        return list(self._computed.values())
+
     def input_product(self, cotangents: Tensors) -> Tensors:
         """(d outputs / d inputs)' cotangents as a list, zero where no output depends on an input."""
         products = self._transposed("inputs", self._inputs, cotangents, ())

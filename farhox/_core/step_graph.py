@@ -314,7 +314,8 @@ class StepGraph:
             if name in nodes:
                 continue
             nodes[name] = node
-            for source in node.input:
+            # What a constant waits for would be run for nothing: TensorFlow lets those of its gradients wait.
+            for source in () if node.op == "Const" else node.input:
                 full = _full_name(source)
                 if full in fed:
                     cut.add(full)

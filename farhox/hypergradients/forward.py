@@ -70,8 +70,8 @@ class ForwardHG(SingleHyperGradient):
 
         def body(t, state, arrays, losses, norm):
             system = training.step_system(state, t)
-            next_state, loss, norm, _ = training.step(state, t)
             arrays = _step_of_tangents(system, arrays, outer)
+            next_state, loss, norm, _ = training.step(state, t, known=system.computed)
             return t + 1, next_state, arrays, losses.write(t, loss), norm
 
         # An entry per direction: a tensor [P, ...] would be copied as a whole in each step.

@@ -145,6 +145,8 @@ class InnerTraining:
 
     def _run_steps(self, start, stop, earlier, record, replay):
         earlier = self.before_first_step() if earlier is None else earlier
+        if record is None and isinstance(start, int) and isinstance(stop, int) and stop <= start:
+            return earlier  # A loop that is never entered would be traced and optimized all the same.
         kept = [] if record is None else record.kept
 
         def body(t, state, losses, norm, arrays):
@@ -174,18 +176,19 @@ class InnerTraining:
         # What is not a number is not below.
         return tf.logical_and(index < stop, tree.not_less(norm, tf.cast(self._tolerance, norm.dtype)))
 
-    def step(self, state: Any, t: Tensor, kept: Nest = ()) -> Any:
+    def step(self, state: Any, t: Tensor, kept: Nest = (), known: Any = ()) -> Any:
         """The step t from `state`: the next state, the loss and the gradient norm before it, the tensors `kept`.
 
         Args:
             kept: List of tensors of `graph`.
+            known: List of pairs (tensor of `graph`, its value at this step): they are not computed again.
         """
         if tf.executing_eagerly() and not kept:  # Functions run eagerly: for debugging the user's objective.
             result = self.problem.step(state, self.outer, batch_at(self.inner_batches, t), self._features)
             return result.state, result.loss, result.gradient_norm, []
         outputs = self.graph.outputs
         flat = [*tf.nest.flatten(outputs.state), outputs.loss, outputs.gradient_norm, *kept]
-        values = self.graph.nest(flat, self.inputs(state, t), checks=True)
+        values = self.graph.nest(flat, self.inputs(state, t), known, checks=True)
         count = len(flat) - len(kept) - 2
         return tf.nest.pack_sequence_as(state, values[:count]), values[count], values[count + 1], values[count + 2:]
 
