@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from problems import assert_close
 from script_files import import_script, script_path
+from unrolled import unrolled_hypergradient
 
 WORKLOADS = {"W1": "softmax_regression", "W2": "tanh_network", "W4": "near_optimum"}
 
@@ -87,3 +88,46 @@ def test_naive_tape_is_left_out_beyond_the_steps_that_it_can_trace(benchmark):
     cases = benchmark.chosen_cases(["W1"], ["naive", "reverse"], ["100", "1000"], quick=False)
     assert [(case["method"], case["steps"]) for case in cases] == [
         ("reverse", 100), ("naive", 100), ("reverse", 1000)]
+
+
+@pytest.fixture
+def scale(monkeypatch):
+    """The script of long and wide trainings as a module."""
+    return import_script("benchmark_scale", monkeypatch)
+
+
+def test_cases_of_scale_have_a_strength_per_weight_and_forward_mode_for_few(scale):
+    cases = scale.cases_of("outer", ["reverse", "forward"], quick=False)
+    assert max(case["strengths"] for case in cases) == 1000 * 1000 == cases[-1]["widths"][0] * cases[-1]["widths"][1]
+    assert [case["strengths"] for case in cases if case["method"] == "forward"] == [1, 10]
+    assert [case["steps"] for case in scale.cases_of("steps", ["reverse"], False)] == [10, 100, 1000, 10_000]
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize("method", ["reverse", "reverse_memory", "reversible", "forward"])
+def test_plain_training_and_methods_of_scale_belong_to_one_training(method, scale):
+    problem, inner_batches, outer_batch = scale.network_problem(4, [6, 5, 3], strengths=6)
+    result = scale.HYPERGRADIENTS[method].compute(problem, inner_batches, outer_batch)
+    assert_close(scale.plain_training(problem, inner_batches), result.state.variables, 1e-5)
+    assert_close(result.gradients, unrolled_hypergradient(problem, inner_batches, outer_batch), 1e-4)
+
+
+def test_planned_memory_is_that_of_states_and_what_is_kept(scale):
+    problem, inner_batches, _ = scale.network_problem(30, [6, 5, 3], strengths=1)
+    state = 4 * 2 * (6 * 5 + 5 + 5 * 3 + 3) + 8
+    assert scale.planned_bytes("reverse_states", problem, inner_batches) == 31 * state
+    assert scale.planned_bytes("reverse_sqrt", problem, inner_batches) >= (5 + 6 + 1) * state
+    assert scale.planned_bytes("forward", problem, inner_batches) == 0
+    assert scale.planned_bytes("reverse_memory", problem, inner_batches) >= 31 * state
+
+
+@pytest.mark.slow
+def test_quick_run_of_scale_writes_rows_and_a_picture(tmp_path):
+    path, picture = tmp_path / "scale.json", tmp_path / "scale.png"
+    finished = subprocess.run(
+        [sys.executable, str(script_path("benchmark_scale")), "--quick", "--sweeps=weights", "--methods=reverse",
+         f"--json={path}", f"--picture={picture}"], capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    rows = json.loads(path.read_text())["results"]
+    assert [row["weights"] for row in rows] == [36, 70] and picture.stat().st_size > 10_000
+    assert all(row["hypergradient_s"] > 0 and row["plain_s"] > 0 and row["growth_mb"] > 0 for row in rows)

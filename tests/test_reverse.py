@@ -349,7 +349,7 @@ def test_truncation_must_be_a_non_negative_integer(truncation):
 
 @pytest.mark.parametrize("checkpoint_every", [0, -2, 2.0, True, "log"])
 def test_checkpoint_every_must_be_a_positive_integer_or_sqrt(checkpoint_every):
-    with pytest.raises(ValueError, match="checkpoint_every must be a positive integer, 'sqrt' or None"):
+    with pytest.raises(ValueError, match="checkpoint_every must be a positive integer, 'sqrt', 'memory' or None"):
         farhox.ReverseHG(checkpoint_every=checkpoint_every)
 
 

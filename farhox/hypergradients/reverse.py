@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.cut import kept_bytes
 from farhox._core.inner_state import OuterGradients, float_leaves
 from farhox._core.linearized import zeros_for_none
 from farhox._core.types import Batch, Carry
 from farhox.hypergradients.base import SingleHyperGradient, result
+from farhox.hypergradients.checkpoints import segment_lengths, stored_bytes
 from farhox.problem.back_step import BackStep
 from farhox.problem.inner_training import InnerRun, InnerTraining
 from farhox.problem.record import Record
@@ -34,18 +36,23 @@ class ReverseHG(SingleHyperGradient):
 
     Args:
         truncation: Non-negative int or None. Differentiate only the last `truncation` steps; 0 keeps dE/dλ alone.
-        checkpoint_every: Positive int, "sqrt" or None. Store one state in this many and recompute the others, at the
-            price of running the inner training once more. "sqrt" stores about the square root of T. None: store all.
+        checkpoint_every: Positive int, "sqrt", "memory" or None. Store one state in this many and recompute the others,
+            at the price of running the inner training once more. "sqrt" stores about the square root of T. "memory"
+            stores as many as fit: all states if they do, else one in so many, else checkpoints between checkpoints,
+            each level of which runs the inner training once more. None: store all.
         step_weights: Tuple of T non-negative numbers that sum to one, or a callable without arguments that returns
             them as a tensor [T]. The hypergradient is then that of Σ_t weight_t E(s_t, λ) over the states after step
             1, ..., T instead of E(s_T, λ) alone, at the price of up to T outer gradients; `outer_loss` stays E(s_T, λ).
 
         memory: Non-negative int or None, the bytes that intermediate results of all stored steps may take beside the
-            states. 0 keeps states alone; None sets no limit. See `BilevelProblem.memory_plan`.
+            states. 0 keeps states alone; None sets no limit. See `BilevelProblem.memory_plan`. With
+            `checkpoint_every="memory"` the bytes of everything that is stored at a time, states included; of problems
+            over episodes those of one episode.
 
     Raises:
-        ValueError: If an argument is out of range, or `step_weights` come with a truncation. When called: if the number
-            of weights is not T, or the problem has a stop tolerance.
+        ValueError: If an argument is out of range, or `step_weights` come with a truncation, or
+            `checkpoint_every="memory"` without a limit. When called: if the number of weights is not T, or the problem
+            has a stop tolerance; with `checkpoint_every="memory"`, if T is not known in advance or nothing fits.
 
     Reference:
         [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785), Algorithm 1;
@@ -61,13 +68,16 @@ class ReverseHG(SingleHyperGradient):
     def __post_init__(self):
         if self.truncation is not None and not (checks.is_integer(self.truncation) and self.truncation >= 0):
             raise ValueError(f"truncation must be a non-negative integer or None. Received: {self.truncation!r}")
-        if self.checkpoint_every not in (None, "sqrt") and (
+        if self.checkpoint_every not in (None, "sqrt", "memory") and (
                 not checks.is_integer(self.checkpoint_every) or self.checkpoint_every < 1):
-            raise ValueError("checkpoint_every must be a positive integer, 'sqrt' or None. "
+            raise ValueError("checkpoint_every must be a positive integer, 'sqrt', 'memory' or None. "
                              f"Received: {self.checkpoint_every!r}")
         if self.memory is not None and not (checks.is_integer(self.memory) and self.memory >= 0):
             raise ValueError("memory must be a non-negative integer, a number of bytes, or None. "
                              f"Received: {self.memory!r}")
+        if self.checkpoint_every == "memory" and not self.memory:
+            raise ValueError("checkpoint_every='memory' needs a positive number of bytes. "
+                             f"Received: memory={self.memory!r}")
         if self.step_weights is None:
             return
         if self.truncation is not None:
@@ -90,15 +100,14 @@ class ReverseHG(SingleHyperGradient):
                   and (steps > 1 or not training.learns_initial_state))
         back_step = training.once(("step back", sources, single), lambda: BackStep(
             training, list(sources), of_state=not single))
-        walk = _Walk(training, outer, back_step, weights, self._segment_length(most), most,
-                     math.inf if self.memory is None else self.memory)
+        walk = _Walk(training, outer, back_step, weights, most, *self._stored(training, back_step, most))
         if problem.stop_tolerance is not None and self.truncation is not None:
             # Which steps are the last ones shows only at the end: the inner training runs once more.
             steps = training.run().steps
         first = self._first_differentiated_step(steps)
 
         run, records = training.once(
-            ("way there", walk.left_out, tuple(tensor.name for tensor in walk.kept)),
+            ("way there", walk.left_out, tuple(tensor.name for tensor in walk.kept), walk.lengths),
             lambda: walk.forward(training.run(0, first), first, steps))
         if problem.stop_tolerance is not None:
             steps = run.steps
@@ -138,13 +147,27 @@ class ReverseHG(SingleHyperGradient):
                              f"Received: shape {weights.shape} for T={steps}")
         return tf.pad(weights, [[1, 0]])
 
-    def _segment_length(self, count):
-        """Steps between stored states; None for a single segment all of whose states are stored."""
-        if self.checkpoint_every == "sqrt":
-            if isinstance(count, int):
-                return max(1, math.isqrt(max(count - 1, 0)) + 1)
-            return tf.cast(tf.math.ceil(tf.sqrt(tf.cast(tf.maximum(count, 1), tf.float32))), tf.int32)
-        return self.checkpoint_every
+    def _stored(self, training, back_step, count):
+        """The steps between stored states, a list with the length of each level, and the bytes left for other results.
+
+        Args:
+            count: Differentiated steps at most.
+        """
+        memory = math.inf if self.memory is None else self.memory
+        if self.checkpoint_every is None or self.step_weights is None and back_step.passes_on:
+            return [], memory
+        if self.checkpoint_every == "memory":
+            if not isinstance(count, int):
+                raise ValueError("checkpoint_every='memory' needs the number of inner steps in advance. Received: "
+                                 "inner batches of which it is not known when the computation is traced")
+            count, state_bytes = max(count, 1), kept_bytes(tf.nest.flatten(training.start))
+            lengths = segment_lengths(count, state_bytes, kept_bytes(back_step.kept(math.inf, 1)), memory)
+            return lengths, memory - stored_bytes(count, lengths, state_bytes, 0)
+        if self.checkpoint_every != "sqrt":
+            return [self.checkpoint_every], memory
+        if isinstance(count, int):
+            return [max(1, math.isqrt(max(count - 1, 0)) + 1)], memory
+        return [tf.cast(tf.math.ceil(tf.sqrt(tf.cast(tf.maximum(count, 1), tf.float32))), tf.int32)], memory
 
 
 class _Walk:
@@ -155,17 +178,20 @@ class _Walk:
         outer: The outer objective with its derivatives, `training.outer_graph(...)`.
         back_step: The `BackStep` for the leaves that the outer objective reads.
         weights: Tensor [T + 1], the weight of the outer objective at each state, or None for the last state alone.
-        segment: Steps between stored states; None for a single segment all of whose states are stored.
         most: Differentiated steps at most.
+        segments: List, the steps between stored states of each level of checkpoints, the outermost first; empty for a
+            single segment all of whose states are stored.
         memory: Bytes for the tensors that are kept beside the states.
     """
 
-    def __init__(self, training: InnerTraining, outer: Any, back_step: BackStep, weights: Any, segment: Any, most: Any,
+    def __init__(self, training: InnerTraining, outer: Any, back_step: BackStep, weights: Any, most: Any, segments: Any,
                  memory: Any) -> None:
         self.training = training
         self.outer = outer
         self.weights = weights
-        self.segment = segment
+        self.segments = segments
+        # Of a number of steps that is not known in advance None: a training has one such tensor.
+        self.lengths = tuple(length if isinstance(length, int) else None for length in segments)
         self.most = most
         self.back_step = back_step
         # Whether steps back leave the adjoint and the gradients as they are: nothing is stored, and none is taken.
@@ -173,39 +199,45 @@ class _Walk:
         self.kept = [] if self.left_out else self.back_step.kept(memory, self._stored_steps())
 
     def _stored_steps(self):
-        return self.most if self.segment is None else self.segment
+        return [self.most, *self.segments][-1]
 
     def _record(self):
         return Record(self.training.start, self.kept, self._stored_steps())
 
-    def _num_segments(self, first, steps):
-        return 1 if self.segment is None else (steps - first + self.segment - 1) // self.segment
+    def _num_segments(self, first, steps, level=0):
+        length = self.segments[level]
+        return (steps - first + length - 1) // length
 
-    def _bounds(self, index, first, steps):
-        start = first + index * self.segment
-        return start, tf.minimum(start + self.segment, steps)
+    def _bounds(self, index, first, steps, level=0):
+        start = first + index * self.segments[level]
+        return start, tf.minimum(start + self.segments[level], steps)
 
     def forward(self, run: InnerRun, first: Any, steps: Any) -> Any:
         """The run from step `first` on, and the record of its steps or the first state of each segment."""
-        training = self.training
         if self.left_out:
-            return training.run(first, steps, run), None
-        if self.segment is None:
-            run = training.run(first, steps, run, self._record())
+            return self.training.run(first, steps, run), None
+        return self._recorded(run, first, steps)
+
+    def _recorded(self, run, first, steps, level=0, replay=False):
+        """The run over steps whose first states are stored on a level, and what is stored."""
+        training = self.training
+        if level == len(self.segments):
+            run = training.run(first, steps, run, self._record(), replay)
             return run, run.record
-        count = self._num_segments(first, steps)
+        count = self._num_segments(first, steps, level)
+        most = self._num_segments(0, [self.most, *self.segments][level], level)
         leaves = tf.nest.flatten(run.state)
-        arrays = [tf.TensorArray(leaf.dtype, self._num_segments(0, self.most), element_shape=leaf.shape,
-                                 clear_after_read=False) for leaf in leaves]
+        arrays = [tf.TensorArray(leaf.dtype, most, element_shape=leaf.shape, clear_after_read=False) for leaf in leaves]
 
         def body(index, state, losses, norm, taken, arrays):
             arrays = [array.write(index, leaf) for array, leaf in zip(arrays, tf.nest.flatten(state))]
-            run = training.run(*self._bounds(index, first, steps), InnerRun(state, losses, norm, taken))
+            run = training.run(*self._bounds(index, first, steps, level), InnerRun(state, losses, norm, taken),
+                               replay=replay)
             return index + 1, run.state, run.losses, run.gradient_norm, run.steps, arrays
 
         _, *ended, arrays = tf.while_loop(
-            lambda index, state, losses, norm, taken, arrays: training.goes_on(index, count, norm), body,
-            [tf.constant(0), *run[:4], arrays], parallel_iterations=1)
+            lambda index, state, losses, norm, taken, arrays: index < count if replay else training.goes_on(
+                index, count, norm), body, [tf.constant(0), *run[:4], arrays], parallel_iterations=1)
         return InnerRun(*ended), arrays
 
     def back(self, records: Any, first: Any, steps: Any, at_end: OuterGradients) -> Any:
@@ -231,20 +263,31 @@ class _Walk:
         apart = self._has_its_own_first_step(first, steps)
         lowest = first + 1 if apart else first
 
-        def body(index, adjoint, parts):
-            if self.segment is None:
-                start, stop, record = first, steps, records
-            else:
-                start, stop = self._bounds(index, first, steps)
-                record = self._recomputed(records, index, start, stop)
-            return index - 1, *self._steps_back(record, start, tf.maximum(start, lowest), stop, adjoint, parts)
+        def segments_back(records, first, steps, lowest, level, adjoint, parts):
+            """Steps steps - 1 down to `lowest`, of which the first states are stored from step `first` on."""
+            def body(index, adjoint, parts):
+                if not self.segments:
+                    start, stop, record = first, steps, records
+                else:
+                    start, stop = self._bounds(index, first, steps, level)
+                    record = self._recomputed(records, index, start, stop, level + 1)
+                begin = tf.maximum(start, lowest)
+                if level + 1 < len(self.segments):
+                    return index - 1, *segments_back(record, start, stop, begin, level + 1, adjoint, parts)
+                return index - 1, *self._steps_back(record, start, begin, stop, adjoint, parts)
+
+            count = self._num_segments(first, steps, level) if self.segments else 1
+            _, adjoint, parts = tf.while_loop(
+                lambda index, *_: index >= 0, body, [tf.convert_to_tensor(count - 1, tf.int32), adjoint, parts],
+                parallel_iterations=1)
+            return adjoint, parts
 
         if not apart or self.most > 1:
-            last = tf.convert_to_tensor(self._num_segments(first, steps) - 1, tf.int32)
-            _, adjoint, parts = tf.while_loop(
-                lambda index, *_: index >= 0, body, [last, adjoint, parts], parallel_iterations=1)
+            adjoint, parts = segments_back(records, first, steps, lowest, 0, adjoint, parts)
         if apart:
-            record = records if self.segment is None else self._recomputed(records, 0, first, lowest)
+            record = records
+            if self.segments:
+                record = self._recomputed(records, 0, first, lowest, len(self.segments))
             parts = self._without_adjoint(first, record, adjoint, parts)
         everything = [tf.zeros_like(leaf) for leaf in leaves]
         for i, part in zip(active, adjoint):
@@ -260,12 +303,12 @@ class _Walk:
             return False  # There may be no such step.
         return steps > first and (first > 0 or not self.training.learns_initial_state)
 
-    def _recomputed(self, arrays, index, start, stop):
-        """The record of the steps `start` to `stop` of segment `index`, run again from its stored state."""
+    def _recomputed(self, arrays, index, start, stop, level):
+        """What is stored of the steps `start` to `stop`, run again from the stored state of this index."""
         training = self.training
         state = tf.nest.pack_sequence_as(training.start, [array.read(index) for array in arrays])
-        return training.run(start, stop, training.before_first_step()._replace(state=state), self._record(),
-                            replay=True).record
+        run = training.before_first_step()._replace(state=state)
+        return self._recorded(run, start, stop, level, replay=True)[1]
 
     def _without_adjoint(self, t, record, adjoint, parts):
         """Step t, the first of the record, as the last one back: the gradients with its contribution."""

@@ -27,7 +27,6 @@ memory, tracing included, above that of the process with its data and its model,
 """
 
 import pathlib
-import resource
 import statistics
 import sys
 import time
@@ -39,6 +38,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scri
 from absl import flags
 
 from _shared import cases, program
+from _shared.measuring import forget_peak_memory, peak_memory, timed
 
 METHODS = {"W1": ["reverse", "reverse_sqrt", "naive"], "W2": ["reverse", "reverse_sqrt", "forward", "naive"],
            "W3": ["maml", "fomaml", "imaml", "hyper_representation"], "W4": ["implicit", "naive"]}
@@ -159,32 +159,6 @@ def measure(workload, method, steps, quick, repeats):
         workload=workload, method=method, steps=steps, hypergradient_s=seconds, plain_s=plain_seconds,
         over_plain=seconds / plain_seconds, tracing_s=tracing, first_call_s=max(first_call - seconds, 0.0),
         growth_mb=(grown - idle) / 1024, peak_mb=grown / 1024, state_mb=state_megabytes(problem), repeats=repeats)
-
-
-def timed(function, arguments):
-    """CPU seconds of one call, its outputs computed to the end."""
-    start = time.process_time()
-    for output in tf.nest.flatten(function(*arguments)):
-        output.numpy()
-    return time.process_time() - start
-
-
-def peak_memory():
-    """The most resident memory that this process has had, in KB; on Linux, since `forget_peak_memory`."""
-    try:
-        with open("/proc/self/status", encoding="utf-8") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def forget_peak_memory():
-    """Lowers the peak to the memory in use, where Linux allows it: making the data may have taken more."""
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-            file.write("5")
-    except OSError:
-        pass
 
 
 def state_megabytes(problem):

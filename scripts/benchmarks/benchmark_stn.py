@@ -15,16 +15,15 @@ made: weights, slots, activations, and the tracing of steps.
 """
 
 import pathlib
-import resource
 import statistics
 import sys
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # The scripts' shared package is there.
 
 from absl import flags
 
 from _shared import cases, program
+from _shared.measuring import peak_memory, timed
 
 FLAGS = flags.FLAGS
 NETWORKS, METHODS = ("mlp", "cnn", "alexnet", "lstm"), ("plain", "stn", "delta")
@@ -100,18 +99,6 @@ def self_tuning_steps(network, batch, method):
     model.compile(optimizer(), keras.optimizers.Adam(0.003), keras.optimizers.Adam(0.003), loss=cross_entropy())
     training = [lambda: model.training_step(batch)] * model.training_steps
     return training + [lambda: model.validation_step(batch)] * model.validation_steps
-
-
-def timed(step):
-    """CPU seconds of one step, computed to the end."""
-    start = time.process_time()
-    step().numpy()
-    return time.process_time() - start
-
-
-def peak_memory():
-    """The most resident memory that this process has had, in KB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def plain_network(name):
