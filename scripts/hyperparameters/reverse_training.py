@@ -434,6 +434,7 @@ def plot_schedules(runs, measured, path):
                         markersize=4, label=name, **styles[name])
         memory.set(title="What is stored of a training", xlabel="Training steps T", ylabel="Stored, MB")
         pictures.logarithmic(memory, "x")
+        memory.set_xticks(sorted({row["steps"] for row in measured["rows"]}))
         pictures.logarithmic(memory, "y")
         pictures.legend_below(memory)
         pictures.legend_of_figure(list(axes[:3]), columns=4)
