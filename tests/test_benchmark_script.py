@@ -131,3 +131,12 @@ def test_quick_run_of_scale_writes_rows_and_a_picture(tmp_path):
     rows = json.loads(path.read_text())["results"]
     assert [row["weights"] for row in rows] == [36, 70] and picture.stat().st_size > 10_000
     assert all(row["hypergradient_s"] > 0 and row["plain_s"] > 0 and row["growth_mb"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_benchmark_of_xla_says_what_was_chosen(monkeypatch):
+    script = import_script("benchmark_xla", monkeypatch)
+    rows = {workload: script.measure(workload, quick=True) for workload in ("online", "dropout")}
+    assert all(row["line"].startswith('jit_compile="auto": with') and row["choice_s"] > 0 for row in rows.values())
+    assert "relative difference" in rows["dropout"]["line"] and rows["dropout"]["chosen"] == "none"
+    assert rows["online"]["without"].endswith("ms") and rows["online"]["with_xla"].endswith("ms")

@@ -79,8 +79,8 @@ class Learner(HyperOptimizer):
         self._predict_function: Any = None
         self._judge_function: Any = None
 
-    def compile(self, optimizer: Optimizer = "adam", metrics: Metrics | None = None, jit_compile: bool = False,
-                weighted_metrics: Metrics | None = None, **kwargs: Any) -> None:
+    def compile(self, optimizer: Optimizer = "adam", metrics: Metrics | None = None,
+                jit_compile: bool | str = False, weighted_metrics: Metrics | None = None, **kwargs: Any) -> None:
         """As `HyperOptimizer.compile`; all metrics count a query by its sample weight, if there are weights."""
         super().compile(optimizer, jit_compile=jit_compile, weighted_metrics=joined(metrics, weighted_metrics),
                         **kwargs)

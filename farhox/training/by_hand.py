@@ -30,12 +30,15 @@ class ByHand:
 
     def step(self, inner_batches: InnerBatches, outer_batch: Batch) -> HyperGradientResult:
         """One hyper-iteration with its update."""
-        self._optimizer.problem.raise_if_model_changed()
-        if self._step_function is None:
-            self._step_function = self._optimizer._compiled(self._optimizer._hyper_iteration)
+        optimizer = self._optimizer
+        optimizer.problem.raise_if_model_changed()
         inner_batches, outer_batch = as_inner_batches(inner_batches), as_tensors("outer_batch", outer_batch)
         with clear_errors():
             self._check_data(inner_batches, outer_batch)
+            if self._step_function is None:
+                self._step_function = optimizer._compilation.chosen(
+                    optimizer._hyper_iteration, (inner_batches, outer_batch),
+                    lambda result: [result.outer_loss, *result.gradients])
             return self._step_function(inner_batches, outer_batch)
 
     def trained(self, inner_batches: InnerBatches, outer: Tensors | None, state: InnerState | None) -> Trained:
@@ -67,5 +70,5 @@ class ByHand:
 
     def _check_data(self, inner_batches, outer_batch):
         """The checks of the data that XLA leaves out of a compiled hyper-iteration."""
-        if self._optimizer.compiled and self._optimizer.jit_compile:
+        if self._optimizer._compilation.checks_apart:
             self._optimizer.problem.data_checks(examples_of(inner_batches), outer_batch)

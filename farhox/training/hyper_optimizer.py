@@ -20,6 +20,7 @@ from farhox.hypergradients import HyperGradient
 from farhox.hypergradients.base import HyperGradientResult
 from farhox.problem.bilevel import BilevelProblem
 from farhox.training.by_hand import ByHand
+from farhox.training.compilation import Compilation
 from farhox.training.data_checks import with_checks
 from farhox.training.errors import clear_errors
 from farhox.training.hyper_iteration import HyperIteration, checked_settings, problem_to_compile
@@ -91,17 +92,21 @@ class HyperOptimizer(keras.Model):
         self._counters, self.last_outer_loss = self._watch.variables, self._one.last_outer_loss
         self._slots, self._carry = self._kept.slots, self._kept.carry
         self.built = True
+        self._compilation = Compilation(self, False)
         self._by_hand = ByHand(self)
 
-    def compile(self, optimizer: Optimizer = "adam", metrics: Metrics | None = None, jit_compile: bool = False,
-                parallel_iterations: int | None = None, **kwargs: Any) -> None:
+    def compile(self, optimizer: Optimizer = "adam", metrics: Metrics | None = None,
+                jit_compile: bool | str = False, parallel_iterations: int | None = None, **kwargs: Any) -> None:
         """Configures the outer optimizer and metrics.
 
         Args:
             optimizer: A Keras optimizer, or its name, for the outer variables.
             metrics: List of Keras metrics on the outer batch; needs a problem with `outer_predictions`, as
                 `supervised_problem` makes it.
-            jit_compile: Bool. Compile hyper-iterations with XLA; on CPUs this slows convolutions down.
+            jit_compile: Bool, whether hyper-iterations are compiled with XLA; on CPUs this slows convolutions down.
+                "auto": measured at the first one in `fit` or `step`, where a line says what was chosen, and why;
+                `jit_choice` is that line. XLA is chosen if it takes less time, and only if the hypergradient is the
+                same up to rounding: under XLA seeds draw other numbers. (In Keras "auto" is XLA wherever it can be.)
             parallel_iterations: Positive int, episodes that are computed at the same time, see
                 `BilevelProblem.over_episodes`. Default: what was said there, else one after the other.
             **kwargs: `weighted_metrics`, `run_eagerly`, `steps_per_execution` of `keras.Model.compile`.
@@ -114,8 +119,10 @@ class HyperOptimizer(keras.Model):
         losses = [kwargs.pop(name, None) for name in ("loss", "loss_weights")]
         self.problem = problem_to_compile(
             self.problem, optimizer, losses, metrics or kwargs.get("weighted_metrics"), parallel_iterations)
+        self._compilation = Compilation(self, jit_compile)
         # Losses are not scaled: a hypergradient is computed before the optimizer sees it.
-        super().compile(optimizer=optimizer, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False, **kwargs)
+        super().compile(optimizer=optimizer, metrics=metrics, auto_scale_loss=False, **kwargs,
+                        jit_compile=jit_compile != "auto" and bool(jit_compile))
         if not self.optimizer.built:
             self.optimizer.build(self._outer)
         self._by_hand = ByHand(self)
@@ -129,6 +136,11 @@ class HyperOptimizer(keras.Model):
     def metrics_names(self) -> list[str]:
         """The names of what `evaluate` returns, in its order."""
         return self._measures.names(self)
+
+    @property
+    def jit_choice(self) -> str | None:
+        """The line that says what `jit_compile="auto"` chose and why, or None."""
+        return self._compilation.choice
 
     @property
     def hyper_iterations(self) -> int:
@@ -292,13 +304,21 @@ class HyperOptimizer(keras.Model):
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(read_names(self, store))
 
+    def make_train_function(self, force: bool = False) -> None:
+        super().make_train_function(force)
+        self.train_function = self._compilation.measured_first(self.train_function)
+
     def train_step(self, data: Any) -> dict[str, Any]:
+        return self.trained_on(data)[0]
+
+    def trained_on(self, data: Any) -> tuple[dict[str, Any], HyperGradientResult]:
+        """One hyper-iteration of `fit`: the logs after it, and its result."""
         inner_batches, outer_batch = self._hyper_iteration_data(data, training=True)
         result = self._hyper_iteration(inner_batches, outer_batch)
         logs = self._measures.logs_of_training(
             self, result, lambda: self.problem.predictions(result.state, outer_batch))
         logs["skipped_updates"] = tf.convert_to_tensor(self._watch.skipped)
-        return logs
+        return logs, result
 
     def _iteration(self) -> tf.Tensor:
         """The number of the hyper-iteration, skipped updates included: a scalar int64 tensor."""
@@ -395,6 +415,6 @@ class HyperOptimizer(keras.Model):
 
     def _dataset(self, x):
         data = as_hyper_iterations(x, self.distribute_strategy)
-        if self.compiled and self.jit_compile:
+        if self._compilation.checks_apart:
             return with_checks(data, self.problem, self._checked_examples)
         return data
