@@ -39,7 +39,7 @@ QUICK = {"networks": ["4-8"], "train_examples": 1000, "clean_examples": 200, "st
 def define_flags():
     experiment_flags.define_flags("results/weigh_noisy_labels")
     flags.DEFINE_enum("dataset", "fashion_mnist", ["mnist", "fashion_mnist"], "Data set of TFDS.")
-    flags.DEFINE_list("networks", ["8-16"], "Filters of the two convolutions of each network.")
+    flags.DEFINE_list("networks", ["8-16", "16-32"], "Filters of the two convolutions of each network.")
     program.define_names("methods", list(METHODS), METHODS, "What is trained.")
     flags.DEFINE_integer("train_examples", 2000, "Training examples.", lower_bound=1)
     flags.DEFINE_integer("clean_examples", 1000, "Examples with right labels for the outer objective.", lower_bound=1)
@@ -233,23 +233,25 @@ def cost_table(costs):
 
 
 def plot(by_seed, costs, settings, path):
-    """Accuracy on the way, the learned weights, time and memory by the size of the network."""
-    seeds, network = list(by_seed), settings["networks"][-1]
-    styles = pictures.line_styles(METHODS)
-    with pictures.figure(path, rows=2, columns=2, size=(7.8, 6.4)) as (progress, weights, seconds, memory):
-        for method in settings["methods"]:
-            values = 100 * np.array([by_seed[seed][f"{network} {method}"]["on_the_way"] for seed in seeds])
-            steps = settings["steps"] / values.shape[1] * np.arange(1, values.shape[1] + 1)
-            progress.plot(steps, values.mean(0), label=LABELS[method], **styles[method])
-            progress.fill_between(steps, values.min(0), values.max(0), color=styles[method]["color"], alpha=0.12,
-                                  linewidth=0)
-            for i, seed in enumerate(seeds):
-                if (learned := by_seed[seed][f"{network} {method}"].get("weights")) is not None:
-                    weights.plot(learned["loss"], learned["weight"], label=None if i else LABELS[method],
-                                 linewidth=1.2, **styles[method])
-        progress.set(title=f"Test accuracy, network {network}", xlabel="Training step", ylabel="Test accuracy, %")
-        weights.set(title=f"Learned weights, network {network}", xlabel="Loss of an example", ylabel="Weight",
-                    ylim=(0, 1))
+    """Accuracy on the way and the learned weights of each network, time and memory by the size of the network."""
+    seeds, networks = list(by_seed), settings["networks"]
+    styles, rows = pictures.line_styles(METHODS), len(networks) + 1
+    with pictures.figure(path, rows=rows, columns=2, size=(7.8, 3.0 * rows + 0.4)) as axes:
+        *drawn, seconds, memory = axes
+        for network, progress, weights in zip(networks, drawn[::2], drawn[1::2]):
+            for method in settings["methods"]:
+                values = 100 * np.array([by_seed[seed][f"{network} {method}"]["on_the_way"] for seed in seeds])
+                steps = settings["steps"] / values.shape[1] * np.arange(1, values.shape[1] + 1)
+                progress.plot(steps, values.mean(0), label=LABELS[method], **styles[method])
+                progress.fill_between(steps, values.min(0), values.max(0), color=styles[method]["color"], alpha=0.12,
+                                      linewidth=0)
+                for i, seed in enumerate(seeds):
+                    if (learned := by_seed[seed][f"{network} {method}"].get("weights")) is not None:
+                        weights.plot(learned["loss"], learned["weight"], label=None if i else LABELS[method],
+                                     linewidth=1.2, **styles[method])
+            progress.set(title=f"Test accuracy, network {network}", xlabel="Training step", ylabel="Test accuracy, %")
+            weights.set(title=f"Learned weights, network {network}", xlabel="Loss of an example", ylabel="Weight",
+                        ylim=(0, 1))
         for method in ("baseline", "exact", "evograd"):
             points = [(cost["parameters"] / 1000, 1000 * cost["seconds_per_step"], cost["step_mb"])
                       for name, cost in costs.items() if name.split()[1] == method]
@@ -262,7 +264,7 @@ def plot(by_seed, costs, settings, path):
         for axis in (seconds, memory):
             pictures.logarithmic(axis, "x")
             pictures.logarithmic(axis, "y")
-        pictures.legend_of_figure([progress, weights, seconds, memory], columns=4)
+        pictures.legend_of_figure(list(axes), columns=4)
 
 
 def main(_):
