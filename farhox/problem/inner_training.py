@@ -146,7 +146,8 @@ class InnerTraining:
     def _run_steps(self, start, stop, earlier, record, replay):
         earlier = self.before_first_step() if earlier is None else earlier
         if record is None and isinstance(start, int) and isinstance(stop, int) and stop <= start:
-            return earlier  # A loop that is never entered would be traced and optimized all the same.
+            # A loop that is never entered would be traced and optimized all the same.
+            return earlier._replace(steps=tf.constant(start))
         kept = [] if record is None else record.kept
 
         def body(t, state, losses, norm, arrays):
