@@ -32,6 +32,7 @@ SETTINGS = ("alphabets", "configurations", "steps", "units", "batch_size", "size
 QUICK = {"alphabets": 4, "configurations": 8, "steps": 10, "units": 8, "size": 6, "population": 10, "generations": 2,
          "trees": 3, "encoder_steps": 3, "folds": 2, "tables": ["omniglot"], "tuned": 1}
 EVALUATIONS = (1, 3, 5)
+TITLES = {"omniglot": "Alphabets of Omniglot", "hpobench": "HPOBench", "hpolib": "HPOlib"}
 
 
 def define_flags():
@@ -179,7 +180,7 @@ def regret_rows(runs):
 
 
 def plot(results, path):
-    """Mean regrets of every table, a line for each method."""
+    """Mean regrets of every table, a line for each method; shaded from the least to the greatest of the seeds."""
     tables = results["regrets"]
     names = list(dict.fromkeys(name for runs in tables.values() for name in runs[0]["regrets"]))
     styles = pictures.line_styles(names)
@@ -188,10 +189,12 @@ def plot(results, path):
         for axis, (title, runs) in zip(axes, tables.items()):
             for name in runs[0]["regrets"]:
                 values = np.array([run["regrets"][name] for run in runs], float)
-                axis.plot(EVALUATIONS, np.mean(values, axis=0), label=name, marker="o", **styles[name])
-            axis.set(title=title, xlabel="evaluations", xticks=EVALUATIONS)
-            axis.set_ylim(bottom=0.0)
-        axes[0].set_ylabel("mean regret")
+                axis.plot(EVALUATIONS, np.mean(values, axis=0), label=name, marker="o", markersize=4, **styles[name])
+                axis.fill_between(EVALUATIONS, np.min(values, axis=0), np.max(values, axis=0),
+                                  color=styles[name]["color"], alpha=0.12, linewidth=0)
+            axis.set(title=TITLES[title], xlabel="Evaluations", xticks=EVALUATIONS)
+            pictures.logarithmic(axis, "y")
+        axes[0].set_ylabel("Mean regret")
         pictures.legend_of_figure(axes, 3)
 
 
