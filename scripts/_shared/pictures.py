@@ -56,9 +56,13 @@ def legend_of_figure(axes, columns):
 
 def whole_numbers(*axes):
     """Ticks of the x axes at whole numbers."""
-    from matplotlib import ticker
     for axis in axes:
-        axis.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axis.xaxis.set_major_locator(_at_whole_numbers())
+
+
+def whole_numbers_of_y(axis):
+    """Ticks of the y axis at whole numbers."""
+    axis.yaxis.set_major_locator(_at_whole_numbers())
 
 
 def logarithmic(axis, which="y"):
@@ -74,3 +78,8 @@ def logarithmic(axis, which="y"):
         own.set_major_locator(ticker.LogLocator(subs=steps))
     own.set_minor_locator(ticker.NullLocator())
     own.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _at_whole_numbers():
+    from matplotlib import ticker
+    return ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])

@@ -266,7 +266,7 @@ def plot(by_seed, measured, settings, path):
     """Accuracy by the domain that is tested on, and the strengths that were learned."""
     styles = pictures.point_styles(METHODS)
     seeds, places = list(by_seed), np.arange(len(settings["domains"]))
-    with pictures.figure(path, columns=2, size=(7.8, 3.9)) as (accuracy, strengths):
+    with pictures.figure(path, columns=2, size=(8.8, 3.9)) as (accuracy, strengths):
         for i, method in enumerate(settings["methods"]):
             values = 100 * np.array([[by_seed[seed][f"{tested} {method}"]["accuracy"] for tested in settings["domains"]]
                                      for seed in seeds])
@@ -275,6 +275,7 @@ def plot(by_seed, measured, settings, path):
             accuracy.errorbar(places + 0.15 * (i - 1.5), values.mean(0), intervals, linestyle="", capsize=2,
                               label=LABELS[method], **styles[method])
         accuracy.set(title="Tested on a domain that was left out", ylabel="Accuracy, %", xlabel="Domain")
+        pictures.whole_numbers_of_y(accuracy)
         accuracy.set_xticks(places, [name.replace("_", "-\n") for name in settings["domains"]])
         for method in ("exact", "evograd"):
             if method in settings["methods"]:
