@@ -223,12 +223,17 @@ def draw(rows, path):
                     sizes, seconds, megabytes = zip(*line)
                     time.plot(sizes, seconds, marker=".", label=method, **styles[method])
                     memory.plot(sizes, megabytes, marker=".", label=method, **styles[method])
+            planned = sorted((row[size], row["planned_mb"]) for row in chosen if row["method"] == "reverse")
+            if planned:
+                memory.plot(*zip(*planned), color=pictures.BLUE, linestyle=":", linewidth=1, label="stored by reverse")
             sizes = sorted({row[size] for row in chosen})
             plain = [statistics.median(row["plain_s"] for row in chosen if row[size] == at) for at in sizes]
             time.plot(sizes, plain, marker=".", label="plain", **styles["plain"])
             for axis, label in ((time, "CPU seconds"), (memory, "memory, MB")):
-                axis.set(xlabel=SWEEPS[sweep], ylabel=label if column == 0 else "")
-                axis.set_xscale("log")
+                axis.set(xlabel=SWEEPS[sweep], ylabel=label if column == 0 else "", xscale="log", yscale="log")
+                axis.margins(y=0.2)  # What hardly changes must not look as if it did.
+                low, high = axis.get_ylim()
+                axis.set_ylim(min(low, high / 10), high)
                 pictures.logarithmic(axis)
         pictures.legend_of_figure(axes, columns=4)
 
