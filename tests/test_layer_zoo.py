@@ -151,7 +151,7 @@ def check(make, kind, tolerance=1e-5):
     rate = farhox.Hyperparameter(0.05, low=0.0, log=True, name="rate")
     problem = farhox.supervised_problem(
         model, "mean_squared_error", dynamics=farhox.GradientDescent(rate), outer_variables=[rate])
-    x, y = DATA[kind], R.normal(size=(len(DATA[kind]), 1))
+    x, y = DATA[kind], np.random.default_rng(1).normal(size=(len(DATA[kind]), 1))
     try:
         check = farhox.check_hypergradient(problem, farhox.repeat((x, y), 2), (x, y), farhox.ReverseHG())
     except ValueError as error:
