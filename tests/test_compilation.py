@@ -54,6 +54,7 @@ def test_a_training_that_was_measured_is_the_one_that_was_not(steps_per_executio
     assert optimizer.hyper_iterations == 10
 
 
+@pytest.mark.slow
 def test_xla_is_chosen_where_it_is_faster(always, capsys, float64):
     optimizer, found = trained("auto")
     assert optimizer.jit_compile is True and optimizer.jit_choice.startswith('jit_compile="auto": with XLA. A hyper')
@@ -63,6 +64,7 @@ def test_xla_is_chosen_where_it_is_faster(always, capsys, float64):
     assert len(before.splitlines()) == 1 and capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_step_by_hand_is_measured_too(always, capsys, float64):
     results = []
     for jit_compile in ("auto", False):
@@ -77,6 +79,7 @@ def test_a_step_by_hand_is_measured_too(always, capsys, float64):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_training_that_draws_stays_as_it_is(always, float64):
     model, inner_batches, outer_batch = model_and_data("Dropout", steps=2)
     problem = farhox.supervised_problem(model, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -88,6 +91,7 @@ def test_a_training_that_draws_stays_as_it_is(always, float64):
     assert "under which the hypergradient is another one (relative difference" in optimizer.jit_choice
 
 
+@pytest.mark.slow
 def test_what_xla_cannot_compile_is_said_and_runs_without(always, float64):
     def through_text(w, goal):
         return keras.ops.square(w - tf.strings.to_number(tf.strings.as_string(goal), tf.float64)) / 2

@@ -194,8 +194,8 @@ class _Walk:
         self.lengths = tuple(length if isinstance(length, int) else None for length in segments)
         self.most = most
         self.back_step = back_step
-        # Whether steps back leave the adjoint and the gradients as they are: nothing is stored, and none is taken.
-        self.left_out = weights is None and self.back_step.passes_on
+        # Whether steps back leave the adjoint and the gradients as they are, or are none: nothing is stored or walked.
+        self.left_out = weights is None and (self.back_step.passes_on or isinstance(most, int) and most == 0)
         self.kept = [] if self.left_out else self.back_step.kept(memory, self._stored_steps())
 
     def _stored_steps(self):

@@ -106,7 +106,8 @@ class HyperOptimizer(keras.Model):
             jit_compile: Bool, whether hyper-iterations are compiled with XLA; on CPUs this slows convolutions down.
                 "auto": measured at the first one in `fit` or `step`, where a line says what was chosen, and why;
                 `jit_choice` is that line. XLA is chosen if it takes less time, and only if the hypergradient is the
-                same up to rounding: under XLA seeds draw other numbers. (In Keras "auto" is XLA wherever it can be.)
+                same up to rounding: under XLA seeds draw other numbers. (In Keras "auto" is XLA wherever it can be.) A
+                run that is resumed measures again: for the same bits, say True or False.
             parallel_iterations: Positive int, episodes that are computed at the same time, see
                 `BilevelProblem.over_episodes`. Default: what was said there, else one after the other.
             **kwargs: `weighted_metrics`, `run_eagerly`, `steps_per_execution` of `keras.Model.compile`.
