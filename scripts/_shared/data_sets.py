@@ -42,6 +42,16 @@ def images(dataset, data_dir, sizes, seed):
     return [*zip(np.split(x[order], ends), np.split(y[order], ends)), test]
 
 
+def digits(sizes, seed):
+    """Parts of the digits of scikit-learn, the rest last, as list of (images [n, 8, 8, 1] in [0, 1], labels [n])."""
+    program.require(sklearn="examples")
+    from sklearn.datasets import load_digits
+    x, y = load_digits(return_X_y=True)
+    order, ends = np.random.default_rng(seed).permutation(len(x)), np.cumsum(sizes)
+    x, y = (x[order] / 16).astype("float32").reshape(-1, 8, 8, 1), y[order].astype("int64")
+    return list(zip(np.split(x, ends), np.split(y, ends)))
+
+
 def small_alphabets(data_dir, count, sizes, seed):
     """Characters of the alphabets of Omniglot that have the fewest, as tasks of one shape.
 

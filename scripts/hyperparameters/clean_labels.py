@@ -2,15 +2,20 @@ r"""Data hyper-cleaning: finds wrong training labels by learning one weight per 
 
 Half of the training labels are replaced by wrong ones; the validation labels are right. The weights of the training
 examples are outer variables in {0 <= w <= 1, sum(w) <= budget}, and hypergradients through the training say which ones
-help the validation loss. An example counts as discarded if its weight falls below 0.001.
+help the validation loss. An example counts as discarded if its weight falls below 0.001. With --tune_training the
+learning rate and the weight decay of the training are learned beside the weights, with --online all of them are learned
+along one training, which does not begin anew after an update.
 
     python scripts/hyperparameters/clean_labels.py --quick
     python scripts/hyperparameters/clean_labels.py --num_seeds=3
     python scripts/hyperparameters/clean_labels.py \
         --flagfile=scripts/hyperparameters/flags/clean_labels_paper.cfg
+    python scripts/hyperparameters/clean_labels.py \
+        --flagfile=scripts/hyperparameters/flags/clean_labels_online.cfg
 
 Afterwards a new model is trained on training and validation examples together: with the learned weights, with the right
-labels only (oracle), and with all labels alike (baseline).
+labels only (oracle), with all labels alike (baseline), and without the training examples (validation alone). What is
+learned of the training holds for all of them.
 
 Reference: Franceschi et al., Forward and reverse gradient-based hyperparameter optimization, 2017, section 5.1.
 """
@@ -24,11 +29,12 @@ from absl import flags
 
 from _shared import experiment_flags, program
 
-SIZES = (5000, 5000)  # Training and validation examples.
 NUM_CLASSES = 10
 DISCARDED_BELOW = 1e-3
-SETTINGS = ("dataset", "model", "budgets", "noise", "inner_steps", "batch_size", "hyper_iterations", "learning_rate",
-            "momentum", "outer_learning_rate", "truncation", "retrain_steps")
+OF_LOGARITHMS = 0.03  # Rate of Adam on the logarithms of the learning rate and the weight decay.
+SETTINGS = ("dataset", "model", "train_examples", "validation_examples", "budgets", "noise", "inner_steps",
+            "batch_size", "hyper_iterations", "learning_rate", "momentum", "weight_decay", "online", "tune_training",
+            "outer_learning_rate", "truncation", "retrain_steps")
 QUICK = {"budgets": ["1500"], "inner_steps": 50, "hyper_iterations": 30, "outer_learning_rate": 0.04,
          "retrain_steps": 100}
 
@@ -37,6 +43,8 @@ def define_flags():
     experiment_flags.define_flags("results/clean_labels")
     flags.DEFINE_enum("dataset", "mnist", ["mnist", "fashion_mnist"], "Data set of TFDS.")
     flags.DEFINE_enum("model", "softmax", ["softmax", "cnn"], "Softmax regression or a small convolutional net.")
+    flags.DEFINE_integer("train_examples", 5000, "Training examples.", lower_bound=1)
+    flags.DEFINE_integer("validation_examples", 5000, "Validation examples, with right labels.", lower_bound=1)
     flags.DEFINE_list("budgets", ["1000", "1500", "2000", "2500"], "Largest sums of the weights.")
     flags.DEFINE_float("noise", 0.5, "Fraction of training labels that are made wrong.", 0.0, 0.9)
     flags.DEFINE_integer("inner_steps", 100, "Training steps in each hyper-iteration.", lower_bound=1)
@@ -44,6 +52,9 @@ def define_flags():
     flags.DEFINE_integer("hyper_iterations", 100, "Updates of the weights.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 0.1, "Inner learning rate, divided by the mean weight budget / examples.")
     flags.DEFINE_float("momentum", 0.9, "Inner momentum.", 0.0, 1.0)
+    flags.DEFINE_float("weight_decay", 0.0, "Inner weight decay, as a factor of the rate.", lower_bound=0.0)
+    flags.DEFINE_bool("online", False, "One training goes on, with an update after each --inner_steps.")
+    flags.DEFINE_bool("tune_training", False, "Learn the rate and the weight decay too, which must not be 0.")
     flags.DEFINE_float("outer_learning_rate", 0.02, "Learning rate of Adam on the weights.")
     flags.DEFINE_integer("truncation", None, "Differentiate only this many of the last inner steps.", lower_bound=1)
     flags.DEFINE_integer("retrain_steps", 200, "Steps of the training whose test accuracy is reported.", lower_bound=1)
@@ -56,7 +67,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from _shared import data_sets, experiment, pictures
+from _shared import data_sets, experiment, pictures, searches
 import farhox
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -87,16 +98,27 @@ def find_flipped(weights, flipped):
     return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(1e-12, precision + recall)}
 
 
-def test_accuracy(data, weights, settings, seed):
-    """Trains a new model with plain Keras on training and validation examples, and tests it."""
+def test_accuracy(data, weights, settings, seed, training=None):
+    """Trains a new model with plain Keras on training and validation examples, and tests it.
+
+    Args:
+        weights: Array, a weight per training example.
+        training: Dictionary of the learned "learning_rate" and "weight_decay", or None: those of the settings.
+    """
     (x, y), (x_validation, y_validation), test = data
     x, y = np.concatenate([x, x_validation]), np.concatenate([y, y_validation])
     weights = np.concatenate([weights, np.ones(len(x_validation))]).astype("float32")
+    training = settings if training is None else training
     keras.utils.set_random_seed(seed)
     model = build_model(settings["model"])
     # The loss is the mean of weight times loss, so the rate is divided by the mean weight, as in the inner problem.
-    rate = settings["learning_rate"] / float(np.mean(weights))
-    model.compile(keras.optimizers.SGD(rate, settings["momentum"]), LOSS, weighted_metrics=["accuracy"])
+    rate = training["learning_rate"] / float(np.mean(weights))
+    # Keras multiplies the decay by the rate: what it does in a step stays the same.
+    decay = training["weight_decay"] * float(np.mean(weights)) or None
+    if settings["online"]:  # A training of its own length: its rate ends in a cosine.
+        rate = searches.Cosine(rate, settings["retrain_steps"])
+    model.compile(keras.optimizers.SGD(rate, settings["momentum"], weight_decay=decay), LOSS,
+                  weighted_metrics=["accuracy"])
     if settings["batch_size"] is None:
         batches = tf.data.Dataset.from_tensors((x, y, weights)).repeat()
     else:
@@ -106,43 +128,76 @@ def test_accuracy(data, weights, settings, seed):
     return float(model.evaluate(*test, batch_size=1000, verbose=0, return_dict=True)["accuracy"])
 
 
+def inner_training(settings, mean_weight):
+    """The dynamics, and a dictionary of the hyperparameters of it that are learned.
+
+    The loss is the mean of weight times loss: the rate is divided by the mean weight, the decay multiplied by it.
+    """
+    rate, momentum = settings["learning_rate"] / mean_weight, settings["momentum"]
+    decay = settings["weight_decay"] * mean_weight
+    if settings["tune_training"]:
+        learned = {"learning_rate": farhox.Hyperparameter(rate, low=0.0, log=True, name="learning_rate"),
+                   "weight_decay": farhox.Hyperparameter(decay, low=0.0, log=True, name="weight_decay")}
+        return farhox.KerasDynamics(keras.optimizers.SGD(momentum=momentum, weight_decay=decay), **learned), learned
+    if decay > 0:
+        return farhox.KerasDynamics(keras.optimizers.SGD(rate, momentum, weight_decay=decay)), {}
+    return farhox.Momentum(rate, momentum) if momentum > 0 else farhox.GradientDescent(rate), {}
+
+
 def learn_weights(data, flipped, budget, settings, seed, folder):
-    """Learned example weights and the history of learning them."""
+    """Learned example weights, the learned rate and decay or None, and the history of learning them."""
     (x, y), validation, _ = data
     keras.utils.set_random_seed(seed)
     weights = farhox.ExampleWeights(len(x), budget=budget)
-    rate, momentum = settings["learning_rate"] * len(x) / budget, settings["momentum"]
+    mean_weight = budget / len(x)
+    dynamics, learned = inner_training(settings, mean_weight)
     problem = farhox.supervised_problem(
-        build_model(settings["model"]), loss=LOSS, example_weights=weights,
-        dynamics=farhox.Momentum(rate, momentum) if momentum > 0 else farhox.GradientDescent(rate))
+        build_model(settings["model"]), loss=LOSS, example_weights=weights, dynamics=dynamics,
+        outer_variables=list(learned.values()))
     batches = farhox.bilevel_dataset(
-        (x, y), validation, settings["inner_steps"], batch_size=settings["batch_size"], index=True, seed=seed).take(1)
-    optimizer = farhox.HyperOptimizer(problem, farhox.ReverseHG(truncation=settings["truncation"]))
-    optimizer.compile(keras.optimizers.Adam(settings["outer_learning_rate"]), metrics=["accuracy"])
-    history = experiment.fit_resumable(
-        optimizer, batches, settings["hyper_iterations"], folder,
-        observe=lambda: find_flipped(weights.numpy(), flipped))
-    return weights.numpy(), history
+        (x, y), validation, settings["inner_steps"], batch_size=settings["batch_size"], index=True, seed=seed)
+    if not settings["online"]:
+        batches = batches.take(1)  # The same training again and again.
+    optimizer = farhox.HyperOptimizer(
+        problem, farhox.ReverseHG(truncation=settings["truncation"]), online=settings["online"])
+    outer = keras.optimizers.Adam(settings["outer_learning_rate"])
+    if learned:
+        outer = farhox.training.OptimizerGroups(outer, [(keras.optimizers.Adam(OF_LOGARITHMS), list(learned.values()))])
+    optimizer.compile(outer, metrics=["accuracy"])
+
+    def observe():
+        values = {name: float(entry.numpy()) for name, entry in learned.items()}
+        return {**find_flipped(weights.numpy(), flipped), **values}
+
+    history = experiment.fit_resumable(optimizer, batches, settings["hyper_iterations"], folder, observe=observe)
+    training = {"learning_rate": history["learning_rate"][-1] * mean_weight,
+                "weight_decay": history["weight_decay"][-1] / mean_weight} if learned else None
+    return weights.numpy(), training, history
 
 
 def run_budget(data, flipped, budget, settings, seed, folder):
-    weights, history = learn_weights(data, flipped, budget, settings, seed, folder)
+    weights, training, history = learn_weights(data, flipped, budget, settings, seed, folder)
+    same = {} if training is None else {
+        "training": training, "oracle_accuracy": test_accuracy(data, ~flipped, settings, seed, training)}
     return {
-        "test_accuracy": test_accuracy(data, weights, settings, seed), **find_flipped(weights, flipped),
+        "test_accuracy": test_accuracy(data, weights, settings, seed, training), **same,
+        **find_flipped(weights, flipped),
         "sum": float(np.sum(weights)), "weights": np.round(weights, 4).tolist(),
         "flipped": flipped.astype(int).tolist(), "time_before": history.pop("time_before"),
-        "history": {name: history[name] for name in ("outer_loss", "inner_loss", "accuracy", "f1")}}
+        "history": {name: history[name] for name in ("outer_loss", "inner_loss", "accuracy", "f1", *(training or ()))}}
 
 
 def run_seed(folder, settings, data_dir, seed):
     """All runs of one seed: dictionary of oracle, baseline and each budget."""
-    train, validation, test = data_sets.images(settings["dataset"], data_dir, SIZES, seed)
+    sizes = settings["train_examples"], settings["validation_examples"]
+    train, validation, test = data_sets.images(settings["dataset"], data_dir, sizes, seed)
     noisy, flipped = flip_labels(train[1], settings["noise"], np.random.default_rng(seed))
     data = (train[0], noisy), validation, test
     results = {}
-    for name, weights in (("oracle", ~flipped), ("baseline", np.ones(len(noisy)))):
-        results[name] = folder.once(
-            f"seed{seed}_{name}", lambda _: {"test_accuracy": test_accuracy(data, weights, settings, seed)})
+    all_alike = np.ones(len(noisy))
+    for name, weights in (("oracle", ~flipped), ("baseline", all_alike), ("validation alone", 0 * all_alike)):
+        results[name] = folder.once(f"seed{seed}_{name.replace(' ', '_')}", lambda _: {
+            "test_accuracy": test_accuracy(data, weights, settings, seed)})
     for budget in settings["budgets"]:
         results[f"budget {budget}"] = folder.once(
             f"seed{seed}_budget{budget}",
@@ -205,8 +260,8 @@ def main(_):
     folder = experiment.Folder(output, settings)
     by_seed = {seed: run_seed(folder, settings, flags.FLAGS.data_dir, seed) for seed in experiment_flags.seeds()}
     best = best_budget(by_seed)
-    print(f"\n{settings['dataset']}, {settings['model']}: {settings['noise']:.0%} of {SIZES[0]} training labels wrong, "
-          f"{len(by_seed)} seed(s): mean (least to greatest)\n{table(by_seed)}\n"
+    print(f"\n{settings['dataset']}, {settings['model']}: {settings['noise']:.0%} of {settings['train_examples']} "
+          f"training labels wrong, {len(by_seed)} seed(s): mean (least to greatest)\n{table(by_seed)}\n"
           f"Highest validation accuracy: {best}. Results and plot: {output.resolve()}")
     drawn = next(iter(by_seed)), best  # The one histogram of weights: what the picture is drawn from is in the file.
     short = {seed: {name: {key: value for key, value in run.items()

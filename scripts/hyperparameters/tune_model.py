@@ -33,12 +33,11 @@ METHODS = {"tuner": "Tuner", "untuned": "Untuned", "annealed": "Untuned, anneale
            "averaged": "Untuned, averaged weights", "tpe": "Parzen estimator, annealed",
            "hyperband": "Hyperband, annealed"}
 SEARCHES = ("tpe", "hyperband")
-ANNEALED, AVERAGE = 0.3, 0.99
+AVERAGE = 0.99
 SETTINGS = ("share", "examples")  # What a run depends on.
 QUICK = {"tasks": ["digits"], "starts": 2, "budget": 0.5}
 RATES = {"sgd": (1e-4, 1.0), "adamw": (1e-5, 0.1)}
 WINDOW = 40
-STEPS_PER_EXECUTION = 10  # Plain trainings are spared the most of Keras' time between steps.
 
 
 def define_flags():
@@ -57,9 +56,9 @@ if __name__ == "__main__":
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from _shared import data_sets, experiment, pictures
+from _shared import data_sets, experiment, pictures, searches
+from _shared.searches import best_within, result_of
 import farhox
 
 
@@ -95,7 +94,7 @@ class Task:
         """The compiled model of a start; with `steps`, its rate is annealed."""
         keras.utils.set_random_seed(seed)
         model = keras.Sequential(self.layers(values.get("l2", 0.0), values.get("dropout", 0.0)))
-        rate = values["learning_rate"] if steps is None else Cosine(values["learning_rate"], steps)
+        rate = values["learning_rate"] if steps is None else searches.Cosine(values["learning_rate"], steps)
         extra = {"use_ema": True, "ema_momentum": AVERAGE} if average else {}
         if self.optimizer == "sgd":
             optimizer = keras.optimizers.SGD(rate, momentum=values["momentum"], **extra)
@@ -103,69 +102,8 @@ class Task:
             optimizer = keras.optimizers.AdamW(
                 rate, beta_1=values["beta_1"], weight_decay=values["weight_decay"], **extra)
         model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                      steps_per_execution=STEPS_PER_EXECUTION)
+                      steps_per_execution=searches.STEPS_PER_EXECUTION)
         return model
-
-
-class Cosine(keras.optimizers.schedules.LearningRateSchedule):
-    """A rate that falls to zero along a cosine over the last 30 % of the steps."""
-
-    def __init__(self, rate, steps):
-        self.rate, self.steps = rate, steps
-
-    def __call__(self, step):
-        progress = 1.0 - (self.steps - tf.cast(step, tf.float32)) / (ANNEALED * self.steps)
-        return self.rate * 0.5 * (1.0 + tf.cos(math.pi * tf.clip_by_value(progress, 0.0, 1.0)))
-
-    def get_config(self):
-        return {"rate": self.rate, "steps": self.steps}
-
-
-class Best(keras.callbacks.Callback):
-    """Keeps the weights of the epoch with the least validation loss, penalties left out.
-
-    Args:
-        data: Validation data.
-        average: Bool. Evaluate the averages of the weights.
-        report: Callable (epoch, loss), or None.
-    """
-
-    def __init__(self, data, average=False, report=None):
-        super().__init__()
-        self.data, self.average, self.report = data, average, report
-        self.loss, self.weights = math.inf, None
-
-    def on_epoch_end(self, epoch, logs=None):
-        weights = self.model.get_weights()
-        if self.average:
-            self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
-        loss = loss_and_accuracy(self.model, self.data)[0]
-        if loss < self.loss:
-            self.loss, self.weights = loss, self.model.get_weights()
-        self.model.set_weights(weights)
-        if self.report is not None:
-            self.report(epoch, loss)
-
-
-def loss_and_accuracy(model, data):
-    """Cross-entropy and accuracy on a data set."""
-    x, y = data
-    predictions = model.predict(x, batch_size=500, verbose=0)
-    loss = float(np.mean(keras.losses.sparse_categorical_crossentropy(y, predictions, from_logits=True)))
-    return (loss if math.isfinite(loss) else math.inf), float(np.mean(np.argmax(predictions, -1) == y))
-
-
-def train(task, parts, epochs, values, seed, method, report=None):
-    """One plain training. Returns the least validation loss and the model of that epoch, or None if there is none."""
-    (x, y), validation, _ = parts
-    steps = epochs * -(-len(x) // task.batch_size) if method != "untuned" and method != "averaged" else None
-    model = task.model(values, seed, steps, method == "averaged")
-    best = Best(validation, method == "averaged", report)
-    model.fit(x, y, batch_size=task.batch_size, epochs=epochs, verbose=0, callbacks=[best])
-    if best.weights is None:
-        return math.inf, None
-    model.set_weights(best.weights)
-    return best.loss, model
 
 
 def tuned(task, parts, epochs, values, seed):
@@ -173,102 +111,6 @@ def tuned(task, parts, epochs, values, seed):
     tuner = farhox.Tuner(task.model(values, seed), seed=seed)
     history = tuner.fit(*parts[0], batch_size=task.batch_size, epochs=epochs, validation_data=parts[1], verbose=0)
     return min(history.history["val_loss"]), tuner.get_model(), tuner
-
-
-def result_of(validation_loss, model, test, **more):
-    """What the JSON file of a run holds."""
-    if model is None:
-        return {"validation_loss": None, "test_loss": None, "test_accuracy": None, **more}
-    loss, accuracy = loss_and_accuracy(model, test)
-    return {"validation_loss": validation_loss, "test_loss": loss, "test_accuracy": accuracy, **more}
-
-
-def search_tpe(task, parts, epochs, seed, budget):
-    """Trials of Optuna's Parzen estimator with median pruning until the CPU seconds are spent."""
-    import optuna
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), pruner=optuna.pruners.MedianPruner())
-    began, trials = experiment.clocks()["cpu_seconds"], []
-    while not trials or trials[-1]["spent"] < budget:
-        trial = study.ask()
-        values = {name: trial.suggest_float(name, low, high, log=log)
-                  for name, (low, high, log) in task.ranges().items()}
-
-        def report(epoch, loss, trial=trial):
-            trial.report(min(loss, 1e9), epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
-        try:
-            loss, model = train(task, parts, epochs, values, seed, "annealed", report)
-            found = result_of(loss, model, parts[2])
-            study.tell(trial, min(loss, 1e9))
-        except optuna.TrialPruned:
-            found = result_of(math.inf, None, None)
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        trials.append({**found, "values": values, "spent": experiment.clocks()["cpu_seconds"] - began})
-        keras.backend.clear_session()
-    return {"trials": trials}
-
-
-def search_hyperband(task, parts, epochs, seed, budget, path):
-    """Trials of KerasTuner's Hyperband, again and again until the CPU seconds are spent.
-
-    A trial that is promoted goes on from its weights at the step where it was, so that it is annealed at its end.
-    """
-    import keras_tuner
-    (x, y), validation, test = parts
-    steps = -(-len(x) // task.batch_size)
-    began, trials = experiment.clocks()["cpu_seconds"], []
-
-    class Spent(keras_tuner.errors.FatalError):
-        """The end of the search."""
-
-    class Search(keras_tuner.Hyperband):
-        def run_trial(self, trial, *_, **__):
-            if trials and trials[-1]["spent"] >= budget:
-                raise Spent
-            keras.backend.clear_session()
-            values = {name: trial.hyperparameters.get(name) for name in task.ranges()}
-            model = self.hypermodel.build(trial.hyperparameters)
-            until, first = (trial.hyperparameters.values.get(f"tuner/{key}", 0) for key in ("epochs", "initial_epoch"))
-            before = trial.hyperparameters.values.get("tuner/trial_id")
-            if before is not None:
-                model.load_weights(path / f"{before}.weights.h5")
-                model.optimizer.iterations.assign(first * steps)
-            best = Best(validation)
-            model.fit(x, y, batch_size=task.batch_size, initial_epoch=first, epochs=until, verbose=0, callbacks=[best])
-            model.save_weights(path / f"{trial.trial_id}.weights.h5")
-            if best.weights is not None:
-                model.set_weights(best.weights)
-            trials.append({**result_of(best.loss, None if best.weights is None else model, test), "values": values,
-                           "epochs": until, "spent": experiment.clocks()["cpu_seconds"] - began})
-            return min(best.loss, 1e9)
-
-    def build(parameters):
-        values = {name: parameters.Float(name, low, high, sampling="log" if log else "linear")
-                  for name, (low, high, log) in task.ranges().items()}
-        return task.model(values, seed, epochs * steps)
-
-    search = Search(build, objective=keras_tuner.Objective("default_objective", "min"), max_epochs=epochs,
-                    hyperband_iterations=1000, seed=seed, directory=path, project_name="hyperband", overwrite=True)
-    try:
-        search.search(verbose=0)
-    except Spent:
-        pass
-    return {"trials": trials}
-
-
-def best_within(runs, budget):
-    """The test loss of the run with the least validation loss among the first ones that the budget pays for."""
-    spent, best = 0.0, None
-    for run in runs:
-        spent += run["cpu_seconds"]
-        if spent > budget and best is not None:
-            break
-        if run["validation_loss"] is not None and (best is None or run["validation_loss"] < best["validation_loss"]):
-            best = run
-    return None if best is None else best["test_loss"]
 
 
 def run_task(name, folder, chosen, data_dir, seed):
@@ -294,7 +136,9 @@ def run_task(name, folder, chosen, data_dir, seed):
                     loss, model, tuner = tuned(task, parts, epochs, values, index)
                     return result_of(loss, model, parts[2], start=values, notes=tuner.notes, values={
                         key: value for key, value in tuner.get_hyperparameters().items() if value is not None})
-                return result_of(*train(task, parts, epochs, values, index, method), parts[2], start=values)
+                found = searches.train(task, parts, epochs, values, index, annealed=method == "annealed",
+                                       average=method == "averaged")
+                return result_of(*found, parts[2], start=values)
 
             found = once(f"{name}_seed{seed}_{method}_{index}", run)
             if found is not None:
@@ -303,9 +147,7 @@ def run_task(name, folder, chosen, data_dir, seed):
         budget = chosen["budget"] * float(np.mean([run["cpu_seconds"] for run in runs["tuner"]]))
         for method in [method for method in SEARCHES if method in chosen["methods"]]:
             def search(path, method=method):
-                if method == "tpe":
-                    return search_tpe(task, parts, epochs, seed, budget)
-                return search_hyperband(task, parts, epochs, seed, budget, path)
+                return searches.search(method, task, parts, epochs, seed, budget, path)
 
             found = once(f"{name}_seed{seed}_{method}", search)
             if found is not None:
@@ -313,20 +155,16 @@ def run_task(name, folder, chosen, data_dir, seed):
     return runs
 
 
-def searches(runs):
+def found_by_searches(runs):
     """Test losses of the searches with the CPU seconds of one tuned run and of ten, where they have spent them."""
     if "tuner" not in runs:
         return {}
     one = float(np.mean([run["cpu_seconds"] for run in runs["tuner"]]))
     pools = {"random": runs["annealed"]} if "annealed" in runs else {}
-    for method in SEARCHES:
-        if method in runs:
-            pools[method], before = [], 0.0
-            for trial in runs[method]["trials"]:
-                pools[method].append({**trial, "cpu_seconds": trial["spent"] - before})
-                before = trial["spent"]
-    return {f"{name}, {times} x": best_within(pool, times * one) for times in (1, 10) for name, pool in pools.items()
-            if sum(run["cpu_seconds"] for run in pool) >= times * one}
+    pools.update({method: searches.with_seconds(runs[method]["trials"]) for method in SEARCHES if method in runs})
+    found = {f"{name}, {times} x": best_within(pool, times * one) for times in (1, 10) for name, pool in pools.items()
+             if sum(run["cpu_seconds"] for run in pool) >= times * one}
+    return {name: None if run is None else run["test_loss"] for name, run in found.items()}
 
 
 def table(tasks):
@@ -340,7 +178,7 @@ def table(tasks):
             seconds = np.mean([run["cpu_seconds"] for run in runs[method]])
             rows.append([name, label, *(f"{value:.3f}" for value in (losses.min(), np.median(losses), losses.max())),
                          f"{100 * accuracy:.1f}", f"{seconds:.0f}"])
-        for label, loss in searches(runs).items():
+        for label, loss in found_by_searches(runs).items():
             rows.append([name, f"search: {label}", "-" if loss is None else f"{loss:.3f}", "", "", "", ""])
     return experiment.markdown_table(
         ["task", "method", "best test loss", "median", "worst", "median accuracy, %", "CPU seconds of a run"], rows)
@@ -356,7 +194,7 @@ def plot(tasks, path):
                 offsets = np.linspace(-0.2, 0.2, max(1, len(losses)))
                 axis.scatter(place + offsets[:len(losses)], sorted(losses), s=14,
                              **pictures.point_styles(shown)[method])
-            found = {label: loss for label, loss in searches(runs).items() if loss is not None}
+            found = {label: loss for label, loss in found_by_searches(runs).items() if loss is not None}
             styles = pictures.line_styles(["", *found])
             for label, loss in found.items():
                 axis.axhline(loss, linewidth=1, label=label.replace(" x", " x the CPU seconds"), **styles[label])
@@ -373,12 +211,8 @@ def fashion(data_dir, examples, seed):
 
 
 def digits(data_dir, examples, seed):
-    from sklearn.datasets import load_digits
     del data_dir, examples
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(x))
-    x, y = (x[order] / 16).astype("float32").reshape(-1, 8, 8, 1), y[order].astype("int64")
-    return [(x[part], y[part]) for part in (slice(600), slice(600, 1000), slice(1000, None))]
+    return data_sets.digits((600, 400), seed)
 
 
 def shakespeare(data_dir, examples, seed):
@@ -440,7 +274,8 @@ def main(_):
         raise SystemExit(f"{folder.runs} holds no finished runs of these tasks.")
     print(f"\n{table(tasks)}\nResults and plot: {output.resolve()}")
     experiment.write_json(output / "results.json", experiment.rounded({
-        "settings": settings, "tasks": tasks, "searches": {name: searches(runs) for name, runs in tasks.items()}}))
+        "settings": settings, "tasks": tasks,
+        "searches": {name: found_by_searches(runs) for name, runs in tasks.items()}}))
     plot(tasks, output / "tune_model.png")
 
 
