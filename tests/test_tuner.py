@@ -320,7 +320,7 @@ def test_rates_are_cut_from_what_they_are_and_not_from_what_they_were(eagerly):
     assert float(training.rate_row.hyperparameter) == pytest.approx(0.1 * 0.3 ** 2)
 
 
-def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_pass_by_what_has_not_trained(monkeypatch):
+def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_a_second_round_chooses_beside_the_best(monkeypatch):
     class Fake:
         """A training and a network of which nothing learns."""
 
@@ -337,23 +337,26 @@ def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_pass_by_what_ha
             del batches
             return {"val_loss": 2.3}
 
-    def chosen(losses):
-        tried = []
+    def chosen(first, second):
+        """Powers of 1 / 3 of the rates of both rounds of heats with these losses, and of the rate that is chosen."""
+        tried, losses = [], iter([*first, *second])
 
-        def heat(rate):
-            tried.append(rate)
-            return losses[len(tried) - 1]
+        def heat(rate, steps):
+            tried.append((steps, round(float(np.log(0.1 / rate) / np.log(3)), 3)))
+            return next(losses)
 
         search = RateSearch(Fake(), Fake(), None, None, 1000)
         monkeypatch.setattr(search, "heat", heat)
-        rate = search.rate_of_heats(4.0)
-        np.testing.assert_allclose(tried, [0.1 / 3 ** k for k in range(len(tried))])
-        return len(tried), round(float(np.log(0.1 / rate) / np.log(3)))
+        power = round(float(np.log(0.1 / search.rate_of_heats(4.0)) / np.log(3)), 3)
+        assert [steps for steps, _ in tried] == [20] * len(first) + [60] * len(second)
+        assert [power for _, power in tried[:len(first)]] == list(range(len(first)))
+        return [power for _, power in tried[len(first):]], power
 
-    assert chosen([0.5, 0.4, 0.6]) == (3, 1)
-    assert chosen([0.5, 0.4, 0.3, 0.35]) == (4, 2)
-    assert chosen([2.31, 2.3, 2.3, 2.3, 0.9, 1.0]) == (6, 4)
-    assert chosen([np.inf] * 7)[0] == 7
+    assert chosen([0.5, 0.4, 0.6], [0.3, 0.2, 0.25]) == ([0.5, 1.0, 1.5], 1.0)
+    assert chosen([0.4, 0.5, 0.6], [0.3, 0.2]) == ([0.0, 0.5], 0.5)
+    assert chosen([0.5, 0.4, 0.3, 0.35], [0.1, 0.2, 0.2]) == ([1.5, 2.0, 2.5], 1.5)
+    assert chosen([2.31, 2.3, 2.3, 2.3, 0.9, 1.0], [2.4, 0.5, 0.4]) == ([3.5, 4.0, 4.5], 4.5)
+    assert chosen([np.inf] * 7, [np.inf] * 3) == ([5.5, 6.0, 6.5], 6.5)
 
 
 def test_a_sweep_stops_where_the_smoothed_loss_has_risen():

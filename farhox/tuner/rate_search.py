@@ -13,10 +13,11 @@ from farhox.tuner.rate import Sweep, read_sweep
 SWEEP_STEPS, _LEAST_SWEEP_STEPS = 100, 60
 _RANGE = (1e-6, 10.0)
 _FINE = 300.0
-# Rates are tried from the stop divided by the first of these on, to the second in any case and the third at most; each
-# over so many steps, or a share of the training.
+# Rates are tried from the stop divided by the first of these on, to the second in any case and the third at most.
 _HEATS = (4.0, 36.0, 4e3)
-_HEAT_STEPS, _HEAT_SHARE = 30, 33
+_HEAT_FACTOR = 3.0
+# In each of two rounds over so many steps, or a share of the training.
+_HEAT_STEPS, _HEAT_SHARES = (20, 60), (100, 33)
 _MOST_MOMENTUM = 0.9
 
 
@@ -76,36 +77,42 @@ class RateSearch:
         """The rate below the stop, over 1 - momentum, with which a short annealed training ends best.
 
         While the lowest is the best, a lower one is tried: a network that a high rate has left where it learns nothing
-        has a loss that does not rise, so that the sweep goes on beyond the rates that train.
+        has a loss that does not rise, so that the sweep goes on beyond the rates that train. A second round of longer
+        trainings chooses among the best and rates beside it: a very short one favours rates that are too high, or,
+        where its loss is still noisy, too low.
         """
         self._training.restart(self._start)
         untrained = self._network.evaluate(self._evaluated)["val_loss"]
-        results, divisor = [], _HEATS[0]
-        while divisor <= _HEATS[1] or min(results)[1] == results[-1][1] and divisor <= _HEATS[2]:
-            rate = stop / divisor * (1.0 - self._training.momentum())
-            results.append((self.heat(rate), rate))
-            if min(results)[0] >= untrained:
-                results[-1] = (math.inf, rate)  # One that has not trained is no better than the next one.
-            divisor *= 3.0
-        self.notes.append(f"heats: rate {report.number(min(results)[1])} of "
-                          f"{', '.join(report.number(rate) for _, rate in results)}, by the validation loss after "
-                          f"{self._heat_steps} annealed steps")
-        return min(results)[1]
+        short, long = (max(least, self._total // share) for least, share in zip(_HEAT_STEPS, _HEAT_SHARES))
 
-    def heat(self, rate: float) -> float:
+        def judged(rate, steps):
+            loss = self.heat(rate, steps)
+            return (loss if loss < untrained else math.inf), rate  # Of those that have not trained, the lowest is best.
+
+        first, divisor = [], _HEATS[0]
+        while divisor <= _HEATS[1] or min(first)[1] == first[-1][1] and divisor <= _HEATS[2]:
+            first.append(judged(stop / divisor * (1.0 - self._training.momentum()), short))
+            divisor *= _HEAT_FACTOR
+        middle = min(first)[1]
+        between = math.sqrt(_HEAT_FACTOR)
+        rates = [middle * between] * (middle < first[0][1]) + [middle, middle / between]
+        second = [judged(rate, long) for rate in rates]
+        tried = (f"{', '.join(report.number(rate) for _, rate in heats)} ({steps} steps)"
+                 for heats, steps in ((first, short), (second, long)))
+        self.notes.append(f"heats: rate {report.number(min(second)[1])} of {', then of '.join(tried)}, by the "
+                          "validation loss after annealed steps")
+        return min(second)[1]
+
+    def heat(self, rate: float, steps: int) -> float:
         """The validation loss after a short annealed training; infinity where it is not finite."""
         done = 0
         self._training.restart(self._start)
         self._training.rate_row.hyperparameter.assign(rate)
-        self._training.rate.train(self._heat_steps, 0.5)
-        while done < self._heat_steps:
+        self._training.rate.train(steps, 0.5)
+        while done < steps:
             for inner_batches, outer_batch in self._data:
                 done += len(self._training.forward(inner_batches, outer_batch))
-                if done >= self._heat_steps:
+                if done >= steps:
                     break
         loss = self._network.evaluate(self._evaluated)["val_loss"]
         return loss if math.isfinite(loss) else math.inf
-
-    @property
-    def _heat_steps(self) -> int:
-        return max(_HEAT_STEPS, self._total // _HEAT_SHARE)
