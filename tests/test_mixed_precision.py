@@ -13,7 +13,8 @@ from farhox.data.batches import RepeatedBatch
 from farhox.hypergradients import EpisodesHG
 
 # Relative to the length of the float32 hypergradient; more for Adam, whose update is steep where gradients are small.
-TOLERANCE = {"mixed_float16": 0.01, "mixed_bfloat16": 0.02, "bfloat16": 0.05}
+TOLERANCE = {"mixed_float16": 0.01, "mixed_bfloat16": 0.03, "bfloat16": 0.05}
+TOLERANCE_OF_ADAM = {"mixed_float16": 0.03, "mixed_bfloat16": 0.06, "bfloat16": 0.3}
 STEPS = 3
 
 
@@ -70,7 +71,7 @@ def hypergradient(policy, kind, dynamics, method):
 def test_hypergradients_are_those_of_float32_within_the_precision_of_the_policy(policy, kind, dynamics, method):
     expected = hypergradient("float32", kind, dynamics, method)
     found = hypergradient(policy, kind, dynamics, method)
-    tolerance = TOLERANCE[policy] * (1 if dynamics != "adam" else 6 if policy == "bfloat16" else 3)
+    tolerance = (TOLERANCE_OF_ADAM if dynamics == "adam" else TOLERANCE)[policy]
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
 
 
