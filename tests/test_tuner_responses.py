@@ -138,6 +138,20 @@ def test_a_hyperparameter_in_a_self_tuning_layer_is_the_users_own():
     assert row.hyperparameter is rate and row.route == "response" and row.tuned
 
 
+def test_strengths_take_larger_steps_in_a_training_of_few_updates_and_wait_at_its_start():
+    tuner = farhox.Tuner(network())
+    training = Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
+
+    def rates(progress, updates):
+        training.anneal_outer_rate(progress, updates)
+        return float(training.outer_optimizer.learning_rate), float(training._response.learning_rate)
+
+    for updates, faster in ((1000, 1.0), (100, 1.0), (50, 2.0), (10, 4.0)):
+        np.testing.assert_allclose(rates(0.2, updates), [0.3 * 0.65, 0.1 * 0.65 * faster], rtol=1e-6)
+    np.testing.assert_allclose(rates(0.05, 10), [0.3 * (1 - 0.7 / 8), 0.0], rtol=1e-6)
+
+
+
 def test_bad_strengths_are_refused():
     with pytest.raises(ValueError, match="must hold its value 0.3 and end at 0.9 at most"):
         farhox.Tuner(network(), ranges={"dropout_rate": (0.4, 0.6)})

@@ -19,8 +19,10 @@ from farhox.tuner.rate import Rate
 
 _WITH_MOMENTUM = ("momentum", "beta_1")
 _SWEEP_MOMENTUM = 0.5
-# Strengths move in smaller steps, since the response has to keep up, and wait until there is one.
+# Strengths move in smaller steps, since the response has to keep up, and wait until there is one. Where training has
+# fewer updates than this, they are larger again, by as much at most: strengths would not come far in it.
 _RESPONSE_SLOWER, _WARM_UP = 3.0, 0.1
+_MANY_UPDATES, _MOST_FASTER = 100, 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +115,20 @@ class Training:
             optimizer.learning_rate.assign(0.0)
         return self._engine.step(inner_batches, outer_batch).inner_losses.numpy()
 
-    def anneal_outer_rate(self, progress: float) -> None:
+    def anneal_outer_rate(self, progress: float, updates: int) -> None:
         """Lets the steps of the outer optimizer fall to .3 of their start over the first 40 % of training.
 
         Layers learn how they respond before strengths follow it: these wait for the first tenth.
+
+        Args:
+            progress: The share of the training that is done, from 0 to 1.
+            updates: Positive int, updates of the whole training.
         """
         if self.tuned:
             rate = self._outer_rate * (1.0 - 0.7 * min(1.0, progress / 0.4))
             self.outer_optimizer.learning_rate.assign(rate)
-            self._response.learning_rate.assign(0.0 if progress < _WARM_UP else rate / _RESPONSE_SLOWER)
+            faster = min(max(_MANY_UPDATES / updates, 1.0), _MOST_FASTER)
+            self._response.learning_rate.assign(0.0 if progress < _WARM_UP else rate / _RESPONSE_SLOWER * faster)
 
     def state(self) -> Any:
         """All that training changes, as a list of tensors to go back to."""

@@ -270,7 +270,7 @@ class Tuner:
         losses, recorded, count = [], [], plan.inner_steps
         for index, (inner_batches, outer_batch) in enumerate(plan.data):
             callbacks.on_train_batch_begin(index)
-            training.anneal_outer_rate(training.steps / plan.steps)
+            training.anneal_outer_rate(training.steps / plan.steps, plan.epochs * plan.rounds)
             first, before = training.steps, {
                 row.name: row.value() for row in self._rows if row.hyperparameter is not None}
             done = training.run(inner_batches, outer_batch, count)
