@@ -151,6 +151,7 @@ def _hyperband(task, parts, epochs, seed, budget, path):
             until, first = (trial.hyperparameters.values.get(f"tuner/{key}", 0) for key in ("epochs", "initial_epoch"))
             before = trial.hyperparameters.values.get("tuner/trial_id")
             if before is not None:
+                model.optimizer.build(model.trainable_variables)  # Its state is loaded where it is built alone.
                 model.load_weights(path / f"{before}.weights.h5")
                 model.optimizer.iterations.assign(first * steps)
             best = Best(validation)
