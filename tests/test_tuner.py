@@ -347,7 +347,7 @@ def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_a_second_round_
 
         search = RateSearch(Fake(), Fake(), None, None, 1000)
         monkeypatch.setattr(search, "heat", heat)
-        power = round(float(np.log(0.1 / search.rate_of_heats(4.0)) / np.log(3)), 3)
+        power = round(float(np.log(0.1 / search.rate_of_heats(4.0)[0]) / np.log(3)), 3)
         assert [steps for steps, _ in tried] == [20] * len(first) + [60] * len(second)
         assert [power for _, power in tried[:len(first)]] == list(range(len(first)))
         return [power for _, power in tried[len(first):]], power

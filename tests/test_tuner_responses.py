@@ -8,6 +8,7 @@ from test_docs import README, blocks
 
 import farhox
 from farhox import stn
+from farhox.tuner.rate_search import RateSearch
 from farhox.tuner.training import Training
 
 RANDOM = np.random.default_rng(0)
@@ -149,6 +150,32 @@ def test_strengths_take_larger_steps_in_a_training_of_few_updates_and_wait_at_it
     for updates, faster in ((1000, 1.0), (100, 1.0), (50, 2.0), (10, 4.0)):
         np.testing.assert_allclose(rates(0.2, updates), [0.3 * 0.65, 0.1 * 0.65 * faster], rtol=1e-6)
     np.testing.assert_allclose(rates(0.05, 10), [0.3 * (1 - 0.7 / 8), 0.0], rtol=1e-6)
+
+
+
+def test_strengths_begin_at_a_third_where_training_makes_much_more_progress_so(monkeypatch):
+    tuner = farhox.Tuner(network())
+    training = Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
+    search = RateSearch(tuner._network, training, None, None, 1000)
+    strengths = [row.hyperparameter for row in training.tuned if row.route == "response"]
+    values = [float(strength.numpy()) for strength in strengths]
+    assert len(strengths) == 3
+    seen = []
+
+    def lowered(loss):
+        monkeypatch.setattr(search, "heat", lambda rate, steps: seen.append((rate, steps)) or loss)
+        search.lower_strengths(0.01, 1.0, 2.0)
+        return [float(strength.numpy()) for strength in strengths]
+
+    # A tenth more than the progress from 2 to 1.
+    np.testing.assert_allclose(lowered(0.91), values, rtol=1e-5)
+    np.testing.assert_allclose(lowered(np.inf), values, rtol=1e-5)
+    assert search.notes == []
+    np.testing.assert_allclose(lowered(0.89), np.array(values) / 3, rtol=1e-5)
+    assert seen == [(0.01, 60)] * 3 and "a third" in search.notes[0]
+    plain = farhox.Tuner(network(), tune=["l2"])
+    training = Training(plain._network, plain._model.optimizer, plain._rows, 1, 0.3)
+    RateSearch(plain._network, training, None, None, 1000).lower_strengths(0.01, 1.0, 2.0)
 
 
 

@@ -19,6 +19,8 @@ _HEAT_FACTOR = 3.0
 # In each of two rounds over so many steps, or a share of the training.
 _HEAT_STEPS, _HEAT_SHARES = (20, 60), (100, 33)
 _MOST_MOMENTUM = 0.9
+# Strengths begin at this share of their values if a heat makes so much more progress with it.
+_LESS_STRENGTH, _MORE_PROGRESS = 1.0 / 3.0, 0.1
 
 
 class RateSearch:
@@ -58,7 +60,8 @@ class RateSearch:
                           f"{sweep.stop:.2g}, in {len(coarse.losses) + len(sweep.losses)} steps{lowered}")
         stop = sweep.stop / (1.0 - training.momentum())
         training.set_momentum([min(momentum, _MOST_MOMENTUM) for momentum in momenta])
-        rate = self.rate_of_heats(stop)
+        rate, loss, untrained = self.rate_of_heats(stop)
+        self.lower_strengths(rate, loss, untrained)
         training.restart(self._start)
         training.rate_row.hyperparameter.assign(rate)
         return sweep.least
@@ -73,8 +76,10 @@ class RateSearch:
                 if sweep.stopped or len(losses) == steps:
                     return sweep
 
-    def rate_of_heats(self, stop: float) -> float:
+    def rate_of_heats(self, stop: float) -> tuple[float, float, float]:
         """The rate below the stop, over 1 - momentum, with which a short annealed training ends best.
+
+        Returns it, the validation loss after the longer training with it, and that of the initial weights.
 
         While the lowest is the best, a lower one is tried: a network that a high rate has left where it learns nothing
         has a loss that does not rise, so that the sweep goes on beyond the rates that train. A second round of longer
@@ -83,7 +88,7 @@ class RateSearch:
         """
         self._training.restart(self._start)
         untrained = self._network.evaluate(self._evaluated)["val_loss"]
-        short, long = (max(least, self._total // share) for least, share in zip(_HEAT_STEPS, _HEAT_SHARES))
+        short, long = self._heat_steps()
 
         def judged(rate, steps):
             loss = self.heat(rate, steps)
@@ -99,9 +104,40 @@ class RateSearch:
         second = [judged(rate, long) for rate in rates]
         tried = (f"{', '.join(report.number(rate) for _, rate in heats)} ({steps} steps)"
                  for heats, steps in ((first, short), (second, long)))
-        self.notes.append(f"heats: rate {report.number(min(second)[1])} of {', then of '.join(tried)}, by the "
-                          "validation loss after annealed steps")
-        return min(second)[1]
+        loss, rate = min(second)
+        self.notes.append(f"heats: rate {report.number(rate)} of {', then of '.join(tried)}, by the validation loss "
+                          "after annealed steps")
+        return rate, loss, untrained
+
+    def lower_strengths(self, rate: float, loss: float, untrained: float) -> None:
+        """Lets strengths of dropout, noise and augmentation begin lower where they hold training up.
+
+        Training follows them from there. From strengths that are far too high it would come down while the rate is
+        best, and learn little until then.
+
+        Args:
+            rate: The learning rate.
+            loss: The validation loss after a longer heat with it.
+            untrained: That of the initial weights.
+        """
+        strengths = [row.hyperparameter for row in self._training.tuned if row.route == "response"]
+        if not strengths:
+            return
+        values = [strength.numpy() for strength in strengths]
+        for strength, value in zip(strengths, values):
+            low = strength.low or 0.0
+            strength.assign(low + _LESS_STRENGTH * (value - low))
+        steps = self._heat_steps()[1]
+        if loss - self.heat(rate, steps) > _MORE_PROGRESS * abs(untrained - loss):
+            self.notes.append(f"strengths: a third of those at the start, by the validation loss after {steps} annealed "
+                              "steps")
+            return
+        for strength, value in zip(strengths, values):
+            strength.assign(value)
+
+    def _heat_steps(self):
+        """The steps of a heat of the first round, and of the second."""
+        return [max(least, self._total // share) for least, share in zip(_HEAT_STEPS, _HEAT_SHARES)]
 
     def heat(self, rate: float, steps: int) -> float:
         """The validation loss after a short annealed training; infinity where it is not finite."""
