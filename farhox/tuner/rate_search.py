@@ -129,8 +129,8 @@ class RateSearch:
             strength.assign(low + _LESS_STRENGTH * (value - low))
         steps = self._heat_steps()[1]
         if loss - self.heat(rate, steps) > _MORE_PROGRESS * abs(untrained - loss):
-            self.notes.append(f"strengths: a third of those at the start, by the validation loss after {steps} annealed "
-                              "steps")
+            self.notes.append("strengths: a third of those at the start, by the validation loss after "
+                              f"{steps} annealed steps")
             return
         for strength, value in zip(strengths, values):
             strength.assign(value)
