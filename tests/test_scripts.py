@@ -28,8 +28,8 @@ def load(monkeypatch):
     return lambda name: import_script(name, monkeypatch)
 
 
-def run_quick(name, output):
-    command = [sys.executable, str(script_path(name)), "--quick", f"--output={output}"]
+def run_quick(name, output, *arguments):
+    command = [sys.executable, str(script_path(name)), "--quick", f"--output={output}", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -48,6 +48,23 @@ def test_learned_weights_find_wrong_labels_and_come_near_the_oracle(tmp_path):
     assert runs["baseline"]["test_accuracy"] < runs["oracle"]["test_accuracy"] - 0.01
     assert learned["test_accuracy"] > runs["baseline"]["test_accuracy"] + 0.01
     assert learned["test_accuracy"] > runs["oracle"]["test_accuracy"] - 0.015
+
+
+@needs_data
+@pytest.mark.slow
+def test_example_weights_the_rate_and_the_decay_are_learned_along_one_training(tmp_path):
+    results = run_quick(
+        "clean_labels", tmp_path, "--online", "--tune_training", "--model=mlp", "--train_examples=600",
+        "--validation_examples=200", "--budgets=400", "--batch_size=50", "--inner_steps=12", "--hyper_iterations=20",
+        "--learning_rate=0.03", "--weight_decay=0.001", "--outer_learning_rate=0.1")
+    learned = results["seeds"]["0"]["budget 400"]
+    history = learned["history"]
+    assert learned["f1"] > 0.5 and learned["sum"] < 400.01
+    assert len(set(history["learning_rate"])) == len(set(history["weight_decay"])) == 20
+    assert learned["training"]["learning_rate"] == pytest.approx(history["learning_rate"][-1] * 400 / 600, rel=1e-4)
+    assert learned["training"]["weight_decay"] == pytest.approx(history["weight_decay"][-1] * 600 / 400, rel=1e-4)
+    ends = {name: np.mean(history[name][-5:]) for name in ("baseline", "test_accuracy", "oracle")}
+    assert ends["baseline"] + 0.02 < ends["test_accuracy"] < ends["oracle"] + 0.02
 
 
 @needs_data
