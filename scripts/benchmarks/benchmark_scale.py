@@ -87,9 +87,11 @@ def main(_):
     if FLAGS.picture:
         program.require(matplotlib="plots")
     chosen = [case for sweep in FLAGS.sweeps for case in cases_of(sweep, FLAGS.methods, FLAGS.quick)]
-    rows = [cases.measured(__file__, f"[{i}/{len(chosen)}] {case}", **case) for i, case in enumerate(chosen, start=1)]
+    rows = []
+    for i, case in enumerate(chosen, start=1):
+        rows.append(cases.measured(__file__, f"[{i}/{len(chosen)}] {case}", **case))
+        cases.write(rows)  # A run that takes an hour keeps what it has.
     print(cases.table(rows, COLUMNS))
-    cases.write(rows)
     if FLAGS.picture:
         draw(rows, FLAGS.picture)
 

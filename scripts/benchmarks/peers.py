@@ -85,14 +85,15 @@ def main(_):
         raise SystemExit("--environments must name a folder for the virtual environments of the peers, or --peers= "
                          "must be empty. Received: neither.")
     problems = {peer: problem_of_environment(peer) for peer in FLAGS.peers}
+    measured = {}
     with tempfile.TemporaryDirectory() as folder:
-        rounds = [[row_of(case, problems, pathlib.Path(folder)) for case in chosen_cases(FLAGS.workloads, FLAGS.peers)]
-                  for _ in range(FLAGS.rounds)]
-    rows = compared([median_of(same) for same in zip(*rounds)])
+        for case in chosen_cases(FLAGS.workloads, FLAGS.peers) * FLAGS.rounds:
+            measured.setdefault(words(case), []).append(row_of(case, problems, pathlib.Path(folder)))
+            rows = compared([median_of(same) for same in measured.values()])
+            cases.write(rows)  # A run that is stopped keeps what it has.
     problem = ["problem"] if any("problem" in row for row in rows) else []
     print(cases.table([shown(row) for row in rows], [
         (name, "{}") for name in ("workload", "framework", "way", "steps", *NUMBERS, *problem)]))
-    cases.write(rows)
     if FLAGS.picture:
         draw(rows, FLAGS.picture)
     differing = [row for row in rows if row.get("difference", 0.0) > LARGEST_DIFFERENCE]
