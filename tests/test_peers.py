@@ -71,7 +71,7 @@ def test_peer_that_pip_cannot_install_is_a_problem_and_is_tried_again(tmp_path, 
 def test_difference_is_relative_to_each_variable_but_not_to_one_that_hardly_counts(peers):
     expected = [np.float32(2.0), np.array([3.0, 4.0], "float32"), np.float32(1e-9)]
     assert peers.difference(expected, expected) == 0.0
-    assert peers.difference([2.0, [3.0, 4.0], 0.0], expected) == pytest.approx(1e-9 / (1e-3 * 29 ** 0.5))
+    assert peers.difference([2.0, [3.0, 4.0], 0.0], expected) == pytest.approx(1e-9 / (1e-2 * 29 ** 0.5))
     assert peers.difference([2.1, [3.0, 4.0], 1e-9], expected) == pytest.approx(0.05)
     assert peers.difference([2.0, [3.0, 4.5], 1e-9], expected) == pytest.approx(0.1)
     assert peers.difference([2.0, [3.0, np.nan], 1e-9], expected) == np.inf
