@@ -3,6 +3,7 @@
 The Python is that of the peer's own environment: nothing of farhox or TensorFlow is imported here.
 """
 
+import importlib.metadata
 import json
 import pathlib
 import statistics
@@ -16,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # The scri
 from _shared.measuring import forget_peak_memory, peak_memory
 
 
-def measure(made, finished, versions):
+def measure(made, finished, packages):
     """Measures the case of the command line, writes its hypergradient and prints the measurements as JSON.
 
     Args:
@@ -24,7 +25,7 @@ def measure(made, finished, versions):
             returns a list of NumPy's or the framework's arrays in farhox's order and layout, or a function that does:
             what turns results into that layout is not measured.
         finished: Callable that waits until all that it is given is computed, and returns it.
-        versions: Dictionary, the versions of the packages.
+        packages: List of the packages whose versions are written down.
     """
     case = json.loads(sys.argv[1])
     with np.load(case["arrays"]) as file:
@@ -48,4 +49,5 @@ def measure(made, finished, versions):
     seconds, plain_seconds = (statistics.median(column) for column in zip(*times))
     print(json.dumps(dict(
         hypergradient_s=seconds, plain_s=plain_seconds, over_plain=seconds / plain_seconds,
-        first_s=max(first - seconds, 0.0), growth_mb=(max(grown, peak_memory()) - idle) / 1024, versions=versions)))
+        first_s=max(first - seconds, 0.0), growth_mb=(max(grown, peak_memory()) - idle) / 1024,
+        versions={name: importlib.metadata.version(name) for name in packages})))

@@ -173,5 +173,4 @@ def few_shot_learner(way, steps):
 
 
 if __name__ == "__main__":
-    versions = {"jax": jax.__version__}
-    case.measure(made, jax.block_until_ready, versions)
+    case.measure(made, jax.block_until_ready, ["jax", "jaxlib", "jaxopt"])
