@@ -228,6 +228,24 @@ def test_first_order_dynamics_are_exact_whether_or_not_statistics_count(reads_st
     assert_close(result.gradients, unrolled.unrolled_hypergradient(problem, inner_batches, outer_batch), 1e-11)
 
 
+@pytest.mark.parametrize("method", [
+    farhox.ReverseHG(), farhox.ReverseHG(checkpoint_every=2), farhox.ReverseHG(checkpoint_every=3),
+    farhox.ReverseHG(truncation=2), farhox.ReverseHG(checkpoint_every="memory", memory=150)])
+def test_the_adjoint_of_momenta_is_left_out_of_the_last_step_alone(method, float64, monkeypatch):
+    case = heavy_ball("float64")
+    taken, run = [], BackStep.run
+
+    def looked_at(self, t, state, after, kept, adjoint, *arguments, **settings):
+        taken.append([part is None for part in adjoint])
+        return run(self, t, state, after, kept, adjoint, *arguments, **settings)
+
+    monkeypatch.setattr(BackStep, "run", looked_at)
+    result = method.compute(*case[:3])
+    assert sum(map(any, taken)) == 1 and [False, True] in taken and [False, False] in taken
+    if method.truncation is None:
+        assert_close(result.gradients, case.expected, TOLERANCE["float64"])
+
+
 @pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("dynamics, reads_statistics, walked", [

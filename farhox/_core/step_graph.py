@@ -7,7 +7,7 @@ body of a loop, say. A tensor that is fed cuts the graph there, and what no fetc
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from google.protobuf.message import DecodeError
@@ -16,6 +16,7 @@ from farhox._core import large_constants, refusals
 from farhox._core.exact import exact_derivatives
 from farhox._core.functional import user_code
 from farhox._core.types import Nest, Tensor, Tensors
+from farhox._core.zeros import without_zeros
 
 
 class StepGraph:
@@ -124,7 +125,8 @@ class StepGraph:
 
         Args:
             fetches: List of tensors of this graph.
-            feeds: List of pairs (tensor of this graph, tensor). Of two pairs for one tensor the later one counts.
+            feeds: List of pairs (tensor of this graph, tensor). Of two pairs for one tensor the later one counts. None
+                for a tensor of known shape is zeros, which are left out of sums.
             checks: Bool. Run the assertions and prints of the function too, as far as they depend on what is fed.
 
         Returns:
@@ -138,21 +140,23 @@ class StepGraph:
             return self._run_eagerly(list(fetches), feeds, checks)
         current = tf.compat.v1.get_default_graph()
         values = {tensor.name: value for tensor, value in feeds}
+        every, zero = self._without([name for name, value in values.items() if value is None])
+        values = {**zero, **{name: value for name, value in values.items() if value is not None}}
         wanted = [fetch.name for fetch in fetches if fetch.name not in values]
-        nodes, cut = self._needed(wanted, values)
+        nodes, cut = self._needed(wanted, values, every)
         captured = {**self._constants, **{internal.name: external for external, internal in self.graph.captures}}
         missing = sorted(name for name in cut if name not in values and name not in captured)
         if missing:
             raise ValueError(f"The graph must be fed all that a fetch depends on. Not fed: {missing}")
         effects = []
         for name in self._effects() if checks else []:
-            more, ends = self._needed([f"{name}:0"], values)
+            more, ends = self._needed([f"{name}:0"], values, every)
             if all(end in values or end in captured for end in ends):
                 nodes.update(more)
                 cut.update(ends)
                 effects.append(name)
-        outside = {name: _in_graph(current, values[name] if name in values else captured[name])
-                   for name in cut.union(fetch.name for fetch in fetches if fetch.name in values)}
+        taken = cut.union(fetch.name for fetch in fetches if fetch.name in values)
+        outside = {name: _in_graph(current, values[name] if name in values else captured[name]) for name in taken}
         imported = iter(self._imported(nodes, {name: outside[name] for name in cut}, wanted, effects))
         results = [outside[fetch.name] if fetch.name in values else next(imported) for fetch in fetches]
         for result, fetch in zip(results, fetches):
@@ -167,11 +171,14 @@ class StepGraph:
 
     def _run_eagerly(self, fetches, feeds, checks):
         """`run` by a function of its own: nothing can be imported outside of a graph."""
+        zeros = [(tensor, value) for tensor, value in feeds if value is None]
+        feeds = [(tensor, value) for tensor, value in feeds if value is not None]
         tensors = [tensor for tensor, _ in feeds]
-        key = tuple(fetch.name for fetch in fetches), tuple(tensor.name for tensor in tensors), checks
+        key = (tuple(fetch.name for fetch in fetches), tuple(tensor.name for tensor in tensors),
+               tuple(tensor.name for tensor, _ in zeros), checks)
         if key not in self._functions:
             self._functions[key] = tf.function(
-                lambda *values: self.run(fetches, zip(tensors, values), checks), autograph=False,
+                lambda *values: self.run(fetches, [*zip(tensors, values), *zeros], checks), autograph=False,
             ).get_concrete_function(*[tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors])
         return self._functions[key](*[value for _, value in feeds])
 
@@ -264,10 +271,10 @@ class StepGraph:
             for operation in self.operations(nodes):
                 before = [operations[first.name] for first in operation.control_inputs if first.name in operations]
                 with graph.control_dependencies(before):
+                    node = nodes[operation.name]
                     copy = graph.create_op(
-                        operation.type, [tensors[tensor.name] for tensor in operation.inputs],
-                        [tensor.dtype for tensor in operation.outputs], name=operation.name,
-                        attrs=dict(nodes[operation.name].attr), op_def=operation.op_def)
+                        node.op, [tensors[_full_name(source)] for source in node.input if not source.startswith("^")],
+                        [tensor.dtype for tensor in operation.outputs], name=operation.name, attrs=dict(node.attr))
                 operations[operation.name] = copy
                 for old, new in zip(operation.outputs, copy.outputs):
                     tensors.setdefault(old.name, new)
@@ -296,9 +303,18 @@ class StepGraph:
     def _effects(self):
         return [node.name for node in self._read().values() if node.op in _EFFECTS]
 
-    def _needed(self, wanted, fed):
-        """The nodes that the tensors `wanted` need, by name, and the names of the tensors where the graph is cut."""
+    def _without(self, zeros):
+        """The nodes where tensors of these names are zero and left out, and zeros for all that is zero, by name."""
         every = self._read()
+        if not zeros:
+            return every, {}
+        changed, zero = without_zeros(every, zeros, lambda name: self.graph.get_tensor_by_name(name).shape)
+        tensors = [self.graph.get_tensor_by_name(name) for name in zero]
+        return {**every, **changed}, {tensor.name: _Zeros(tensor.shape, tensor.dtype) for tensor in tensors}
+
+    def _needed(self, wanted, fed, every=None):
+        """The nodes that the tensors `wanted` need, by name, and the names of the tensors where the graph is cut."""
+        every = self._read() if every is None else every
         nodes, cut, seen, stack = {}, set(), set(), list(wanted)
         while stack:
             tensor = stack.pop()
@@ -344,8 +360,17 @@ def _full_name(source):
     return source if ":" in source or source.startswith("^") else f"{source}:0"
 
 
+class _Zeros(NamedTuple):
+    """What stands for zeros until something needs them."""
+
+    shape: tf.TensorShape
+    dtype: tf.DType
+
+
 def _in_graph(graph, value):
-    """A tensor of the graph or of a graph around it, or an eager tensor, as a tensor of the graph."""
+    """A tensor of the graph or of a graph around it, an eager tensor or `_Zeros`, as a tensor of the graph."""
+    if isinstance(value, _Zeros):
+        return tf.zeros(*value)
     return graph.capture(value) if graph.building_function else tf.convert_to_tensor(value)
 
 

@@ -258,14 +258,31 @@ class _Walk:
         active = self.back_step.active
         adjoint = [part for part in zeros_for_none([adjoint[i] for i in active], [leaves[i] for i in active])]
 
-        # A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer adds
-        # up the terms of a step in another order, and the last bit of the result would depend on the checkpoints.
-        apart = self._has_its_own_first_step(first, steps)
-        lowest = first + 1 if apart else first
+        first_apart = self._has_its_own_first_step(first, steps)
+        lowest = first + 1 if first_apart else first
+        unread = [at_end.state[i] is None and leaves[i].shape.is_fully_defined() for i in active]
+        # What the outer objective does not read has an adjoint of zero until the last step is walked back.
+        last_apart = any(unread) and self._has_its_own_last_step(lowest, steps)
 
-        def segments_back(records, first, steps, lowest, level, adjoint, parts):
-            """Steps steps - 1 down to `lowest`, of which the first states are stored from step `first` on."""
-            def body(index, adjoint, parts):
+        def step_apart(record, start, stop, adjoint, parts):
+            """The last step, of which `record` holds the states from step `start` on."""
+            known = [None if zero else part for zero, part in zip(unread, adjoint)]
+            return self._step_back(record, start, tf.convert_to_tensor(stop - 1, tf.int32), known, parts)
+
+        def loop_back(count, body, adjoint, parts):
+            _, adjoint, parts = tf.while_loop(
+                lambda index, *_: index >= 0, lambda index, *carried: (index - 1, *body(index, *carried)),
+                [tf.convert_to_tensor(count - 1, tf.int32), adjoint, parts], parallel_iterations=1)
+            return adjoint, parts
+
+        def segments_back(records, first, steps, lowest, level, adjoint, parts, to_end):
+            """Steps steps - 1 down to `lowest`, of which the first states are stored from step `first` on.
+
+            A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer
+            adds up the terms of a step in another order, and the last bit of the result would depend on the
+            checkpoints.
+            """
+            def segment_back(index, adjoint, parts, to_end=False):
                 if not self.segments:
                     start, stop, record = first, steps, records
                 else:
@@ -273,18 +290,22 @@ class _Walk:
                     record = self._recomputed(records, index, start, stop, level + 1)
                 begin = tf.maximum(start, lowest)
                 if level + 1 < len(self.segments):
-                    return index - 1, *segments_back(record, start, stop, begin, level + 1, adjoint, parts)
-                return index - 1, *self._steps_back(record, start, begin, stop, adjoint, parts)
+                    return segments_back(record, start, stop, begin, level + 1, adjoint, parts, to_end)
+                if not to_end:
+                    return self._steps_back(record, start, begin, stop, adjoint, parts)
+                adjoint, parts = step_apart(record, start, stop, adjoint, parts)
+                return loop_back(1, lambda _, adjoint, parts: self._steps_back(
+                    record, start, begin, stop - 1, adjoint, parts), adjoint, parts)
 
             count = self._num_segments(first, steps, level) if self.segments else 1
-            _, adjoint, parts = tf.while_loop(
-                lambda index, *_: index >= 0, body, [tf.convert_to_tensor(count - 1, tf.int32), adjoint, parts],
-                parallel_iterations=1)
-            return adjoint, parts
+            if to_end:
+                adjoint, parts = segment_back(tf.convert_to_tensor(count - 1, tf.int32), adjoint, parts, to_end=True)
+                count -= 1
+            return loop_back(count, segment_back, adjoint, parts) if self.segments or not to_end else (adjoint, parts)
 
-        if not apart or self.most > 1:
-            adjoint, parts = segments_back(records, first, steps, lowest, 0, adjoint, parts)
-        if apart:
+        if not first_apart or self.most > 1:
+            adjoint, parts = segments_back(records, first, steps, lowest, 0, adjoint, parts, last_apart)
+        if first_apart:
             record = records
             if self.segments:
                 record = self._recomputed(records, 0, first, lowest, len(self.segments))
@@ -303,6 +324,12 @@ class _Walk:
             return False  # There may be no such step.
         return steps > first and (first > 0 or not self.training.learns_initial_state)
 
+    def _has_its_own_last_step(self, lowest, steps):
+        """Whether the first step back, which is the last one of the training, is taken apart from the others."""
+        if not (isinstance(lowest, int) and isinstance(steps, int)) or self.training.problem.stop_tolerance is not None:
+            return False  # There may be no such step.
+        return steps > lowest
+
     def _recomputed(self, arrays, index, start, stop, level):
         """What is stored of the steps `start` to `stop`, run again from the stored state of this index."""
         training = self.training
@@ -319,16 +346,20 @@ class _Walk:
     def _steps_back(self, record, first, start, stop, adjoint, parts):
         """Steps stop - 1 down to `start`; `record` holds states and kept tensors from step `first` on."""
         def body(t, adjoint, parts):
-            state = record.state(t - first)
-            adjoint, products = self.back_step.run(
-                t, state, record.state(t - first + 1), zip(self.kept, record.kept_values(t - first)), adjoint)
-            parts = [part if product is None else part + product for part, product in zip(parts, products)]
-            return t - 1, *self._with_outer(t, state, adjoint, parts)
+            return t - 1, *self._step_back(record, first, t, adjoint, parts)
 
         _, adjoint, parts = tf.while_loop(
             lambda t, *_: t >= start, body, [tf.convert_to_tensor(stop - 1, tf.int32), adjoint, parts],
             parallel_iterations=1)
         return adjoint, parts
+
+    def _step_back(self, record, first, t, adjoint, parts):
+        """Step t; `record` holds states and kept tensors from step `first` on."""
+        state = record.state(t - first)
+        adjoint, products = self.back_step.run(
+            t, state, record.state(t - first + 1), zip(self.kept, record.kept_values(t - first)), adjoint)
+        parts = [part if product is None else part + product for part, product in zip(parts, products)]
+        return self._with_outer(t, state, adjoint, parts)
 
     def _with_outer(self, t, state, adjoint, parts):
         """Adds weight_t dE/ds and weight_t dE/dλ at the state before step t."""

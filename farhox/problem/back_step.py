@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from farhox._core.cut import choices, tensors_to_keep
 from farhox._core.exact import passes_to
-from farhox._core.inner_state import InnerState
+from farhox._core.inner_state import InnerState, float_leaves
 from farhox._core.linearized import zeros_for_none
 from farhox._core.types import Tensor, Tensors
 
@@ -85,7 +85,7 @@ class BackStep:
             t: Scalar int32, the step.
             state, after: The inner states before and after it.
             kept: Values of the kept tensors.
-            adjoint: List of tensors, dE/ds_{t+1} over the active leaves.
+            adjoint: List of tensors, dE/ds_{t+1} over the active leaves, None where it is known to be zero.
             of_state: Bool, whether dE/ds_t is wanted.
 
         Returns:
@@ -99,7 +99,8 @@ class BackStep:
         products = [*(self._leaf_products if of_state else [None] * count), *self.parameter_products]
         wanted = iter(self._graph.run([product for product in products if product is not None], feeds))
         products = [None if product is None else next(wanted) for product in products]
-        return zeros_for_none(products[:count], adjoint), products[count:]
+        leaves = float_leaves(state)
+        return zeros_for_none(products[:count], [leaves[i] for i in self.active]), products[count:]
 
     def _products(self):
         return [product for product in self._leaf_products + self.parameter_products if product is not None]
