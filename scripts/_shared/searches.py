@@ -61,8 +61,8 @@ class Best(keras.callbacks.Callback):
 def loss_and_accuracy(model, data):
     """Cross-entropy and accuracy on a data set."""
     x, y = data
-    y = np.argmax(y, -1) if np.ndim(y) == 2 and np.shape(y)[1] > 1 else y
     predictions = model.predict(x, batch_size=500, verbose=0)
+    y = np.argmax(y, -1) if np.shape(y) == predictions.shape else y  # One-hot labels.
     loss = float(np.mean(keras.losses.sparse_categorical_crossentropy(y, predictions, from_logits=True)))
     return (loss if math.isfinite(loss) else math.inf), float(np.mean(np.argmax(predictions, -1) == y))
 
