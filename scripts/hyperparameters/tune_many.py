@@ -191,34 +191,35 @@ def named(label):
     return TUNED.get(method) or f"{SEARCHED[method]}, {budget} x"
 
 
-def labels_of(by_seed):
-    """The methods that all seeds have."""
-    first = next(iter(by_seed.values()))
-    return [label for label in first if all(label in runs for runs in by_seed.values())]
+def by_method(by_seed):
+    """Runs of all seeds that have a method, by its label: list of (what it gives or None, the run)."""
+    labels = dict.fromkeys(label for runs in by_seed.values() for label in runs)
+    return {label: [(best_of(label, runs), runs[label]) for runs in by_seed.values() if label in runs]
+            for label in labels}
 
 
 def table(by_seed):
     rows = []
-    for label in labels_of(by_seed):
-        found = [best_of(label, runs) for runs in by_seed.values()]
-        losses = [math.inf if run is None or run["test_loss"] is None else run["test_loss"] for run in found]
-        accuracy = [0.0 if run is None else 100 * (run["test_accuracy"] or 0.0) for run in found]
-        trained = [len(runs[label].get("trials", [0])) for runs in by_seed.values()]
-        rows.append([named(label), experiment.mean_and_range(losses, "{:.3f}"),
-                     experiment.mean_and_range(accuracy, "{:.1f}"), experiment.mean_and_range(trained, "{:.0f}"),
-                     experiment.mean_and_range([runs[label]["cpu_seconds"] for runs in by_seed.values()], "{:.0f}")])
-    return experiment.markdown_table(["method", "test loss", "test accuracy, %", "trainings", "CPU seconds"], rows)
+    for label, found in by_method(by_seed).items():
+        losses = [math.inf if run is None or run["test_loss"] is None else run["test_loss"] for run, _ in found]
+        accuracy = [0.0 if run is None else 100 * (run["test_accuracy"] or 0.0) for run, _ in found]
+        rows.append([named(label), len(found), experiment.mean_and_range(losses, "{:.3f}"),
+                     experiment.mean_and_range(accuracy, "{:.1f}"),
+                     experiment.mean_and_range([len(run.get("trials", [0])) for _, run in found], "{:.0f}"),
+                     experiment.mean_and_range([run["cpu_seconds"] for _, run in found], "{:.0f}")])
+    rows = [[str(entry) for entry in row] for row in rows]
+    return experiment.markdown_table(
+        ["method", "seeds", "test loss", "test accuracy, %", "trainings", "CPU seconds"], rows)
 
 
 def plot(by_seed, path):
     """Test losses of all methods, and the paths of the tuned hyperparameters of the first seed."""
     with pictures.figure(path, columns=2, size=(10.0, 4.8)) as (losses, paths):
-        labels = labels_of(by_seed)[::-1]
-        for place, label in enumerate(labels):
-            found = [best_of(label, runs) for runs in by_seed.values()]
-            found = [run["test_loss"] for run in found if run is not None and run["test_loss"] is not None]
-            losses.plot(found, [place] * len(found), "o", color=pictures.BLUE)
-        losses.set(xlabel="Test loss", yticks=range(len(labels)), yticklabels=[named(label) for label in labels])
+        methods = dict(reversed(by_method(by_seed).items()))
+        for place, found in enumerate(methods.values()):
+            values = [run["test_loss"] for run, _ in found if run is not None and run["test_loss"] is not None]
+            losses.plot(values, [place] * len(values), "o", color=pictures.BLUE)
+        losses.set(xlabel="Test loss", yticks=range(len(methods)), yticklabels=[named(label) for label in methods])
         first = next(iter(by_seed.values()))
         if "layers" in first:
             drawn = {name: values for name, values in first["layers"]["paths"].items() if not name.endswith(".l2")}
