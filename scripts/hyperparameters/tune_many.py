@@ -213,7 +213,7 @@ def table(by_seed):
 
 
 def plot(by_seed, path):
-    """Test losses of all methods, and the paths of the tuned hyperparameters of the first seed."""
+    """Test losses of all methods, and the strengths of augmentation along the training of the first seed."""
     with pictures.figure(path, columns=2, size=(10.0, 4.8)) as (losses, paths):
         methods = dict(reversed(by_method(by_seed).items()))
         for place, found in enumerate(methods.values()):
@@ -222,11 +222,12 @@ def plot(by_seed, path):
         losses.set(xlabel="Test loss", yticks=range(len(methods)), yticklabels=[named(label) for label in methods])
         first = next(iter(by_seed.values()))
         if "layers" in first:
-            drawn = {name: values for name, values in first["layers"]["paths"].items() if not name.endswith(".l2")}
+            drawn = {name: values for name, values in first["layers"]["paths"].items()
+                     if name.split(".")[0] in ("rotation", "translation", "zoom", "contrast", "brightness", "noise")}
             styles = pictures.line_styles(drawn)
             for name, values in drawn.items():
                 paths.plot(np.arange(1, len(values) + 1), values, linewidth=1.2, label=name, **styles[name])
-            paths.set(xlabel="Epoch", title="Values on the way, first seed")
+            paths.set(xlabel="Epoch", title="Strengths of augmentation, first seed")
             pictures.logarithmic(paths)
             paths.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
 
