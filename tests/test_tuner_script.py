@@ -98,6 +98,6 @@ def test_the_quick_form_runs_all_methods_and_goes_on_where_it_was(tmp_path):
     assert "digits_seed0_tuner_0" not in run.stdout  # Was done before.
     results = json.loads((tmp_path / "results.json").read_text())
     runs = results["tasks"]["digits"]
-    assert set(runs) == {"tuner", "untuned", "annealed", "averaged", "tpe"}
+    assert set(runs) == {"tuner", "untuned", "annealed", "averaged", "tpe", "hyperband"}
     assert all(run["test_loss"] < 1.0 for run in runs["tuner"])
     assert (tmp_path / "tune_model.png").read_bytes()[:4] == b"\x89PNG"
