@@ -218,7 +218,7 @@ class _SelfAttention(keras.layers.Layer):
         return self.attention(x, x, training=training)
 
 
-def model_and_data(name, examples=4, steps=3, extra=()):
+def model_and_data(name, examples=4, steps=4, extra=()):
     """A network that ends in two logits, and its batches.
 
     Returns:
@@ -253,7 +253,7 @@ def dynamics_with_settings(name):
     }[name]()
 
 
-def network_problem(name, dynamics="gradient_descent", steps=3, extra=()):
+def network_problem(name, dynamics="gradient_descent", steps=4, extra=()):
     """A network whose dynamics' settings, L2 strength and weights of the examples are learned.
 
     The outer objective runs the model with training=False, so that batch norm's statistics count.

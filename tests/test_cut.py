@@ -11,7 +11,7 @@ from problems import assert_close, variable
 import farhox
 from farhox._core import cut
 from farhox._core.step_graph import StepGraph
-from farhox.hypergradients import reverse
+from farhox.hypergradients import walk
 from farhox.problem.back_step import BackStep
 from farhox.problem.inner_training import InnerTraining
 
@@ -115,11 +115,11 @@ def test_every_kept_tensor_counts(float64, monkeypatch):
 def test_an_index_that_is_off_by_one_and_a_stop_that_is_left_in_are_seen(float64, monkeypatch):
     data = wide_problem()
     expected = hypergradient(data)
-    kept_values, state, run = reverse.Record.kept_values, reverse.Record.state, BackStep.run
+    kept_values, state, run = walk.Record.kept_values, walk.Record.state, BackStep.run
     faults = {
-        "kept of the next step": (reverse.Record, "kept_values", lambda self, index: kept_values(
+        "kept of the next step": (walk.Record, "kept_values", lambda self, index: kept_values(
             self, tf.minimum(index + 1, 3))),
-        "state of the step before": (reverse.Record, "state", lambda self, index: state(
+        "state of the step before": (walk.Record, "state", lambda self, index: state(
             self, tf.maximum(index - 1, 0))),
         "state after is that before": (BackStep, "run", lambda self, t, state, after, kept, adjoint, **keywords: run(
             self, t, state, state, kept, adjoint, **keywords)),
@@ -147,7 +147,7 @@ def test_the_last_step_back_takes_no_adjoint_that_nothing_reads(method, learned,
     monkeypatch.setattr(BackStep, "run", counted)
     found = tf.function(lambda: method.compute(problem, batches, outer_batch).gradients, autograph=False)()
     assert taken.count(False) == without and any(taken)
-    monkeypatch.setattr(reverse._Walk, "_has_its_own_first_step", lambda *arguments: False)
+    monkeypatch.setattr(walk.Walk, "_has_its_own_first_step", lambda *arguments: False)
     assert_close(found, method.compute(problem, batches, outer_batch).gradients, 1e-12)
 
 

@@ -49,7 +49,8 @@ class Choice(NamedTuple):
     arithmetic: float
 
 
-def tensors_to_keep(graph: tf.Graph, wanted: Any, free: Any, forward: Any, sources: Any, budget: float) -> Tensors:
+def tensors_to_keep(graph: tf.Graph, wanted: Any, free: Any, forward: Any, sources: Any, budget: float,
+                    price: float = PRICE) -> Tensors:
     """Tensors of a graph to keep when `forward` is computed, for computing `wanted` later.
 
     Args:
@@ -59,15 +60,16 @@ def tensors_to_keep(graph: tf.Graph, wanted: Any, free: Any, forward: Any, sourc
         forward: List of tensors that are computed first anyhow. Only what they depend on can be kept.
         sources: List of tensors that are known only later: what depends on them is computed then.
         budget: Bytes to keep at most, or infinity.
+        price: The arithmetic operations that are as dear as keeping a byte.
 
     Returns:
         List of tensors.
     """
     cutter = _Cutter(graph, wanted, free, forward, sources)
-    kept = cutter.cut(PRICE)
+    kept = cutter.cut(price)
     if _bytes(kept) <= budget:
         return kept
-    low, high = math.log(PRICE), math.log(1e9)
+    low, high = math.log(price), math.log(1e9)
     kept = []
     for _ in range(6):
         middle = (low + high) / 2

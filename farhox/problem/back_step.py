@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from farhox._core.cut import choices, tensors_to_keep
+from farhox._core.cut import choices, kept_bytes, tensors_to_keep
 from farhox._core.exact import passes_to
+from farhox._core.few import is_few
 from farhox._core.inner_state import InnerState, float_leaves
 from farhox._core.linearized import zeros_for_none
 from farhox._core.types import Tensor, Tensors
 
 if TYPE_CHECKING:
     from farhox.problem.inner_training import InnerTraining
+
+# A price for keeping a byte at which only what takes no arithmetic is run again.
+_NEXT_TO_NOTHING = 1e-6
 
 
 class BackStep:
@@ -73,9 +78,21 @@ class BackStep:
         return tensors_to_keep(self._graph, self._products(), self._free(), self._forward(), self._cotangents,
                                memory / max(steps, 1))
 
+    def kept_of_few(self, memory: float, steps: int) -> Tensors | None:
+        """All that the way back needs of each of a few steps written out, of which nothing is then run again.
+
+        Returns:
+            List of tensors of the graph, or None where they take more than `memory` bytes.
+        """
+        kept = tensors_to_keep(self._graph, self._products(), self._free(), self._forward(), self._cotangents,
+                               math.inf, price=_NEXT_TO_NOTHING)
+        return kept if kept_bytes(kept) * steps <= memory else None
+
     def plan(self, memory: float, steps: int) -> Any:
         """What is kept of each step, and the dearest of what is run again, as lists of `Choice`."""
-        kept, again = choices(self._graph, self.kept(memory, steps), self._products(), self._free(), self._cotangents)
+        of_few = self.kept_of_few(memory, steps) if is_few(steps) else None
+        kept = self.kept(memory, steps) if of_few is None else of_few
+        kept, again = choices(self._graph, kept, self._products(), self._free(), self._cotangents)
         return kept, again[:10]
 
     def run(self, t: Tensor, state: InnerState, after: Any, kept: Any, adjoint: Tensors, of_state: bool = True) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from farhox._core import tree
+from farhox._core.few import FewTensors, is_few
 from farhox._core.inner_state import InnerState, float_leaves, with_float_leaves
 from farhox._core.linearized import LinearizedMap
 from farhox._core.refusals import check_operations
@@ -32,7 +33,7 @@ class InnerRun(NamedTuple):
 
     Attributes:
         state: The state after the last step.
-        losses: `tf.TensorArray` with the inner objective before each step.
+        losses: `tf.TensorArray` or `FewTensors` with the inner objective before each step.
         gradient_norm: Scalar, the norm of the last inner gradient.
         steps: Scalar int32, the index of the step after the last one.
         record: The `Record` of these steps, or None.
@@ -128,7 +129,7 @@ class InnerTraining:
 
     def run(self, start: Any = 0, stop: Any = None, earlier: Any = None, record: Any = None,
             replay: bool = False) -> InnerRun:
-        """Steps `start` to `stop` in one loop; fewer where the problem's stop tolerance is reached.
+        """Steps `start` to `stop` in one loop, a few written out; fewer where the problem's stop tolerance is reached.
 
         Args:
             start, stop: Ints or scalar int32 tensors. Default: all T steps.
@@ -144,7 +145,9 @@ class InnerTraining:
         return self._run_steps(start, self.steps if stop is None else stop, earlier, record, replay)
 
     def _run_steps(self, start, stop, earlier, record, replay):
-        earlier = self.before_first_step() if earlier is None else earlier
+        # Losses of all steps written out are in no array.
+        in_row = self.writes_out(start, stop) and start == 0 and stop is self.steps
+        earlier = self.before_first_step(in_row) if earlier is None else earlier
         if record is None and isinstance(start, int) and isinstance(stop, int) and stop <= start:
             # A loop that is never entered would be traced and optimized all the same.
             return earlier._replace(steps=tf.constant(start))
@@ -156,6 +159,14 @@ class InnerTraining:
                 arrays = record.with_arrays(arrays).written(t - start, state, kept_values).arrays
             return t + 1, state, losses.write(t, loss), norm, arrays
 
+        if self.writes_out(start, stop):
+            arrays = [] if record is None else record.written_first(earlier.state).arrays
+            state, losses, norm = earlier.state, earlier.losses, earlier.gradient_norm
+            for t in range(start, stop):
+                _, state, losses, norm, arrays = body(t, state, losses, norm, arrays)
+            return InnerRun(state, losses, norm, tf.constant(stop),
+                            None if record is None else record.with_arrays(arrays))
+
         arrays = [] if record is None else record.written_first(earlier.state).arrays
         steps, state, losses, norm, arrays = tf.while_loop(
             lambda t, state, losses, norm, arrays: t < stop if replay else self.goes_on(t, stop, norm), body,
@@ -163,11 +174,17 @@ class InnerTraining:
             parallel_iterations=1)
         return InnerRun(state, losses, norm, steps, None if record is None else record.with_arrays(arrays))
 
-    def before_first_step(self) -> InnerRun:
-        """The `InnerRun` of no step."""
+    def writes_out(self, start: Any, stop: Any) -> bool:
+        """Whether the steps `start` to `stop` are so few that no loop is made of them."""
+        return (isinstance(start, int) and isinstance(stop, int) and is_few(stop - start)
+                and self.problem.stop_tolerance is None)
+
+    def before_first_step(self, in_row: bool = False) -> InnerRun:
+        """The `InnerRun` of no step; its losses will be `FewTensors` with `in_row`."""
         # A norm that lets the first step be taken.
         norm = 0.0 if self.problem.stop_tolerance is None else float("inf")
-        losses = tf.TensorArray(self.problem.loss_dtype, size=self.steps, element_shape=[], clear_after_read=False)
+        losses: Any = FewTensors() if in_row else tf.TensorArray(
+            self.problem.loss_dtype, size=self.steps, element_shape=[], clear_after_read=False)
         return InnerRun(self.start, losses, tf.constant(norm, self.problem.loss_dtype), tf.constant(0))
 
     def goes_on(self, index: Any, stop: Any, norm: Tensor) -> Tensor:

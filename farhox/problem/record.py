@@ -1,4 +1,4 @@
-"""What is stored of consecutive inner steps, inside loops of a graph."""
+"""What is stored of consecutive inner steps."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from typing import Any
 
 import tensorflow as tf
 
+from farhox._core.few import FewTensors
 from farhox._core.types import Nest, Tensors
 
 
 class Record:
-    """States of consecutive steps, and tensors of each step's graph, by index inside loops of a graph.
+    """States of consecutive steps, and tensors of each step's graph, by index, inside loops of a graph too.
 
     Args:
         like: An inner state.
         kept: List of tensors of the step's graph.
         size: Steps at most, int or scalar tensor.
         arrays: For internal use.
+        few: Bool. All indices are ints, and nothing is in a loop: the tensors themselves are the record.
     """
 
-    def __init__(self, like: Nest, kept: Any, size: Any = None, arrays: Any = None) -> None:
+    def __init__(self, like: Nest, kept: Any, size: Any = None, arrays: Any = None, few: bool = False) -> None:
         self.like = like
         self.kept = kept
         self.arrays = arrays
-        if arrays is None:
+        if arrays is None and few:
+            self.arrays = [FewTensors() for _ in [*tf.nest.flatten(like), *kept]]
+        elif arrays is None:
             self.arrays = [
                 tf.TensorArray(leaf.dtype, size=count, element_shape=leaf.shape, clear_after_read=False)
                 for leaves, count in ((tf.nest.flatten(like), size + 1), (kept, size)) for leaf in leaves]
