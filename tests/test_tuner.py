@@ -324,6 +324,11 @@ def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_a_second_round_
     class Fake:
         """A training and a network of which nothing learns."""
 
+        tuned = []
+
+        def __init__(self, steps_follow_size=True):
+            self.steps_follow_size = steps_follow_size
+
         def momentum(self):
             return 0.9
 
@@ -337,7 +342,7 @@ def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_a_second_round_
             del batches
             return {"val_loss": 2.3}
 
-    def chosen(first, second):
+    def chosen(first, second, steps_follow_size=True):
         """Powers of 1 / 3 of the rates of both rounds of heats with these losses, and of the rate that is chosen."""
         tried, losses = [], iter([*first, *second])
 
@@ -345,11 +350,12 @@ def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_a_second_round_
             tried.append((steps, round(float(np.log(0.1 / rate) / np.log(3)), 3)))
             return next(losses)
 
-        search = RateSearch(Fake(), Fake(), None, None, 1000)
+        search = RateSearch(Fake(), Fake(steps_follow_size), None, None, 1000)
         monkeypatch.setattr(search, "heat", heat)
         power = round(float(np.log(0.1 / search.rate_of_heats(4.0)[0]) / np.log(3)), 3)
         assert [steps for steps, _ in tried] == [20] * len(first) + [60] * len(second)
-        assert [power for _, power in tried[:len(first)]] == list(range(len(first)))
+        begin = 0.0 if steps_follow_size else 0.5  # Of optimizers that normalise the gradient.
+        assert [power for _, power in tried[:len(first)]] == [begin + power for power in range(len(first))]
         return [power for _, power in tried[len(first):]], power
 
     assert chosen([0.5, 0.4, 0.6], [0.3, 0.2, 0.25]) == ([0.5, 1.0, 1.5], 1.0)
@@ -357,6 +363,7 @@ def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_a_second_round_
     assert chosen([0.5, 0.4, 0.3, 0.35], [0.1, 0.2, 0.2]) == ([1.5, 2.0, 2.5], 1.5)
     assert chosen([2.31, 2.3, 2.3, 2.3, 0.9, 1.0], [2.4, 0.5, 0.4]) == ([3.5, 4.0, 4.5], 4.5)
     assert chosen([np.inf] * 7, [np.inf] * 3) == ([5.5, 6.0, 6.5], 6.5)
+    assert chosen([0.4, 0.5], [0.3, 0.2], False) == ([0.5, 1.0], 1.0)
 
 
 def test_a_sweep_stops_where_the_smoothed_loss_has_risen():

@@ -8,7 +8,7 @@ from test_docs import README, blocks
 
 import farhox
 from farhox import stn
-from farhox.tuner.rate_search import RateSearch
+from farhox.tuner.beginnings import Beginnings
 from farhox.tuner.training import Training
 
 RANDOM = np.random.default_rng(0)
@@ -152,31 +152,78 @@ def test_strengths_take_larger_steps_in_a_training_of_few_updates_and_wait_at_it
     np.testing.assert_allclose(rates(0.05, 10), [0.3 * (1 - 0.7 / 8), 0.0], rtol=1e-6)
 
 
-
-def test_strengths_begin_at_a_third_where_training_makes_much_more_progress_so(monkeypatch):
-    tuner = farhox.Tuner(network())
+def beginnings_of(model, total=1000, **given):
+    """`Beginnings` of a tuner of this model, and its tuned hyperparameters by name."""
+    tuner = farhox.Tuner(model, **given)
     training = Training(tuner._network, tuner._model.optimizer, tuner._rows, 1, 0.3)
-    search = RateSearch(tuner._network, training, None, None, 1000)
-    strengths = [row.hyperparameter for row in training.tuned if row.route == "response"]
-    values = [float(strength.numpy()) for strength in strengths]
-    assert len(strengths) == 3
-    seen = []
+    return Beginnings(training, total), {row.name: row.hyperparameter for row in training.tuned}
 
-    def lowered(loss):
-        monkeypatch.setattr(search, "heat", lambda rate, steps: seen.append((rate, steps)) or loss)
-        search.lower_strengths(0.01, 1.0, 2.0)
-        return [float(strength.numpy()) for strength in strengths]
 
-    # A tenth more than the progress from 2 to 1.
-    np.testing.assert_allclose(lowered(0.91), values, rtol=1e-5)
-    np.testing.assert_allclose(lowered(np.inf), values, rtol=1e-5)
-    assert search.notes == []
-    np.testing.assert_allclose(lowered(0.89), np.array(values) / 3, rtol=1e-5)
-    assert seen == [(0.01, 60)] * 3 and "a third" in search.notes[0]
-    plain = farhox.Tuner(network(), tune=["l2"])
-    training = Training(plain._network, plain._model.optimizer, plain._rows, 1, 0.3)
-    RateSearch(plain._network, training, None, None, 1000).lower_strengths(0.01, 1.0, 2.0)
+def test_strengths_begin_at_a_third_where_training_makes_much_more_progress_so():
+    beginnings, tuned = beginnings_of(network(), fix=["l2"])
+    before = {name: float(entry.numpy()) for name, entry in tuned.items()}
+    assert len(tuned) == 3
 
+    def check(times):
+        for name, entry in tuned.items():
+            np.testing.assert_allclose(float(entry.numpy()), times * before[name], rtol=1e-5)
+
+    beginnings.sweep()
+    check(1 / 3)
+    beginnings.heat(0.01)
+    check(1 / 3)
+
+    def progress(loss):
+        check(1.0)  # It is made with the strengths of the start.
+        return loss
+
+    # The search has come from 2 to 1; a tenth of that is .1.
+    assert beginnings.choose(lambda: progress(1.09), 0.01, 1.0, 2.0) == []
+    check(1.0)
+    notes = beginnings.choose(lambda: progress(1.11), 0.01, 1.0, 2.0)
+    assert len(notes) == 1 and notes[0].startswith("strengths: a third")
+    check(1 / 3)
+    beginnings.choose(lambda: progress(np.inf), 0.01, 1.0, 2.0)
+    check(1 / 3)
+
+
+def dense(optimizer, l2=0.3):
+    model = keras.Sequential([
+        keras.Input([4]), keras.layers.Dense(3, kernel_regularizer=keras.regularizers.L2(l2)), keras.layers.Dense(2)])
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+@pytest.mark.parametrize("optimizer, rate, expected", [
+    (keras.optimizers.SGD(0.1, momentum=0.6), 0.05, {"l2": 0.1 / (2 * 0.05 / 0.4 * 1000)}),
+    (keras.optimizers.SGD(0.1, weight_decay=2.0), 0.05, {"weight_decay": 0.1 / 50, "l2": 0.05 / 50}),
+    # Of an optimizer that normalises the gradient, what an L2 penalty does has nothing to do with the rate.
+    (keras.optimizers.AdamW(0.1, weight_decay=2.0), 0.005, {"weight_decay": 3 / 5, "l2": 0.3}),
+    (keras.optimizers.AdamW(0.1, weight_decay=2.0), 1e-5, {"weight_decay": 20.0, "l2": 0.3}),  # The end of its range.
+])
+def test_decays_begin_where_they_fit_the_rate_and_the_steps(optimizer, rate, expected):
+    beginnings, tuned = beginnings_of(dense(optimizer))
+    before = {name: float(tuned[name].numpy()) for name in expected}
+    beginnings.heat(rate)
+    notes = beginnings.choose(lambda: 0.95, rate, 1.0, 2.0)
+    assert [note.startswith("decays: begin at") for note in notes] == [True]
+    for name, value in expected.items():
+        np.testing.assert_allclose(float(tuned[name].numpy()), value, rtol=1e-5)
+    # Those of the start make a tenth more progress.
+    assert beginnings.choose(lambda: 0.89, rate, 1.0, 2.0)[0].startswith("decays: as at the start")
+    for name, value in before.items():
+        np.testing.assert_allclose(float(tuned[name].numpy()), value, rtol=1e-5)
+    beginnings.sweep()
+    for name in [name for name in expected if abs(expected[name] - before[name]) > 1e-3]:
+        assert float(tuned[name].numpy()) < 1e-6
+
+
+def test_a_decay_that_is_given_to_start_from_stays():
+    beginnings, tuned = beginnings_of(dense(keras.optimizers.SGD(0.1)), start={"l2": 0.02})
+    beginnings.sweep()
+    beginnings.heat(0.05)
+    assert beginnings.choose(lambda: 1.0, 0.05, 1.0, 2.0) == []
+    np.testing.assert_allclose(float(tuned["l2"].numpy()), 0.02, rtol=1e-5)
 
 
 def test_bad_strengths_are_refused():

@@ -34,6 +34,8 @@ def test_a_budget_pays_for_the_first_runs_and_validation_chooses_among_them(scri
                       {"spent": 100.0, "validation_loss": 0.1, "test_loss": 0.1}]}
     assert script.found_by_searches({"tuner": tuned, "annealed": runs, "tpe": tpe}) == {
         "random, 1 x": 0.6, "tpe, 1 x": 0.5, "random, 10 x": 0.2, "tpe, 10 x": 0.5}
+    assert script.found_by_searches({"tuner": tuned, "annealed": runs[:2], "random": runs}) == {
+        "random, 1 x": 0.6, "random, 10 x": 0.2}
     # What has not spent ten times the seconds has no result for them.
     assert script.found_by_searches({"tuner": tuned, "annealed": runs[:2]}) == {"random, 1 x": 0.6}
 
@@ -98,6 +100,6 @@ def test_the_quick_form_runs_all_methods_and_goes_on_where_it_was(tmp_path):
     assert "digits_seed0_tuner_0" not in run.stdout  # Was done before.
     results = json.loads((tmp_path / "results.json").read_text())
     runs = results["tasks"]["digits"]
-    assert set(runs) == {"tuner", "untuned", "annealed", "averaged", "tpe", "hyperband"}
+    assert set(runs) == {"tuner", "untuned", "annealed", "averaged", "random", "tpe", "hyperband"}
     assert all(run["test_loss"] < 1.0 for run in runs["tuner"])
     assert (tmp_path / "tune_model.png").read_bytes()[:4] == b"\x89PNG"

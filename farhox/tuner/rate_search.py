@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 
 from farhox.tuner import report
+from farhox.tuner.beginnings import Beginnings
 from farhox.tuner.rate import Sweep, read_sweep
 
 SWEEP_STEPS, _LEAST_SWEEP_STEPS = 100, 60
 _RANGE = (1e-6, 10.0)
 _FINE = 300.0
-# Rates are tried from the stop divided by the first of these on, to the second in any case and the third at most.
-_HEATS = (4.0, 36.0, 4e3)
+# Rates are tried from the stop divided by the first of these on, to the second in any case and the third at most; from
+# a lower one of optimizers that normalise the gradient, of which short trainings favour rates that are too high.
+_HEATS, _FIRST_OF_NORMALISED = (4.0, 36.0, 4e3), 4.0 * math.sqrt(3.0)
 _HEAT_FACTOR = 3.0
 # In each of two rounds over so many steps, or a share of the training.
 _HEAT_STEPS, _HEAT_SHARES = (20, 60), (100, 33)
 _MOST_MOMENTUM = 0.9
-# Strengths begin at this share of their values if a heat makes so much more progress with it.
-_LESS_STRENGTH, _MORE_PROGRESS = 1.0 / 3.0, 0.1
 
 
 class RateSearch:
@@ -44,12 +44,14 @@ class RateSearch:
         self._network, self._training, self._data, self._evaluated = network, training, data, evaluated
         self._total = total
         self._start = training.state()
+        self._beginnings = Beginnings(training, total)
         self.notes: list[str] = []
 
     def run(self) -> float:
         """Sets the rate and starts training afresh. Returns the least training loss that the sweep has seen."""
         training = self._training
         momenta = training.set_momentum()
+        self._beginnings.sweep()
         steps = min(SWEEP_STEPS, max(_LEAST_SWEEP_STEPS, self._total // 10))
         coarse = self._swept(_RANGE, steps // 3)
         # The loss lags behind a rate that rises fast, so the stop is looked for again, slowly, below where it seemed.
@@ -61,7 +63,7 @@ class RateSearch:
         stop = sweep.stop / (1.0 - training.momentum())
         training.set_momentum([min(momentum, _MOST_MOMENTUM) for momentum in momenta])
         rate, loss, untrained = self.rate_of_heats(stop)
-        self.lower_strengths(rate, loss, untrained)
+        self.notes += self._beginnings.choose(lambda: self._after(rate, self._heat_steps()[1]), rate, loss, untrained)
         training.restart(self._start)
         training.rate_row.hyperparameter.assign(rate)
         return sweep.least
@@ -94,7 +96,7 @@ class RateSearch:
             loss = self.heat(rate, steps)
             return (loss if loss < untrained else math.inf), rate  # Of those that have not trained, the lowest is best.
 
-        first, divisor = [], _HEATS[0]
+        first, divisor = [], _HEATS[0] if self._training.steps_follow_size else _FIRST_OF_NORMALISED
         while divisor <= _HEATS[1] or min(first)[1] == first[-1][1] and divisor <= _HEATS[2]:
             first.append(judged(stop / divisor * (1.0 - self._training.momentum()), short))
             divisor *= _HEAT_FACTOR
@@ -109,38 +111,16 @@ class RateSearch:
                           "after annealed steps")
         return rate, loss, untrained
 
-    def lower_strengths(self, rate: float, loss: float, untrained: float) -> None:
-        """Lets strengths of dropout, noise and augmentation begin lower where they hold training up.
-
-        Training follows them from there. From strengths that are far too high it would come down while the rate is
-        best, and learn little until then.
-
-        Args:
-            rate: The learning rate.
-            loss: The validation loss after a longer heat with it.
-            untrained: That of the initial weights.
-        """
-        strengths = [row.hyperparameter for row in self._training.tuned if row.route == "response"]
-        if not strengths:
-            return
-        values = [strength.numpy() for strength in strengths]
-        for strength, value in zip(strengths, values):
-            low = strength.low or 0.0
-            strength.assign(low + _LESS_STRENGTH * (value - low))
-        steps = self._heat_steps()[1]
-        if loss - self.heat(rate, steps) > _MORE_PROGRESS * abs(untrained - loss):
-            self.notes.append("strengths: a third of those at the start, by the validation loss after "
-                              f"{steps} annealed steps")
-            return
-        for strength, value in zip(strengths, values):
-            strength.assign(value)
-
     def _heat_steps(self):
         """The steps of a heat of the first round, and of the second."""
         return [max(least, self._total // share) for least, share in zip(_HEAT_STEPS, _HEAT_SHARES)]
 
     def heat(self, rate: float, steps: int) -> float:
         """The validation loss after a short annealed training; infinity where it is not finite."""
+        self._beginnings.heat(rate)
+        return self._after(rate, steps)
+
+    def _after(self, rate, steps):
         done = 0
         self._training.restart(self._start)
         self._training.rate_row.hyperparameter.assign(rate)

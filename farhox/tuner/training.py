@@ -54,12 +54,14 @@ class Training:
 
     Attributes:
         kept: List of all variables that training changes.
+        steps_follow_size: Bool, whether steps grow with the gradient, as those of SGD do, or are of one size.
         steps: Int, steps done.
     """
 
     def __init__(self, network: keras.Model, optimizer: keras.optimizers.Optimizer, rows: Any, truncation: int | None,
                  outer_rate: float) -> None:
         self.network = network
+        self.steps_follow_size = isinstance(optimizer, keras.optimizers.SGD)
         self._rows = {row.name: row for row in rows}
         settings = {name: row.hyperparameter for name, row in self._rows.items()
                     if row.hyperparameter is not None and name in vars(optimizer)}

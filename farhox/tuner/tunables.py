@@ -89,6 +89,7 @@ class Tunable:
         route: How it is reached if it is tuned.
         tuned: Bool.
         reason: Why it is tuned or fixed, in a few words.
+        given: Whether its value was given to start from, rather than found in the model.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Tunable:
     high: float
     tuned: bool
     reason: str
+    given: bool = False
 
     @property
     def route(self) -> str:
@@ -197,9 +199,9 @@ class Choice:
             return Tunable(name, kind, places, hyperparameter, ratios, low, high, False, "as asked (fix)")
         if self.tune is not None:
             return Tunable(name, kind, places, hyperparameter, ratios, low, high, asked,
-                           "as asked (tune)" if asked else "not in tune")
+                           "as asked (tune)" if asked else "not in tune", given is not None)
         return Tunable(name, kind, places, hyperparameter, ratios, low, high, kind.tuned,
-                       kind.reason if not kind.tuned else "")
+                       kind.reason if not kind.tuned else "", given is not None)
 
     def own(self, hyperparameter: OuterVariable, route: str, places: list[Place]) -> Tunable:
         """The `Tunable` of a `Hyperparameter` of the user's own, as it is."""

@@ -11,7 +11,7 @@ one, with initial weights of its own:
   the last 30 % of the steps; `averaged`: the same as untuned with an average of the weights.
 
 `random` is the best of the first annealed runs by validation loss, as many as have the CPU seconds of one tuned run, or
-of ten. `tpe` is Optuna's Parzen estimator with median pruning, `hyperband` that of KerasTuner, both on annealed
+of ten; further starts are run where those of the table are too few. `tpe` is Optuna's Parzen estimator with median pruning, `hyperband` that of KerasTuner, both on annealed
 trainings and with the same CPU seconds.
 
 Every finished run is a file: the same command goes on, with more starts, tasks or methods too, and `--report` makes the
@@ -30,9 +30,9 @@ from _shared import experiment_flags, program
 
 TASK_NAMES = ("mlp_sgd", "mlp_adamw", "cnn", "text", "digits")
 METHODS = {"tuner": "Tuner", "untuned": "Untuned", "annealed": "Untuned, annealed",
-           "averaged": "Untuned, averaged weights", "tpe": "Parzen estimator, annealed",
-           "hyperband": "Hyperband, annealed"}
-SEARCHES = ("tpe", "hyperband")
+           "averaged": "Untuned, averaged weights", "random": "Random search, annealed",
+           "tpe": "Parzen estimator, annealed", "hyperband": "Hyperband, annealed"}
+SEARCHES = ("random", "tpe", "hyperband")
 AVERAGE = 0.99
 SETTINGS = ("share", "examples")  # What a run depends on.
 QUICK = {"tasks": ["digits"], "starts": 2, "budget": 0.5}
@@ -126,26 +126,36 @@ def run_task(name, folder, chosen, data_dir, seed):
     def once(label, function):
         return folder.done(label) if chosen["report"] else folder.once(label, function)
 
+    def from_start(method, index):
+        def run(path):
+            del path
+            keras.backend.clear_session()
+            values = task.draw(index)
+            if method == "tuner":
+                loss, model, tuner = tuned(task, parts, epochs, values, index)
+                return result_of(loss, model, parts[2], start=values, notes=tuner.notes, values={
+                    key: value for key, value in tuner.get_hyperparameters().items() if value is not None})
+            found = searches.train(task, parts, epochs, values, index, annealed=method == "annealed",
+                                   average=method == "averaged")
+            return result_of(*found, parts[2], start=values)
+
+        return once(f"{name}_seed{seed}_{method}_{index}", run)
+
     for index in range(chosen["starts"]):
         for method in [method for method in METHODS if method in chosen["methods"] and method not in SEARCHES]:
-            def run(path, method=method, index=index):
-                del path
-                keras.backend.clear_session()
-                values = task.draw(index)
-                if method == "tuner":
-                    loss, model, tuner = tuned(task, parts, epochs, values, index)
-                    return result_of(loss, model, parts[2], start=values, notes=tuner.notes, values={
-                        key: value for key, value in tuner.get_hyperparameters().items() if value is not None})
-                found = searches.train(task, parts, epochs, values, index, annealed=method == "annealed",
-                                       average=method == "averaged")
-                return result_of(*found, parts[2], start=values)
-
-            found = once(f"{name}_seed{seed}_{method}_{index}", run)
+            found = from_start(method, index)
             if found is not None:
                 runs.setdefault(method, []).append(found)
     if "tuner" in runs:
         budget = chosen["budget"] * float(np.mean([run["cpu_seconds"] for run in runs["tuner"]]))
-        for method in [method for method in SEARCHES if method in chosen["methods"]]:
+        if "random" in chosen["methods"] and "annealed" in runs:
+            runs["random"] = list(runs["annealed"])
+            while sum(run["cpu_seconds"] for run in runs["random"]) < budget:
+                found = from_start("annealed", len(runs["random"]))
+                if found is None:
+                    break
+                runs["random"].append(found)
+        for method in [method for method in SEARCHES[1:] if method in chosen["methods"]]:
             def search(path, method=method):
                 return searches.search(method, task, parts, epochs, seed, budget, path)
 
@@ -160,8 +170,8 @@ def found_by_searches(runs):
     if "tuner" not in runs:
         return {}
     one = float(np.mean([run["cpu_seconds"] for run in runs["tuner"]]))
-    pools = {"random": runs["annealed"]} if "annealed" in runs else {}
-    pools.update({method: searches.with_seconds(runs[method]["trials"]) for method in SEARCHES if method in runs})
+    pools = {"random": runs[name] for name in ("annealed", "random") if name in runs}
+    pools.update({method: searches.with_seconds(runs[method]["trials"]) for method in SEARCHES[1:] if method in runs})
     found = {f"{name}, {times} x": best_within(pool, times * one) for times in (1, 10) for name, pool in pools.items()
              if sum(run["cpu_seconds"] for run in pool) >= times * one}
     return {name: None if run is None else run["test_loss"] for name, run in found.items()}
