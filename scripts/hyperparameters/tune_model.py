@@ -11,8 +11,8 @@ one, with initial weights of its own:
   the last 30 % of the steps; `averaged`: the same as untuned with an average of the weights.
 
 `random` is the best of the first annealed runs by validation loss, as many as have the CPU seconds of one tuned run, or
-of ten; further starts are run where those of the table are too few. `tpe` is Optuna's Parzen estimator with median pruning, `hyperband` that of KerasTuner, both on annealed
-trainings and with the same CPU seconds.
+of ten; further starts are run where those of the table are too few. `tpe` is Optuna's Parzen estimator with median
+pruning, `hyperband` that of KerasTuner, both on annealed trainings and with the same CPU seconds.
 
 Every finished run is a file: the same command goes on, with more starts, tasks or methods too, and `--report` makes the
 table and the picture of what there is.
@@ -170,7 +170,8 @@ def found_by_searches(runs):
     if "tuner" not in runs:
         return {}
     one = float(np.mean([run["cpu_seconds"] for run in runs["tuner"]]))
-    pools = {"random": runs[name] for name in ("annealed", "random") if name in runs}
+    pool = runs.get("random", runs.get("annealed"))
+    pools = {} if pool is None else {"random": pool}
     pools.update({method: searches.with_seconds(runs[method]["trials"]) for method in SEARCHES[1:] if method in runs})
     found = {f"{name}, {times} x": best_within(pool, times * one) for times in (1, 10) for name, pool in pools.items()
              if sum(run["cpu_seconds"] for run in pool) >= times * one}
