@@ -195,10 +195,10 @@ def dense(optimizer, l2=0.3):
 
 
 @pytest.mark.parametrize("optimizer, rate, expected", [
-    (keras.optimizers.SGD(0.1, momentum=0.6), 0.05, {"l2": 0.1 / (2 * 0.05 / 0.4 * 1000)}),
-    (keras.optimizers.SGD(0.1, weight_decay=2.0), 0.05, {"weight_decay": 0.1 / 50, "l2": 0.05 / 50}),
+    (keras.optimizers.SGD(0.1, momentum=0.6), 0.05, {"l2": 1 / (2 * 0.05 / 0.4 * 1000)}),
+    (keras.optimizers.SGD(0.1, weight_decay=2.0), 0.05, {"weight_decay": 1 / 50, "l2": 0.5 / 50}),
     # Of an optimizer that normalises the gradient, what an L2 penalty does has nothing to do with the rate.
-    (keras.optimizers.AdamW(0.1, weight_decay=2.0), 0.005, {"weight_decay": 3 / 5, "l2": 0.3}),
+    (keras.optimizers.AdamW(0.1, weight_decay=2.0), 0.005, {"weight_decay": 1 / 5, "l2": 0.3}),
     (keras.optimizers.AdamW(0.1, weight_decay=2.0), 1e-5, {"weight_decay": 20.0, "l2": 0.3}),  # The end of its range.
 ])
 def test_decays_begin_where_they_fit_the_rate_and_the_steps(optimizer, rate, expected):

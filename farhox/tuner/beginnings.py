@@ -10,9 +10,6 @@ from farhox.tuner import report
 
 # Of strengths of dropout, noise and augmentation.
 _LESS_STRENGTH = 1.0 / 3.0
-# What decay does in a training, 1 being that weights forget their beginning once: rate * weight_decay * steps, and of
-# SGD, whose steps grow with the gradient, so much of that or of 2 * rate / (1 - momentum) * l2 * steps.
-_FORGOTTEN, _FORGOTTEN_OF_SGD = 3.0, 0.1
 # One choice is better than another if it makes so much more progress.
 _MORE_PROGRESS = 0.1
 
@@ -21,7 +18,8 @@ class Beginnings:
     """Values with which hyperparameters begin a training: the model's own, or what a search of the rate is done with.
 
     A search goes with a third of the strengths of dropout, noise and augmentation, under which trainings can be told
-    apart, and with decays that fit the rate and the length of the training. In the end a heat with the model's own
+    apart, and with decays under which weights forget their beginning once in the training: rate * weight_decay * steps
+    is 1, or of SGD 2 * rate / (1 - momentum) * l2 * steps. In the end a heat with the model's own
     values decides: strengths are its own unless a third makes a tenth more progress, since from one that is far too
     high training would come down while the rate is best; decays are the rule's unless its own make a tenth more
     progress. Few steps do not tell more of a decay, whose effect comes late.
@@ -50,9 +48,8 @@ class Beginnings:
 
     def heat(self, rate: float) -> None:
         """Sets what a heat with this rate goes with."""
-        forgotten = _FORGOTTEN_OF_SGD if self._training.steps_follow_size else _FORGOTTEN
         for row in self._decays:
-            value = forgotten / (rate * self._total)
+            value = 1.0 / (rate * self._total)
             if row.kind.name == "l2":
                 value *= 0.5 * (1.0 - self._training.momentum())
             row.hyperparameter.assign(np.full_like(self._own[row.name], min(max(value, row.low), row.high)))
