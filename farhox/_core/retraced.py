@@ -18,6 +18,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from farhox._core.sums import sums_as_written
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 _FUNCTION = type(tf.function(lambda: None))
 # Their functions read what they are given.
@@ -55,7 +57,8 @@ class Retraced:
                     "which they read, was another value at each call. Pass it as a part of the batch, or make it a "
                     "keras.Variable that is assigned.", stacklevel=3)
         traces = self._function.experimental_get_tracing_count()
-        result = self._function(*arguments)
+        with sums_as_written():
+            result = self._function(*arguments)
         if self._function.experimental_get_tracing_count() > traces:
             # Afterwards, so that code which counts its traces is not traced because of that.
             self._watched = Watched(self._roots)

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from farhox._core import large_constants, refusals
 from farhox._core.exact import exact_derivatives
 from farhox._core.functional import user_code
+from farhox._core.sums import sums_as_written
 from farhox._core.types import Nest, Tensor, Tensors
 from farhox._core.zeros import without_zeros
 
@@ -180,7 +181,8 @@ class StepGraph:
             self._functions[key] = tf.function(
                 lambda *values: self.run(fetches, [*zip(tensors, values), *zeros], checks), autograph=False,
             ).get_concrete_function(*[tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors])
-        return self._functions[key](*[value for _, value in feeds])
+        with sums_as_written():
+            return self._functions[key](*[value for _, value in feeds])
 
     def independent(self, wanted: Any, sources: Any) -> Tensors:
         """Where a computation of `wanted` can be cut so that nothing before the cut depends on `sources`.

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks, tree
+from farhox._core.sums import sums_as_written
 from farhox._core.types import Batch, InnerBatches
 from farhox.data.batches import as_inner_batches
 from farhox.hypergradients.base import HyperGradient
@@ -83,6 +84,7 @@ class HypergradientComparison:
         return "\n\n".join([table(rows)] + healths)
 
 
+@sums_as_written()
 def compare_hypergradients(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch, methods: Any,
                            repeats: int = 3) -> HypergradientComparison:
     """Computes one hypergradient by several methods: agreement with the first one, time and memory.

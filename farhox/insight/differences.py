@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.sums import sums_as_written
 from farhox._core.types import Batch, InnerBatches
 from farhox.data.batches import as_inner_batches, batch_at
 from farhox.hypergradients.base import HyperGradient
@@ -75,6 +76,7 @@ class HypergradientCheck:
         return "\n".join([table(rows), f"largest relative error: {self.maximum_error:.1e}", *self.remarks])
 
 
+@sums_as_written()
 def check_hypergradient(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
                         hypergradient: HyperGradient, max_entries: int = 10,
                         step_size: float | Sequence[float] | None = None, seed: int = 0) -> HypergradientCheck:

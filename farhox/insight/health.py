@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from farhox._core import tree
 from farhox._core.inner_state import float_leaves
+from farhox._core.sums import sums_as_written
 from farhox._core.types import Batch, InnerBatches
 from farhox.data.batches import as_inner_batches, batch_at
 from farhox.hypergradients.base import HyperGradient, HyperGradientResult
@@ -89,6 +90,7 @@ class HealthReport:
         return "\n".join(lines + [f"advice: {sentence}" for sentence in self.advice])
 
 
+@sums_as_written()
 def health(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch, hypergradient: HyperGradient,
            result: HyperGradientResult | None = None, power_steps: int = 20) -> HealthReport:
     """A report on one computation of a hypergradient: convergence, contraction, bias, residual, zeros, advice.
@@ -134,6 +136,7 @@ class InnerConvergence(NamedTuple):
     contraction: float | None
 
 
+@sums_as_written()
 def inner_convergence(problem: BilevelProblem, inner_batches: InnerBatches, result: HyperGradientResult,
                       power_steps: int = 20) -> InnerConvergence:
     """Gradient norms at both ends of the inner training and the contraction at its end."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from farhox._core.sums import sums_as_written
 from farhox._core.types import Array, Batch, InnerBatches
 from farhox.data.batches import as_inner_batches
 from farhox.insight.diagnostics import HypergradientComparison
@@ -27,6 +28,7 @@ _STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 1.0, "legend.edgecolor": "none"}
 
 
+@sums_as_written()
 def outer_loss_grid(problem: BilevelProblem, inner_batches: InnerBatches, outer_batch: Batch,
                     x: tuple[OuterVariable, Array], y: tuple[OuterVariable, Array]) -> np.ndarray:
     """The outer objective after the inner training for each pair of values of two hyperparameters; no derivative.

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from farhox._core import checks
+from farhox._core.sums import sums_as_written
 from farhox.meta.episodes import EpisodeSource
 from farhox.meta.learner import Learner
 from farhox.training.resume import assign_variables, variables_with_names
@@ -15,6 +16,7 @@ from farhox.training.saved_states import SavedStates
 from farhox.training.signals import Signals
 
 
+@sums_as_written()
 def fit_distributed(learner: Learner, episodes: EpisodeSource, meta_batch_size: int, meta_steps: int,
                     folder: str | os.PathLike, save_every: float = 60.0,
                     report: Callable[..., Any] | None = None) -> Any:

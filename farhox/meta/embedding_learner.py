@@ -18,7 +18,7 @@ from farhox.meta.evaluation import evaluate_episodes
 from farhox.meta.statistics import statistics_of
 from farhox.meta.weights import is_present, joined, scaled, weighted_mean, with_both_weights, with_weights
 from farhox.problem.losses import checked_labels
-from farhox.training.hyper_optimizer import clear_errors
+from farhox.training.errors import graph_calls
 
 _LOSS = "sparse_categorical_crossentropy"
 
@@ -90,7 +90,7 @@ class EmbeddingLearner(keras.Model, abc.ABC):
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
         if kwargs.get("validation_data") is not None:
             kwargs["validation_data"] = self._dataset(kwargs["validation_data"])
-        with clear_errors():
+        with graph_calls():
             return super().fit(self._dataset(x), **kwargs)
 
     def _dataset(self, x):
@@ -126,11 +126,11 @@ class EmbeddingLearner(keras.Model, abc.ABC):
     def evaluate(self, x: Data = None, episodes: int = 600, meta_batch_size: int = 10, **kwargs: Any) -> Any:
         """As `Learner.evaluate`."""
         if not isinstance(x, EpisodeSource):
-            with clear_errors():
+            with graph_calls():
                 return super().evaluate(self._dataset(x), **kwargs)
         if self._judge_function is None:
             self._judge_function = tf.function(self._judge, autograph=False)
-        with clear_errors():
+        with graph_calls():
             return {**evaluate_episodes(self._judge_function, x, episodes, meta_batch_size), "transductive": False}
 
     def predict(self, support: Batch, query: Batch) -> np.ndarray:

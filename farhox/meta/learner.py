@@ -22,7 +22,8 @@ from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.episodes import map_episodes, num_episodes
 from farhox.problem.inner_training import InnerTraining
 from farhox.problem.losses import takes_class_numbers
-from farhox.training.hyper_optimizer import HyperOptimizer, clear_errors
+from farhox.training.errors import graph_calls
+from farhox.training.hyper_optimizer import HyperOptimizer
 
 
 class Learner(HyperOptimizer):
@@ -105,7 +106,7 @@ class Learner(HyperOptimizer):
             return super().evaluate(x, **kwargs)
         if self._judge_function is None:
             self._judge_function = self._compiled(self._judge)
-        with clear_errors():
+        with graph_calls():
             result = evaluate_episodes(self._judge_function, x, episodes, meta_batch_size)
         return {**result, "transductive": self.transductive}
 

@@ -9,7 +9,7 @@ from farhox._core.types import Batch, InnerBatches, Tensors
 from farhox.data.batches import as_inner_batches, as_tensors, examples_of
 from farhox.hypergradients.base import HyperGradientResult
 from farhox.problem.inner_training import InnerTraining
-from farhox.training.errors import clear_errors
+from farhox.training.errors import graph_calls
 from farhox.training.trained import Trained, raise_if_not_finite
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ByHand:
         optimizer = self._optimizer
         optimizer.problem.raise_if_model_changed()
         inner_batches, outer_batch = as_inner_batches(inner_batches), as_tensors("outer_batch", outer_batch)
-        with clear_errors():
+        with graph_calls():
             self._check_data(inner_batches, outer_batch)
             if self._step_function is None:
                 self._step_function = optimizer._compilation.chosen(
@@ -56,7 +56,7 @@ class ByHand:
         if self._inner_function is None:
             self._inner_function = self._optimizer._compiled(self._train)
         inner_batches = as_inner_batches(inner_batches)
-        with clear_errors():
+        with graph_calls():
             self._check_data(inner_batches, None)
             run = self._inner_function(inner_batches, outer, state)
         raise_if_not_finite(run)

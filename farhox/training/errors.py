@@ -1,9 +1,12 @@
 """Errors of compiled hyper-iterations, said as they would be outside of a graph."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
+from farhox._core.sums import sums_as_written
 from farhox.problem.losses import LABEL_RULE
 from farhox.problem.supervised import INDEX_RULE
 
@@ -20,19 +23,22 @@ class DivergedError(RuntimeError):
         self.losses = losses
 
 
-class clear_errors:
-    """Turns assertions on data inside a graph into the ValueErrors that they would be outside."""
+@contextlib.contextmanager
+def graph_calls() -> Iterator[None]:
+    """What holds where compiled hyper-iterations are called.
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if not isinstance(error, tf.errors.InvalidArgumentError):
-            return
+    Assertions on data inside a graph become the ValueErrors that they would be outside, and sums stay as they are
+    written.
+    """
+    try:
+        with sums_as_written():
+            yield
+    except tf.errors.InvalidArgumentError as error:
         message = str(error)
         for rule in (LABEL_RULE, INDEX_RULE):
             if rule in message:
                 raise ValueError(_in_one_line(message[message.index(rule):])) from error
+        raise
 
 
 def _in_one_line(message):

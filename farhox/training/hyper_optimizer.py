@@ -22,7 +22,7 @@ from farhox.problem.bilevel import BilevelProblem
 from farhox.training.by_hand import ByHand
 from farhox.training.compilation import Compilation
 from farhox.training.data_checks import with_checks
-from farhox.training.errors import clear_errors
+from farhox.training.errors import graph_calls
 from farhox.training.hyper_iteration import HyperIteration, checked_settings, problem_to_compile
 from farhox.training.measures import Measures
 from farhox.training.metric_variables import make_metrics, make_metrics_of_replicas
@@ -178,7 +178,7 @@ class HyperOptimizer(keras.Model):
         add_progress(callbacks, kwargs.get("verbose", "auto"))
         kwargs.setdefault("shuffle", False)  # A data set shuffles itself; Keras warns where it is asked to.
         self.problem.raise_if_model_changed()
-        with clear_errors():
+        with graph_calls():
             make_metrics(self, self._compile_metrics, x, self._predictions_of)
             history = super().fit(x, callbacks=callbacks, validation_data=validation_data, **kwargs)
         history.history = Logs(history.history)
@@ -198,13 +198,13 @@ class HyperOptimizer(keras.Model):
             The values that `metrics_names` names, or with `return_dict=True` a dictionary, as `keras.Model.evaluate`.
         """
         if kwargs.pop("_use_cached_eval_dataset", False):  # The validation of Keras' fit, for its callbacks.
-            with clear_errors():
+            with graph_calls():
                 return super().evaluate(x, _use_cached_eval_dataset=True, **kwargs)
         self.problem.raise_if_model_changed()
         as_dictionary = kwargs.pop("return_dict", False)
         callbacks = as_list(kwargs.pop("callbacks", None))
         add_progress(callbacks, kwargs.get("verbose", "auto"))
-        with clear_errors():
+        with graph_calls():
             x = self._dataset(x)
             raise_if_endless(x, "steps", kwargs.get("steps"))
             make_metrics(self, self._compile_metrics, x, self._predictions_of)

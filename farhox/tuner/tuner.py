@@ -12,7 +12,7 @@ import numpy as np
 
 from farhox._core import checks
 from farhox._core.types import Array, Arrays, Callbacks, Data
-from farhox.training.errors import clear_errors
+from farhox.training.errors import graph_calls
 from farhox.tuner import report
 from farhox.tuner.data import rounds_of
 from farhox.tuner.network import Network, Objective, check_model
@@ -141,7 +141,7 @@ class Tuner:
         if self._rule is not None:
             started = [assign(self._rows, self._rule.start(*examples_of(x, steps_per_epoch)))]
             self._values_before = {row.name: row.value() for row in self._rows}
-        with clear_errors():
+        with graph_calls():
             return self._fit(plan, saved, verbose, started)
 
     def _fit(self, plan, saved, verbose, started):
