@@ -4,11 +4,15 @@ import json
 import subprocess
 import sys
 
+import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from problems import assert_close
 from script_files import import_script, script_path
 from unrolled import unrolled_hypergradient
+
+import farhox
 
 
 @pytest.fixture
@@ -144,3 +148,19 @@ def test_benchmark_of_xla_says_what_was_chosen(monkeypatch):
     assert all(row["line"].startswith('jit_compile="auto": with') and row["choice_s"] > 0 for row in rows.values())
     assert "relative difference" in rows["dropout"]["line"] and rows["dropout"]["chosen"] == "none"
     assert rows["online"]["without"].endswith("ms") and rows["online"]["with_xla"].endswith("ms")
+
+
+@pytest.mark.slow
+def test_the_loop_by_hand_of_small_steps_learns_what_fit_learns(monkeypatch):
+    script = import_script("benchmark_small_steps", monkeypatch)
+    x, y = (np.random.default_rng(0).normal(size=shape).astype("float32") for shape in ((64, 100), (64,)))
+    data = tf.data.Dataset.from_tensors(((x[None], y[None]), (x, y))).repeat(30)
+    _, w, log_rate = script.loop_by_hand(x, y, 30)()
+    for model in (script.farhox_model(100), script.ByHand(100)):
+        model.compile(keras.optimizers.SGD(script.OUTER_RATE), steps_per_execution=7)
+        model.fit(data, verbose=0)
+        learned = model.problem.inner_variables + model.problem.outer_variables if isinstance(
+            model, farhox.HyperOptimizer) else [model.w, model.log_rate]
+        assert_close(learned, [w, log_rate], 1e-5)
+    row = script.measure("fit_50", quick=True, repeats=1)
+    assert set(name for name, _ in script.COLUMNS) <= set(row) and row["kinds"]["MatMul"] == 4

@@ -63,6 +63,19 @@ def test_one_entry_that_is_not_finite_makes_the_nest_not_finite(entry, finite):
     assert bool(tree.is_finite({"a": tf.constant([1.0, entry]), "seed": tf.constant([1, 2])})) is finite
 
 
+@pytest.mark.parametrize("bad", [None, 0, 1, 2, 3, 4, 5])
+def test_many_tensors_are_finite_if_each_is(bad):
+    leaves = [np.ones([], "float32"), np.ones([], "float32"), np.ones([3], "float32"), np.ones([2, 2], "float64"),
+              np.ones([5000], "float32"), np.ones([0], "float32"), np.ones([2, 3], "float32")]
+    if bad is not None:
+        leaf = leaves[bad if bad < 5 else 6]
+        leaf[(-1,) * leaf.ndim] = np.inf
+    assert bool(tree.is_finite([tf.constant(leaf) for leaf in leaves])) is (bad is None)
+    shapes = [tf.TensorSpec(None if index == 2 else leaf.shape, leaf.dtype) for index, leaf in enumerate(leaves)]
+    assert bool(tf.function(lambda *leaves: tree.is_finite(list(leaves)), input_signature=shapes)(*leaves)) is (
+        bad is None)
+
+
 def test_integers_are_finite():
     assert bool(tree.is_finite([tf.constant([1, 2])]))
 

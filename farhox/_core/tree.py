@@ -4,12 +4,15 @@ Every function takes nests of the same structure and works leaf by leaf. Only th
 walked; callers speak of vectors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
 
-from farhox._core.types import DType, Nest, Tensor
+from farhox._core.types import DType, Nest, Tensor, Tensors
+
+# Entries of a tensor that are copied sooner than looked at by an operation of their own.
+_SMALL = 4096
 
 
 def map(function: Callable[..., Any], *nests: Nest) -> Nest:
@@ -67,7 +70,27 @@ def is_finite(nest: Nest) -> Tensor:
     leaves = [leaf for leaf in tf.nest.flatten(nest) if leaf.dtype.is_floating]
     if not leaves:
         return tf.constant(True)
-    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(leaf)) for leaf in leaves])
+    checks = [tf.reduce_all(tf.math.is_finite(vector)) for vector in joined(leaves)]
+    return checks[0] if len(checks) == 1 else tf.reduce_all(checks)
+
+
+def joined(leaves: Iterable[Tensor]) -> Tensors:
+    """The entries of tensors in fewer of them, for what is asked of all entries: small ones of a type become one."""
+    alone, by_type = [], {}
+    for leaf in leaves:
+        size = leaf.shape.num_elements()
+        if size is None or size > _SMALL:
+            alone.append(leaf)
+        else:
+            by_type.setdefault(leaf.dtype, []).append(leaf)
+    return alone + [_joined(group) for group in by_type.values()]
+
+
+def _joined(leaves):
+    scalars = [leaf for leaf in leaves if leaf.shape.rank == 0]
+    vectors = [leaf if leaf.shape.rank == 1 else tf.reshape(leaf, [-1]) for leaf in leaves if leaf.shape.rank != 0]
+    vectors += [tf.stack(scalars)] if scalars else []
+    return vectors[0] if len(vectors) == 1 else tf.concat(vectors, axis=0)
 
 
 def select(condition: Tensor, first: Nest, second: Nest) -> Nest:

@@ -135,25 +135,38 @@ class HyperIteration:
         if self.outer_first:
             return self._outer_first(problem, optimizer, iteration, inner_batches, outer_batch, start, result)
         new_state, new_carry = self.kept.of(result)
-        flags = tf.stack([_not_finite(part) for part in [
-            result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]])
+        # A diverged inner loss with a finite hypergradient is a diverged run all the same.
+        parts = [result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]
         outer_loss = tf.cast(result.outer_loss, tf.float32)
         context = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync > 1:
-            if self.online:
-                raise ValueError("online=True keeps one inner state and needs one replica. Received a strategy with "
-                                 f"{context.num_replicas_in_sync} replicas.")
-            *flags, outer_loss = tf.unstack(context.all_reduce(
-                tf.distribute.ReduceOp.SUM, tf.concat([tf.cast(flags, tf.float32), [outer_loss]], 0)))
-            flags = tf.cast(tf.stack(flags), tf.int32)
-            outer_loss /= context.num_replicas_in_sync
-        # A diverged inner loss with a finite hypergradient is a diverged run all the same.
-        finite = tf.reduce_all(flags == 0)
-        stands = self._update(optimizer, finite, result.gradients, context)
-        self.kept.keep(result.inner_losses, new_state, new_carry)
+            self._over_replicas(optimizer, context, parts, outer_loss, inner_batches, outer_batch)
+            return result
+
+        finite = self.kept.keep(result.inner_losses, new_state, new_carry, start) & tree.is_finite(
+            [result.outer_loss, result.gradients])
+        # What is not finite does not reach the optimizer: its update is taken back.
+        gradients = [tf.where(finite, gradient, tf.zeros_like(gradient)) for gradient in result.gradients]
+        self.guarded_update.apply_fast(
+            optimizer, lambda: self.apply(optimizer, gradients), finite, self.watch.note,
+            lambda: self.watch.record(tf.constant(False), _flags(parts), inner_batches, outer_batch),
+            self.watch.has_noted)
         self.last_outer_loss.assign(outer_loss)
-        self.watch.record(stands, flags, inner_batches, outer_batch)
         return result
+
+    def _over_replicas(self, optimizer, context, parts, outer_loss, inner_batches, outer_batch):
+        """The update by what all replicas found, and what there is to keep and to say."""
+        if self.online:
+            raise ValueError("online=True keeps one inner state and needs one replica. Received a strategy with "
+                             f"{context.num_replicas_in_sync} replicas.")
+        *flags, outer_loss = tf.unstack(context.all_reduce(
+            tf.distribute.ReduceOp.SUM, tf.concat([tf.cast(_flags(parts), tf.float32), [outer_loss]], 0)))
+        flags = tf.cast(tf.stack(flags), tf.int32)
+        inner_losses, _, memory, *gradients = parts
+        stands = self._update(optimizer, tf.reduce_all(flags == 0), gradients, context)
+        self.kept.keep(inner_losses, [], memory, None)
+        self.last_outer_loss.assign(outer_loss / context.num_replicas_in_sync)
+        self.watch.record(stands, flags, inner_batches, outer_batch)
 
     def _outer_first(self, problem, optimizer, iteration, inner_batches, outer_batch, start, result):
         """The update, then the inner steps with the new values; their end is kept, and is that of the result.
@@ -174,7 +187,7 @@ class HyperIteration:
         flags[0], flags[2] = _not_finite(result.inner_losses), flags[2] + _not_finite(new_state)
         survives = tf.logical_and(flags[0] == 0, tree.is_finite(new_state))
         tf.cond(survives, tf.no_op, lambda: restored(zip(variables, before)))
-        self.kept.keep(result.inner_losses, new_state, new_carry)
+        self.kept.keep(result.inner_losses, new_state, new_carry, start)
         self.last_outer_loss.assign(tf.cast(result.outer_loss, tf.float32))
         self.watch.record(tf.logical_and(stands, survives), tf.stack(flags), inner_batches, outer_batch)
         return result
@@ -209,6 +222,11 @@ class HyperIteration:
     def _no_update(self):
         self.guarded_update.forget()
         return tf.constant(False)
+
+
+def _flags(parts):
+    """Whether something in each of the nests is not finite, as an int32 tensor."""
+    return tf.stack([_not_finite(part) for part in parts])
 
 
 def _not_finite(part):

@@ -23,6 +23,7 @@ from farhox.training.by_hand import ByHand
 from farhox.training.compilation import Compilation
 from farhox.training.data_checks import with_checks
 from farhox.training.errors import graph_calls
+from farhox.training.executions import in_one_execution, is_suited
 from farhox.training.hyper_iteration import HyperIteration, checked_settings, problem_to_compile
 from farhox.training.measures import Measures
 from farhox.training.metric_variables import make_metrics, make_metrics_of_replicas
@@ -306,7 +307,11 @@ class HyperOptimizer(keras.Model):
         super().load_own_variables(read_names(self, store))
 
     def make_train_function(self, force: bool = False) -> None:
+        if self.train_function is not None and not force:
+            return
         super().make_train_function(force)
+        if is_suited(self, HyperOptimizer.train_step):
+            self.train_function = in_one_execution(self, self.train_function, self._trained, self._logs_of_training)
         self.train_function = self._compilation.measured_first(self.train_function)
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -314,12 +319,17 @@ class HyperOptimizer(keras.Model):
 
     def trained_on(self, data: Any) -> tuple[dict[str, Any], HyperGradientResult]:
         """One hyper-iteration of `fit`: the logs after it, and its result."""
+        result = self._trained(data)
+        return self._logs_of_training(), result
+
+    def _trained(self, data):
         inner_batches, outer_batch = self._hyper_iteration_data(data, training=True)
         result = self._hyper_iteration(inner_batches, outer_batch)
-        logs = self._measures.logs_of_training(
-            self, result, lambda: self.problem.predictions(result.state, outer_batch))
-        logs["skipped_updates"] = tf.convert_to_tensor(self._watch.skipped)
-        return logs, result
+        self._measures.take(self, result, lambda: self.problem.predictions(result.state, outer_batch))
+        return result
+
+    def _logs_of_training(self):
+        return {**self._measures.logs_of_training(self), "skipped_updates": tf.convert_to_tensor(self._watch.skipped)}
 
     def _iteration(self) -> tf.Tensor:
         """The number of the hyper-iteration, skipped updates included: a scalar int64 tensor."""

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from farhox._core import tree
 from farhox._core.inner_state import InnerState
-from farhox._core.types import Carry, Tensor
+from farhox._core.types import Carry, Tensor, Tensors
 from farhox.hypergradients.base import HyperGradient, Memory
 from farhox.problem.bilevel import BilevelProblem
 
@@ -58,13 +58,22 @@ class Kept:
         return (_leaves(result.state) if self._online else [],
                 tf.nest.flatten(result.carry) if self._has_carry else [])
 
-    def keep(self, inner_losses: Tensor, state: InnerState, carry: Carry) -> None:
-        """Keeps what is finite of the state and of the memory, whatever became of the hypergradient."""
+    def keep(self, inner_losses: Tensor, state: Tensors, carry: Tensors, start: InnerState | None) -> Tensor:
+        """Keeps what is finite of the state and of the memory, whatever became of the hypergradient.
+
+        Args:
+            inner_losses: Tensor.
+            state, carry: What `of` returned.
+            start: `state_now()` as it was before the hyper-iteration, which stays where the state is lost.
+
+        Returns:
+            Scalar bool tensor, whether the inner losses, the state and the memory were all finite.
+        """
         good_state = tree.is_finite([inner_losses, *state])
-        for variable, value in zip(self._inner + self.slots, state):
-            variable.assign(tf.where(good_state, value, tf.convert_to_tensor(variable)))
+        for variable, value, old in zip(self._inner + self.slots, state, [] if start is None else _leaves(start)):
+            variable.assign(tf.where(good_state, value, old))
         if not carry:
-            return
+            return good_state
         good_carry = tree.is_finite(carry)
         # The memory belongs to the state. Where that goes on and the memory is lost, it starts anew.
         goes_on = good_state if self._online else tf.constant(True)
@@ -73,6 +82,7 @@ class Kept:
         for variable, value, first in zip(self.carry, carry, fresh):
             value = tf.where(good_carry, value, first)
             variable.assign(tf.where(goes_on, value, tf.convert_to_tensor(variable)))
+        return good_state & good_carry
 
     def train_to(self, state: InnerState) -> None:
         """Makes a trained inner state the model's, and online the one to go on from."""

@@ -37,6 +37,8 @@ class Measures:
         self.outer_loss = keras.metrics.Mean(name="outer_loss")
         self.inner_loss = keras.metrics.Mean(name="inner_loss")
         self.of_solvers = {name: keras.metrics.Mean(name=name) for name in _OF_SOLVERS}
+        # Whether the method of the hyper-iterations solves linear systems.
+        self._has_solver = False
 
     @property
     def gap(self) -> float:
@@ -64,24 +66,37 @@ class Measures:
             outer_loss: Scalar.
             outer_predictions: Callable, (targets, predictions, sample weights); called where there are metrics.
         """
+        self._take(optimizer, outer_loss, outer_predictions)
+        return self._logs(optimizer)
+
+    def take(self, optimizer: HyperOptimizer, result: HyperGradientResult,
+             outer_predictions: Callable[[], Any]) -> None:
+        """Takes a hyper-iteration into all means and metrics; arguments as of `logs`."""
+        self.inner_loss.update_state(result.inner_losses[..., -1])
+        self._take(optimizer, result.outer_loss, outer_predictions)
+        self._has_solver = "solver_failed" in result.diagnostics
+        if self._has_solver:
+            for name, metric in self.of_solvers.items():
+                metric.update_state(tf.cast(result.diagnostics[name], tf.float32))
+
+    def logs_of_training(self, optimizer: HyperOptimizer) -> dict[str, Any]:
+        """The logs after the hyper-iterations so far: means, what their method reports, current hyperparameters."""
+        logs = self._logs(optimizer)
+        if self._has_solver:
+            logs.update({name: metric.result() for name, metric in self.of_solvers.items() if name != GAP})
+        logs.update(log_values(self._log_names))
+        return logs
+
+    def _take(self, optimizer, outer_loss, outer_predictions):
         self.outer_loss.update_state(outer_loss)
+        if optimizer._compile_metrics is not None:
+            targets, predictions, weights = outer_predictions()
+            optimizer.compute_metrics(None, targets, predictions, sample_weight=weights)
+
+    def _logs(self, optimizer):
         outer_mean = self.outer_loss.result()
         logs = {"loss": outer_mean, "outer_loss": outer_mean, "inner_loss": self.inner_loss.result()}
         if optimizer._compile_metrics is not None:
-            targets, predictions, weights = outer_predictions()
-            values = optimizer.compute_metrics(None, targets, predictions, sample_weight=weights)
             own = {self.outer_loss.name, self.inner_loss.name, "loss", *self.of_solvers}
-            logs.update({name: value for name, value in values.items() if name not in own})
-        return logs
-
-    def logs_of_training(self, optimizer: HyperOptimizer, result: HyperGradientResult,
-                         outer_predictions: Callable[[], Any]) -> dict[str, Any]:
-        """The logs after a hyper-iteration: `logs`, what its method reports, and the current hyperparameters."""
-        self.inner_loss.update_state(result.inner_losses[..., -1])
-        logs = self.logs(optimizer, result.outer_loss, outer_predictions)
-        if "solver_failed" in result.diagnostics:
-            for name, metric in self.of_solvers.items():
-                metric.update_state(tf.cast(result.diagnostics[name], tf.float32))
-            logs.update({name: metric.result() for name, metric in self.of_solvers.items() if name != GAP})
-        logs.update(log_values(self._log_names))
+            logs.update({name: value for name, value in optimizer.get_metrics_result().items() if name not in own})
         return logs

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from farhox._core import functional
+from farhox._core import functional, rarely, tree
 from farhox._core.types import Tensor
 from farhox.problem.bilevel import BilevelProblem
 
@@ -47,11 +47,60 @@ class GuardedUpdate:
             optimizer: The outer optimizer, whose state is part of what is taken back.
             update: Callable that applies the hypergradients with it.
         """
-        before = [tf.convert_to_tensor(variable) for variable in self._variables]
-        slots_before = [tf.convert_to_tensor(slot) for slot in optimizer.variables]
+        before = self._values(optimizer)
         update()
+        return self._mended(before)[0]
+
+    def apply_fast(self, optimizer: keras.optimizers.Optimizer, update: Callable[[], Any], accepted: Tensor,
+                   note: Callable[[Tensor, Tensor], Any], note_not_accepted: Callable[[], Any], noted: Tensor) -> None:
+        """Runs an update that is nearly always accepted, and looks closer where something is the matter.
+
+        Args:
+            optimizer, update: As for `apply`.
+            accepted: Scalar bool tensor, whether the update may stand. Otherwise it is taken back as a whole.
+            note: Callable that is given whether an accepted update stands and whether a value is held.
+            note_not_accepted: Callable, called where an update was not accepted.
+            noted: Scalar bool tensor, whether something is noted of the update before. Where nothing is and all is
+                well, nothing is written down.
+        """
+        before = self._values(optimizer)
+        update()
+
+        def looked_at():
+            note(*self._mended(before))
+            return tf.constant(True)
+
+        def taken_back():
+            restored(before)
+            self.forget()
+            note_not_accepted()
+            return tf.constant(True)
+
+        values, marks = self._looks()
+        all_is_well = accepted & tree.is_finite(values) & tf.logical_not(tf.reduce_any(tf.stack([noted, *marks])))
+        rarely.cond(all_is_well, lambda: tf.cond(accepted, looked_at, taken_back), lambda: tf.constant(True))
+
+    def _values(self, optimizer):
+        """Pairs of each outer variable and each of the optimizer's with its value, the outer ones first."""
+        return [(variable, tf.convert_to_tensor(variable)) for variable in [*self._variables, *optimizer.variables]]
+
+    def _looks(self):
+        """What must be finite, a list of tensors, and whether something is at a bound that it must not reach."""
+        values, at_bounds = [], []
+        for variable, entry in zip(self._variables, self._entries):
+            new = tf.convert_to_tensor(variable)
+            natural, at_bound = self._judged(entry, variable, new)
+            values += [new] if entry is None else [new, natural]
+            if entry is not None and variable.constraint is None and not (entry.low is None and entry.high is None):
+                at_bounds.append(at_bound)
+        scalars = [part for part in at_bounds if part.shape.rank == 0]
+        others = [part for part in at_bounds if part.shape.rank != 0]
+        return values, scalars + [tf.reduce_any(part) for part in tree.joined(others)]
+
+    def _mended(self, before):
+        """Takes an update back or holds values, and says so; whether it stands, and whether a value is held."""
         lost, held = [], []
-        for variable, entry, old in zip(self._variables, self._entries, before):
+        for (variable, old), entry in zip(before, self._entries):
             new = tf.convert_to_tensor(variable)
             natural, at_bound = self._judged(entry, variable, new)
             bad = tf.logical_not(tf.reduce_all(tf.math.is_finite(new) & tf.math.is_finite(natural)))
@@ -64,11 +113,11 @@ class GuardedUpdate:
                 tf.cond(saturated & tf.logical_not(bad), lambda: self._hold(entry, variable, old, new, at_bound),
                         lambda: tf.no_op())
         stands = tf.logical_not(tf.reduce_any(lost))
-        slots = list(zip(optimizer.variables, slots_before))
-        tf.cond(stands, lambda: tf.no_op(), lambda: restored([*zip(self._variables, before), *slots]))
+        tf.cond(stands, lambda: tf.no_op(), lambda: restored(before))
         self.lost.assign(tf.cast(tf.stack(lost), tf.int32))
-        self.held.assign(tf.where(stands, tf.stack(held), 0))
-        return stands
+        held = tf.where(stands, tf.stack(held), 0)
+        self.held.assign(held)
+        return stands, tf.reduce_any(held > 0)
 
     def forget(self) -> None:
         """Sets what is said of the last update to nothing, for a hyper-iteration without one."""

@@ -48,6 +48,7 @@ class Watch:
         self._solver = _solver_name(hypergradient)
         self._max = max_skipped_updates
         self.skipped = counter(0, "skipped_updates")
+        # -1 where the last update stands, and a value was held at it: something is noted, nothing is skipped.
         self._in_a_row = counter(0, "skipped_in_a_row")
         # Which of the inner loss, the outer loss, the memory kept and each hypergradient was not finite at the last
         # skip.
@@ -58,6 +59,27 @@ class Watch:
                           update.lost, update.held]
         self._warned = set()
 
+    @property
+    def has_noted(self) -> Tensor:
+        """Whether something is noted of the last hyper-iteration: a scalar bool tensor."""
+        return tf.not_equal(tf.convert_to_tensor(self._in_a_row), 0)
+
+    def note(self, stands: Tensor, is_held: Tensor) -> None:
+        """Takes down an update of which all data and results were finite; needless where all is well, as before it.
+
+        Args:
+            stands: Scalar bool tensor, whether it was not taken back.
+            is_held: Scalar bool tensor, whether a value is held at a bound.
+        """
+        self._count(stands, is_held)
+        self._not_finite.assign(tf.zeros_like(tf.convert_to_tensor(self._not_finite)))
+        self._not_finite_data.assign(tf.zeros([2, 3], tf.int32))
+
+    def _count(self, stands, is_held):
+        self.skipped.assign(tf.convert_to_tensor(self.skipped) + tf.cast(tf.logical_not(stands), tf.int32))
+        self._in_a_row.assign(tf.where(
+            stands, -tf.cast(is_held, tf.int32), tf.maximum(tf.convert_to_tensor(self._in_a_row), 0) + 1))
+
     def record(self, stands: Tensor, flags: Any, inner_batches: InnerBatches, outer_batch: Batch) -> None:
         """Takes down one hyper-iteration, in TensorFlow operations.
 
@@ -67,9 +89,7 @@ class Watch:
                 finite.
             inner_batches, outer_batch: The data.
         """
-        skipped = tf.cast(tf.logical_not(stands), tf.int32)
-        self.skipped.assign(tf.convert_to_tensor(self.skipped) + skipped)
-        self._in_a_row.assign((tf.convert_to_tensor(self._in_a_row) + skipped) * skipped)
+        self._count(stands, tf.constant(False))
         self._not_finite.assign(tf.cast(flags > 0, tf.int32))
         self._not_finite_data.assign(tf.cond(
             tf.reduce_all(flags == 0), lambda: tf.zeros([2, 3], tf.int32),
@@ -82,7 +102,7 @@ class Watch:
 
     def start_counting(self) -> None:
         """Starts the count of updates skipped in a row anew."""
-        self._in_a_row.assign(0)
+        self._in_a_row.assign(min(int(self._in_a_row.numpy()), 0))
 
     def raise_if_diverged(self) -> None:
         """Raises a RuntimeError that says what happened if too many updates in a row were skipped."""
@@ -130,11 +150,20 @@ class Watch:
 class SkipGuard(keras.callbacks.Callback):
     """Ends `fit` with an error when updates keep being skipped, and warns after an epoch."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._skipped: Any = None
+
     def on_train_begin(self, logs: Logs | None = None) -> None:
         self.model.start_counting_skips()
+        self._skipped = None
 
     def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
-        self.model.raise_if_diverged()
+        # Reading a variable takes longer than a small hyper-iteration, and the logs have been read.
+        skipped = (logs or {}).get("skipped_updates")
+        if skipped is None or skipped != self._skipped:
+            self.model.raise_if_diverged()
+        self._skipped = skipped
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         self.model.warn_once()
