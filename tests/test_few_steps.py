@@ -90,3 +90,21 @@ def test_steps_written_out_are_those_of_the_loops(method, float64, monkeypatch):
     assert_close(written_out.gradients, looped.gradients, 1e-14)
     for part in ("outer_loss", "inner_losses", "state"):
         assert_identical(getattr(written_out, part), getattr(looped, part))
+
+
+@pytest.mark.parametrize("rhs", [[1.0, 2.0], [0.0, 0.0], [1.0, 0.0], [1.0, np.nan]])
+@pytest.mark.parametrize("solver", [
+    farhox.linear_solvers.ConjugateGradient, farhox.linear_solvers.FixedPoint,
+    lambda **settings: farhox.linear_solvers.Neumann(step_size=0.7, **settings)])
+def test_a_few_steps_of_a_solver_written_out_end_where_the_loop_ends(solver, rhs, monkeypatch):
+    # The first step solves for the third right-hand side; the matrix is not definite in the second direction.
+    matrix = tf.constant([[1.0, 0.0], [0.0, -0.5]], tf.float64)
+    found = []
+    for count in (few.FEW, 0):
+        monkeypatch.setattr(few, "FEW", count)
+        solve = tf.function(lambda: solver(max_steps=3).solve(
+            lambda v: tf.linalg.matvec(matrix, v), tf.constant(rhs, tf.float64)), autograph=False)
+        graph = solve.get_concrete_function().graph
+        assert (operations(graph, "While") == 0) == (count == 3)
+        found.append(solve())
+    assert_identical(*found)

@@ -18,25 +18,6 @@ def is_few(count: Any) -> TypeGuard[int]:
     return isinstance(count, int) and count <= FEW
 
 
-def loop(condition: Callable[..., Any], body: Callable[..., Any], variables: Any, count: Any = None) -> Any:
-    """A `tf.while_loop` whose first variable is an index, or `body` written out where the number of steps is small.
-
-    Args:
-        condition, body: As for `tf.while_loop`.
-        variables: List of the loop's variables, the first of which is 0.
-        count: Int, the steps there are where `condition` says so of the index alone. None, or anything else: not known.
-
-    Returns:
-        The variables after the loop.
-    """
-    if not is_few(count):
-        return tf.while_loop(condition, body, [tf.constant(0), *variables[1:]], parallel_iterations=1)
-    variables = [0, *variables[1:]]
-    for _ in range(count):
-        variables = body(*variables)
-    return [tf.constant(count), *variables[1:]]
-
-
 class FewTensors:
     """What a `tf.TensorArray` is where all indices are ints: a row of tensors, without an operation of its own.
 
@@ -58,3 +39,27 @@ class FewTensors:
     def stack(self) -> Tensor:
         """All of them as one tensor."""
         return tf.stack(self._entries)
+
+
+def loop_while(condition: Callable[..., Any], body: Callable[..., Any], variables: Any, most: int) -> Any:
+    """A `tf.while_loop` of at most so many steps, written out where they are few: each is taken where it should be.
+
+    Args:
+        condition: Callable, the variables to a scalar bool tensor, without the count of steps.
+        body: Callable, the variables to the next ones.
+        variables: List of tensors.
+        most: Int, steps at most.
+
+    Returns:
+        The steps taken, a scalar int32 tensor, and the variables after them.
+    """
+    if not is_few(most):
+        return tf.while_loop(
+            lambda k, *variables: (k < most) & condition(*variables), lambda k, *variables: (k + 1, *body(*variables)),
+            [tf.constant(0), *variables], parallel_iterations=1)
+    goes_on, steps = tf.constant(True), tf.constant(0)
+    for _ in range(most):
+        goes_on = goes_on & condition(*variables)
+        variables = [tf.where(goes_on, new, old) for new, old in zip(body(*variables), variables)]
+        steps += tf.cast(goes_on, tf.int32)
+    return steps, *variables

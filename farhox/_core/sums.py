@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.python.eager import context
@@ -18,7 +19,7 @@ def sums_as_written() -> Iterator[None]:
     a temporary variable, in any order. If one of them is the variable of a loop, the temporary one may be made once
     more when the loop has ended, and the next call fails with an AlreadyExistsError (TensorFlow 2.21).
     """
-    eager = context.context()
+    eager: Any = context.context()
     before = eager.function_call_options
     eager.function_call_options = _without_rewriting(before.executor_type, before.config_proto_serialized)
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox._core import tree
+from farhox._core import few, tree
 from farhox._core.types import Matvec, Tensor
 from farhox.linear_solvers.base import (
     LinearSolution,
@@ -165,7 +165,8 @@ def _conjugate_gradient(matvec, rhs, initial, max_steps, tolerance):
     square = tf.reduce_sum(residual * residual)
     stop = tf.square(tolerance) * tf.reduce_sum(rhs * rhs)
 
-    def body(k, x, residual, direction, square, failed):
+    def body(x, residual, direction, square, failed):
+        del failed
         product = matvec(direction)
         curvature = tf.reduce_sum(direction * product)
         # Not written as not (curvature > 0): graphs turn that into curvature <= 0, which not-a-number is not.
@@ -176,11 +177,11 @@ def _conjugate_gradient(matvec, rhs, initial, max_steps, tolerance):
         residual -= length * product
         new_square = tf.reduce_sum(residual * residual)
         direction = residual + (new_square / square) * direction
-        return k + 1, x, residual, direction, new_square, failed
+        return x, residual, direction, new_square, failed
 
-    steps, x, residual, _, square, failed = tf.while_loop(
-        lambda k, x, residual, direction, square, failed: (k < max_steps) & (square > stop) & tf.logical_not(failed),
-        body, [tf.constant(0), x, residual, residual, square, tf.constant(False)], parallel_iterations=1)
+    steps, x, residual, _, square, failed = few.loop_while(
+        lambda x, residual, direction, square, failed: (square > stop) & tf.logical_not(failed),
+        body, [x, residual, residual, square, tf.constant(False)], max_steps)
     # A right-hand side that is not finite passes the loop by: it must not come out as a zero solution.
     finite = tf.math.is_finite(square)
     return LinearSolution(tf.where(finite, x, not_a_number(x)), relative(residual, rhs), steps + products,

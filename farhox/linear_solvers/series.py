@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox._core import checks
+from farhox._core import checks, few
 from farhox._core.types import Matvec, Tensor
 from farhox.linear_solvers.base import (
     LinearSolution,
@@ -116,13 +116,12 @@ def _richardson(matvec, rhs, initial, step_size, max_steps, tolerance):
     x, residual, products = start(matvec, rhs, initial)
     first = tf.norm(residual)
 
-    def body(k, x, residual):
+    def body(x, residual):
         x += step_size * residual
-        return k + 1, x, rhs - matvec(x)
+        return x, rhs - matvec(x)
 
-    steps, x, residual = tf.while_loop(
-        lambda k, x, residual: (k < max_steps) & (tf.norm(residual) > tolerance * tf.norm(rhs)), body,
-        [tf.constant(0), x, residual], parallel_iterations=1)
+    steps, x, residual = few.loop_while(
+        lambda x, residual: tf.norm(residual) > tolerance * tf.norm(rhs), body, [x, residual], max_steps)
     length = tf.norm(residual)
     # A right-hand side that is not finite passes the loop by: it must not come out as a zero solution.
     finite = tf.math.is_finite(length)
