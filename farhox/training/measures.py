@@ -34,9 +34,8 @@ class Measures:
 
     def __init__(self, problem: BilevelProblem) -> None:
         self._log_names = log_names(problem)
-        self.outer_loss = keras.metrics.Mean(name="outer_loss")
-        self.inner_loss = keras.metrics.Mean(name="inner_loss")
-        self.of_solvers = {name: keras.metrics.Mean(name=name) for name in _OF_SOLVERS}
+        self.outer_loss, self.inner_loss = _Mean(name="outer_loss"), _Mean(name="inner_loss")
+        self.of_solvers = {name: _Mean(name=name) for name in _OF_SOLVERS}
         # Whether the method of the hyper-iterations solves linear systems.
         self._has_solver = False
 
@@ -100,3 +99,12 @@ class Measures:
             own = {self.outer_loss.name, self.inner_loss.name, "loss", *self.of_solvers}
             logs.update({name: value for name, value in optimizer.get_metrics_result().items() if name not in own})
         return logs
+
+
+class _Mean(keras.metrics.Mean):
+    """Keras' mean of numbers, which adds to each of its variables in one operation."""
+
+    def update_state(self, values: Tensor, sample_weight: None = None) -> None:
+        values = tf.cast(values, self.dtype)
+        self.total.value.assign_add(tf.reduce_sum(values))
+        self.count.value.assign_add(tf.cast(tf.size(values), self.dtype))
