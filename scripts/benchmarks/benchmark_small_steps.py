@@ -73,7 +73,7 @@ def measure(name, quick, repeats):
     model.compile(keras.optimizers.SGD(OUTER_RATE), **settings)
 
     def fit():
-        model.fit(data, verbose=0)
+        model.fit(data, shuffle=False, verbose=0)
         return []
 
     context.context().enable_graph_collection()
