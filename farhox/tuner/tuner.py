@@ -38,10 +38,10 @@ class Tuner:
     ```
 
     It finds the settings of the optimizer, the penalties of layers, the smoothing of labels and the weights of outputs
-    and classes. A sweep of the learning rate from the initial weights sets the rate, and training starts afresh. About
-    every twentieth step the other hyperparameters follow hypergradients of the validation loss through the last steps.
-    The rate ends in a cosine. A guard goes back to the last good state when the training loss rises. The model given is
-    not changed.
+    and classes. A sweep of the learning rate from the initial weights sets the rate and where weight decay begins, and
+    training starts afresh. About every twentieth step the other hyperparameters follow hypergradients of the validation
+    loss through the last steps. The rate ends in a cosine. A guard goes back to the last good state when the training
+    loss rises. The model given is not changed.
 
     Args:
         model: A functional or Sequential `keras.Model`, built and compiled.
@@ -56,7 +56,7 @@ class Tuner:
             and a warning says which others it has not. The sweep finds a rate of its own, so that a rate to start from
             needs `sweep=False`.
         granularity: "global", one hyperparameter per kind, or "layer", one per kind and layer.
-        sweep: Bool. Find the learning rate by a sweep.
+        sweep: Bool. Find the learning rate by a sweep, and where weight decay begins, unless it is in `start`.
         online: Bool. Let hyperparameters follow hypergradients.
         annealing: Share of the training, from 0 to 1, over which the rate falls to zero along a cosine. It is 0 for an
             optimizer that has a schedule of its own.
