@@ -218,6 +218,23 @@ def test_decays_begin_where_they_fit_the_rate_and_the_steps(optimizer, rate, exp
         assert float(tuned[name].numpy()) < 1e-6
 
 
+def test_of_a_schedule_the_rate_of_a_decay_is_the_mean():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([499.5], [0.03, 0.01])
+    beginnings, tuned = beginnings_of(dense(keras.optimizers.AdamW(schedule, weight_decay=2.0)))
+    beginnings.heat(0.5)
+    np.testing.assert_allclose(float(tuned["weight_decay"].numpy()), 1 / (0.5 * 0.02 * 1000), rtol=1e-5)
+
+
+def test_a_hyperparameter_of_the_users_own_begins_where_it_is():
+    own = farhox.Hyperparameter(0.1, low=0.0, log=True, name="l2")
+    model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3, kernel_regularizer=farhox.L1L2(l2=own))])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    beginnings, tuned = beginnings_of(model)
+    beginnings.sweep()
+    beginnings.heat(0.5)
+    assert tuned["l2"] is own and float(own.numpy()) == pytest.approx(0.1)
+
+
 def test_a_decay_that_is_given_to_start_from_stays():
     beginnings, tuned = beginnings_of(dense(keras.optimizers.SGD(0.1)), start={"l2": 0.02})
     beginnings.sweep()

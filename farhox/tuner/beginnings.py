@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from farhox.tuner import report
+from farhox.tuner.tunables import L2, WEIGHT_DECAY
 
 # Of strengths of dropout, noise and augmentation.
 _LESS_STRENGTH = 1.0 / 3.0
@@ -19,10 +20,10 @@ class Beginnings:
 
     A search goes with a third of the strengths of dropout, noise and augmentation, under which trainings can be told
     apart, and with decays under which weights forget their beginning once in the training: rate * weight_decay * steps
-    is 1, or of SGD 2 * rate / (1 - momentum) * l2 * steps. In the end a heat with the model's own
-    values decides: strengths are its own unless a third makes a tenth more progress, since from one that is far too
-    high training would come down while the rate is best; decays are the rule's unless its own make a tenth more
-    progress. Few steps do not tell more of a decay, whose effect comes late.
+    is 1, or of SGD 2 * rate / (1 - momentum) * l2 * steps. In the end a heat with the model's own values decides:
+    strengths are its own unless a third makes a tenth more progress, since from one that is far too high training would
+    come down while the rate is best; decays are the rule's unless its own make a tenth more progress. Few steps do not
+    tell more of a decay, whose effect comes late.
 
     Args:
         training: A `Training` at its start.
@@ -36,8 +37,10 @@ class Beginnings:
     def __init__(self, training: Any, total: int) -> None:
         self._training, self._total = training, total
         self._strengths = [row for row in training.tuned if row.route == "response"]
-        names = ("weight_decay", "l2") if training.steps_follow_size else ("weight_decay",)
-        self._decays = [row for row in training.tuned if row.kind.name in names and not row.given]
+        kinds = (WEIGHT_DECAY, L2) if training.steps_follow_size else (WEIGHT_DECAY,)
+        self._decays = [row for row in training.tuned if row.kind in kinds and not row.given]
+        # Of an optimizer with a schedule the rate is a factor of it.
+        self._steps = total * training.rate.mean_of_schedule(total) if self._decays else total
         self._own = {row.name: row.hyperparameter.numpy() for row in self._strengths + self._decays}
 
     def sweep(self) -> None:
@@ -49,8 +52,8 @@ class Beginnings:
     def heat(self, rate: float) -> None:
         """Sets what a heat with this rate goes with."""
         for row in self._decays:
-            value = 1.0 / (rate * self._total)
-            if row.kind.name == "l2":
+            value = 1.0 / (rate * self._steps)
+            if row.kind == L2:
                 value *= 0.5 * (1.0 - self._training.momentum())
             row.hyperparameter.assign(np.full_like(self._own[row.name], min(max(value, row.low), row.high)))
 

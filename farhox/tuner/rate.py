@@ -57,6 +57,12 @@ class Rate:
         """The values at an array of steps in training, as float64."""
         return np.asarray(self._of_training(tf.constant(steps, tf.float32)), "float64")
 
+    def mean_of_schedule(self, steps: int) -> float:
+        """The mean of the optimizer's own schedule over so many steps, 1 without one."""
+        if self._schedule is None:
+            return 1.0
+        return float(tf.reduce_mean(tf.map_fn(self._schedule, tf.range(steps, dtype=tf.float32))))
+
     def _of_training(self, step):
         total, annealed = tf.unstack(tf.convert_to_tensor(self._annealing))
         progress = 1.0 - (total - step) / tf.maximum(annealed * total, 1.0)

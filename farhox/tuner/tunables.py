@@ -44,13 +44,14 @@ class Kind:
 
 
 LEARNING_RATE = Kind("learning_rate", 1e-7, 100.0, route=SWEEP)
+WEIGHT_DECAY = Kind("weight_decay", 1e-7, 10.0)
 # Settings of optimizers, in the order of the table.
 OPTIMIZER = (
     Kind("momentum", 0.0, 0.999, False, tuned=False, reason="the sweep sets the rate for it"),
     Kind("beta_1", 0.0, 0.999, False, tuned=False, reason="the sweep sets the rate for it"),
     Kind("beta_2", 0.5, 0.99999, False, tuned=False, reason="little to gain"),
     Kind("rho", 0.5, 0.99999, False, tuned=False, reason="little to gain"),
-    Kind("weight_decay", 1e-7, 10.0),
+    WEIGHT_DECAY,
     Kind("clipnorm", 1e-3, 1e3, tuned=False, reason="acts as the rate does"),
     Kind("global_clipnorm", 1e-3, 1e3, tuned=False, reason="acts as the rate does"),
     Kind("clipvalue", 1e-5, 1e2, tuned=False, reason="acts as the rate does"),
