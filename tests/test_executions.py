@@ -111,3 +111,11 @@ def test_compiled_hyper_iterations_are_traced_once():
     optimizer.fit(data, epochs=2, verbose=0)
     optimizer.fit(data, verbose=0)
     assert len(calls) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("steps", [1, 4])
+def test_nothing_is_counted_at_the_end_of_data_of_unknown_length(steps):
+    optimizer, data = made(steps=steps)
+    optimizer.fit(data.filter(lambda *_: True), verbose=0)
+    assert int(optimizer.optimizer.iterations.numpy()) == len(X) == float(optimizer._measures.outer_loss.count)

@@ -30,15 +30,13 @@ def in_one_execution(optimizer: HyperOptimizer, keras_function: Callable[[Any], 
 
     @tf.function(autograph=False, reduce_retracing=True)
     def execution(iterator):
-        if limit == 1:
-            step(iterator.get_next())
-            return tf.constant(1), logs()
-
         def body(count, element):
             step(element.get_value())
             # An element that no hyper-iteration follows is left to the next execution.
             return count + 1, tf.cond(count + 1 < limit, iterator.get_next_as_optional, lambda: element)
 
+        # For a single element too: where none is left, an error of the iterator would not keep what does not depend on
+        # the element, such as counts, from being run.
         count, _ = tf.while_loop(
             lambda count, element: (count < limit) & element.has_value(), body,
             [tf.constant(0), iterator.get_next_as_optional()], parallel_iterations=1)
@@ -48,7 +46,7 @@ def in_one_execution(optimizer: HyperOptimizer, keras_function: Callable[[Any], 
         if not isinstance(iterator, tf.data.Iterator):
             return keras_function(iterator)
         count, found = execution(iterator)
-        if limit > 1 and not int(count):
+        if not int(count):
             raise StopIteration
         return found
 
