@@ -1,7 +1,7 @@
 r"""What one hyper-iteration of a single inner step costs in `fit`, beside the same arithmetic in a loop by hand.
 
     python scripts/benchmarks/benchmark_small_steps.py --quick
-    python scripts/benchmarks/benchmark_small_steps.py --json=docs/benchmarks/small_steps.json
+    python scripts/benchmarks/benchmark_small_steps.py --json=small_steps.json
 
 Least squares with 100 weights and 64 examples, T = 1 online, the learning rate is learned by `ReverseHG`. Cases:
 
