@@ -9,7 +9,7 @@ from test_docs import README, blocks
 import farhox
 from farhox import stn
 from farhox.tuner.beginnings import Beginnings
-from farhox.tuner.training import Training
+from farhox.tuner.training import Guard, Training
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.uniform(0, 255, size=(60, 8, 8, 3)).astype("float32")
@@ -216,6 +216,26 @@ def test_decays_begin_where_they_fit_the_rate_and_the_steps(optimizer, rate, exp
     beginnings.sweep()
     for name in [name for name in expected if abs(expected[name] - before[name]) > 1e-3]:
         assert float(tuned[name].numpy()) < 1e-6
+
+
+def test_what_the_guard_waits_for_has_the_penalties_that_training_begins_with(monkeypatch):
+    reached = []
+
+    class Waits(Guard):
+        def begin(self, initial, reached_loss=None):
+            if reached_loss is not None:
+                reached.append((reached_loss, tuner._network.penalty()))
+            super().begin(initial, reached_loss)
+
+    monkeypatch.setattr("farhox.tuner.tuner.Guard", Waits)
+    model = dense(keras.optimizers.SGD(0.1))
+    model.layers[0].kernel.assign(np.full([4, 3], 30.0))
+    tuner = farhox.Tuner(model)
+    x, y = RANDOM.normal(size=(60, 4)).astype("float32"), RANDOM.integers(0, 2, 60)
+    tuner.fit((x, y), validation_data=(x, y), epochs=2, verbose=0)
+    [(loss, penalty)] = reached
+    # The sweep went without a penalty to speak of: what it came to is above that of what it began with.
+    assert 10.0 < penalty < loss
 
 
 def test_of_a_schedule_the_rate_of_a_decay_is_the_mean():

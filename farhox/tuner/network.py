@@ -167,6 +167,11 @@ class Network:
         x, y, weight = unpacked(batch)
         return self._validation_loss(y, self.predict(x), weight)
 
+    def penalty(self) -> float:
+        """The penalties of the weights, as they are now."""
+        return sum(float(variable.regularizer(variable)) for variable in self.inner_variables
+                   if variable.regularizer is not None)
+
     def predict(self, x: Any) -> Any:
         """Predictions at the current hyperparameters."""
         return self.model(x, training=False)

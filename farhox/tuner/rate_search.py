@@ -48,10 +48,14 @@ class RateSearch:
         self.notes: list[str] = []
 
     def run(self) -> float:
-        """Sets the rate and starts training afresh. Returns the least training loss that the sweep has seen."""
+        """Sets the rate and starts training afresh. Returns the least training loss that the sweep has seen.
+
+        The penalties of the initial weights are those that training begins with.
+        """
         training = self._training
         momenta = training.set_momentum()
         self._beginnings.sweep()
+        penalty = self._network.penalty()
         steps = min(SWEEP_STEPS, max(_LEAST_SWEEP_STEPS, self._total // 10))
         coarse = self._swept(_RANGE, steps // 3)
         # The loss lags behind a rate that rises fast, so the stop is looked for again, slowly, below where it seemed.
@@ -66,7 +70,7 @@ class RateSearch:
         self.notes += self._beginnings.choose(lambda: self._after(rate, self._heat_steps()[1]), rate, loss, untrained)
         training.restart(self._start)
         training.rate_row.hyperparameter.assign(rate)
-        return sweep.least
+        return sweep.least + self._network.penalty() - penalty
 
     def _swept(self, interval: tuple[float, float], steps: int) -> Sweep:
         self._training.rate.sweep(*interval, steps)
