@@ -197,7 +197,11 @@ def table(tasks):
 
 def plot(tasks, path):
     """Test losses of all starts, method beside method."""
-    with pictures.figure(path, columns=len(tasks), size=(max(4.2, 3.4 * len(tasks)), 4.6)) as axes:
+    columns = min(4, len(tasks))
+    rows = -(-len(tasks) // columns)
+    with pictures.figure(path, rows, columns, size=(max(4.2, 3.4 * columns), 4.6 * rows)) as axes:
+        for axis in np.ravel(axes)[len(tasks):]:
+            axis.set_axis_off()
         for axis, (name, runs) in zip(np.ravel(axes), tasks.items()):
             shown = [method for method in METHODS if method in runs and method not in SEARCHES]
             for place, method in enumerate(shown):
