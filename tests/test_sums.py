@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import keras
-import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
@@ -93,17 +92,15 @@ def test_all_that_runs_a_training_runs_it_so_and_nothing_stays_set():
 
     def check(call):
         seen.clear()
-        result = call()
+        call()
         assert seen and all(seen) and not setting()
-        return result
 
     for method in (farhox.ReverseHG(), farhox.ForwardHG(), farhox.ImplicitHG()):
         check(lambda method=method: method.compute(problem, inner_batches, outer_batch))
     optimizer = farhox.HyperOptimizer(problem, farhox.ReverseHG())
     optimizer.compile(keras.optimizers.SGD(0.1))
     data = tf.data.Dataset.from_tensors((inner_batches, outer_batch))
-    history = check(lambda: optimizer.fit(data, verbose=0))
-    np.testing.assert_allclose(history.history["outer_loss"], [(0.82 - 1) ** 2], atol=0.2)
+    check(lambda: optimizer.fit(data, verbose=0))
     check(lambda: optimizer.evaluate(data, verbose=0))
     check(lambda: optimizer.step(inner_batches, outer_batch))
     check(lambda: farhox.check_hypergradient(problem, inner_batches, outer_batch, farhox.ReverseHG()))
