@@ -218,6 +218,28 @@ def test_decays_begin_where_they_fit_the_rate_and_the_steps(optimizer, rate, exp
         assert float(tuned[name].numpy()) < 1e-6
 
 
+@pytest.mark.parametrize("with_own_strength, with_own_decay, kept", [
+    (1.05, 0.98, "decays: begin"), (1.05, 0.94, "decays: as at the start"), (1.2, 0.95, "decays: begin")])
+def test_each_of_the_last_heats_differs_in_one_thing_from_what_it_is_compared_with(
+        with_own_strength, with_own_decay, kept):
+    model = keras.Sequential([keras.Input([4]), keras.layers.Dropout(0.6), keras.layers.Dense(2)])
+    model.compile(keras.optimizers.AdamW(0.1, weight_decay=2.0),
+                  keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    beginnings, tuned = beginnings_of(model)
+    beginnings.sweep()
+    beginnings.heat(0.002)  # The last heat of the search is of another rate than the best.
+    losses, seen = [with_own_strength, with_own_decay], []
+
+    def progress():
+        seen.append((float(tuned["dropout_rate"].numpy()), float(tuned["weight_decay"].numpy())))
+        return losses[len(seen) - 1]
+
+    notes = beginnings.choose(progress, 0.01, 1.0, 2.0)
+    kept_strength = 0.6 if with_own_strength < 1.1 else 0.2
+    np.testing.assert_allclose(seen, [(0.6, 1 / 10), (kept_strength, 2.0)], rtol=1e-5)
+    assert notes[-1].startswith(kept)
+
+
 def test_what_the_guard_waits_for_has_the_penalties_that_training_begins_with(monkeypatch):
     reached = []
 

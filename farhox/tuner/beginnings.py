@@ -70,13 +70,16 @@ class Beginnings:
             List of lines on what was chosen.
         """
         much, notes = _MORE_PROGRESS * abs(untrained - loss), []
+        self.heat(rate)  # The last one may have been of another rate.
         if self._strengths:
             self._set_back(self._strengths)
-            if progress() - loss > much:
+            own = progress()
+            if own - loss > much:
                 self._lower_strengths()
                 notes.append("strengths: a third of those at the start, by the validation loss after annealed steps")
+            else:
+                loss = own
         if self._decays:
-            self.heat(rate)
             chosen = [row.hyperparameter.numpy() for row in self._decays]
             self._set_back(self._decays)
             if loss - progress() > much:
