@@ -431,7 +431,7 @@ def test_an_update_that_would_lose_a_value_is_taken_back_with_the_slots(optimize
 def applied(hyper_optimizer, gradient):
     """One guarded update with this hypergradient; whether it stands."""
     return hyper_optimizer._guarded_update.apply(
-        hyper_optimizer.optimizer, lambda: hyper_optimizer._one.apply(hyper_optimizer.optimizer, [gradient]))
+        hyper_optimizer._updates, lambda: hyper_optimizer._updates.apply([gradient]))
 
 
 @pytest.mark.one_case

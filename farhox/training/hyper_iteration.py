@@ -15,6 +15,7 @@ from farhox.hypergradients import EpisodesHG, HyperGradient, ReverseHG
 from farhox.hypergradients.base import HyperGradientResult, Memory
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.inner_training import InnerTraining
+from farhox.training.flat_updates import FlatUpdates
 from farhox.training.kept import Kept
 from farhox.training.updates import GuardedUpdate, restored
 from farhox.training.watch import Watch
@@ -122,9 +123,9 @@ class HyperIteration:
         return cls(outer, hypergradient, online, outer_first, Kept(problem, hypergradient, online), guarded_update,
                    watch, last_outer_loss)
 
-    def run(self, problem: BilevelProblem, optimizer: Optimizer, iteration: Tensor, inner_batches: InnerBatches,
+    def run(self, problem: BilevelProblem, updates: FlatUpdates, iteration: Tensor, inner_batches: InnerBatches,
             outer_batch: Batch) -> HyperGradientResult:
-        """Computes the hypergradient, applies it with the outer optimizer, and keeps what goes on.
+        """Computes the hypergradient, applies it with the outer optimizer's `updates`, and keeps what goes on.
 
         Raises:
             ValueError: If an inner state is kept and there are several replicas.
@@ -133,14 +134,14 @@ class HyperIteration:
         result = self.hypergradient.compute(
             problem, inner_batches, outer_batch, state=start, carry=self.kept.carry_now(), iteration=iteration)
         if self.outer_first:
-            return self._outer_first(problem, optimizer, iteration, inner_batches, outer_batch, start, result)
+            return self._outer_first(problem, updates, iteration, inner_batches, outer_batch, start, result)
         new_state, new_carry = self.kept.of(result)
         # A diverged inner loss with a finite hypergradient is a diverged run all the same.
         parts = [result.inner_losses, result.outer_loss, [*new_state, *new_carry], *result.gradients]
         outer_loss = tf.cast(result.outer_loss, tf.float32)
         context = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync > 1:
-            self._over_replicas(optimizer, context, parts, outer_loss, inner_batches, outer_batch)
+            self._over_replicas(updates, context, parts, outer_loss, inner_batches, outer_batch)
             return result
 
         finite = self.kept.keep(result.inner_losses, new_state, new_carry, start) & tree.is_finite(
@@ -148,13 +149,13 @@ class HyperIteration:
         # What is not finite does not reach the optimizer: its update is taken back.
         gradients = [tf.where(finite, gradient, tf.zeros_like(gradient)) for gradient in result.gradients]
         self.guarded_update.apply_fast(
-            optimizer, lambda: self.apply(optimizer, gradients), finite, self.watch.note,
+            updates, lambda: updates.apply(gradients), finite, self.watch.note,
             lambda: self.watch.record(tf.constant(False), _flags(parts), inner_batches, outer_batch),
             self.watch.has_noted)
         self.last_outer_loss.assign(outer_loss)
         return result
 
-    def _over_replicas(self, optimizer, context, parts, outer_loss, inner_batches, outer_batch):
+    def _over_replicas(self, updates, context, parts, outer_loss, inner_batches, outer_batch):
         """The update by what all replicas found, and what there is to keep and to say."""
         if self.online:
             raise ValueError("online=True keeps one inner state and needs one replica. Received a strategy with "
@@ -163,21 +164,21 @@ class HyperIteration:
             tf.distribute.ReduceOp.SUM, tf.concat([tf.cast(_flags(parts), tf.float32), [outer_loss]], 0)))
         flags = tf.cast(tf.stack(flags), tf.int32)
         inner_losses, _, memory, *gradients = parts
-        stands = self._update(optimizer, tf.reduce_all(flags == 0), gradients, context)
+        stands = self._update(updates, tf.reduce_all(flags == 0), gradients, context)
         self.kept.keep(inner_losses, [], memory, None)
         self.last_outer_loss.assign(outer_loss / context.num_replicas_in_sync)
         self.watch.record(stands, flags, inner_batches, outer_batch)
 
-    def _outer_first(self, problem, optimizer, iteration, inner_batches, outer_batch, start, result):
+    def _outer_first(self, problem, updates, iteration, inner_batches, outer_batch, start, result):
         """The update, then the inner steps with the new values; their end is kept, and is that of the result.
 
         An update under which they are not finite is taken back.
         """
         _, new_carry = self.kept.of(result)
         flags = [_not_finite(part) for part in [[], result.outer_loss, new_carry, *result.gradients]]
-        variables = [*self.outer, *optimizer.variables]
+        variables = [*self.outer, *updates.variables]
         before = [tf.convert_to_tensor(variable) for variable in variables]
-        stands = self._update(optimizer, tf.reduce_all(tf.stack(flags) == 0), result.gradients,
+        stands = self._update(updates, tf.reduce_all(tf.stack(flags) == 0), result.gradients,
                               tf.distribute.get_replica_context())
         training = InnerTraining(problem, inner_batches, start, iteration=iteration)
         run = training.run()
@@ -192,12 +193,8 @@ class HyperIteration:
         self.watch.record(tf.logical_and(stands, survives), tf.stack(flags), inner_batches, outer_batch)
         return result
 
-    def apply(self, optimizer: Any, gradients: Any) -> Any:
-        """The update of the outer optimizer, without a guard."""
-        optimizer.apply(gradients, self.outer)
-        return tf.no_op()
 
-    def _update(self, optimizer, finite, gradients, context):
+    def _update(self, updates, finite, gradients, context):
         """Applies the hypergradients if they are finite; returns whether an update stands.
 
         Over replicas the optimizer adds them up: hence the mean. What became of the values, the same on all of them, is
@@ -205,19 +202,19 @@ class HyperIteration:
         """
         replicas = context.num_replicas_in_sync
         if replicas == 1:
-            return self._guarded(optimizer, finite, lambda: self.apply(optimizer, gradients))
+            return self._guarded(updates, finite, lambda: updates.apply(gradients))
         gradients = [gradient / replicas for gradient in gradients]
 
         def across_replicas(strategy, finite, gradients):
             # A condition may not hold a call that merges replicas, so the merge comes first and splits again inside.
             return self._guarded(
-                optimizer, strategy.experimental_local_results(finite)[0],
-                lambda: strategy.extended.call_for_each_replica(self.apply, args=(optimizer, gradients)))
+                updates, strategy.experimental_local_results(finite)[0],
+                lambda: strategy.extended.call_for_each_replica(updates.apply, args=(gradients,)))
 
         return context.merge_call(across_replicas, args=(finite, gradients))
 
-    def _guarded(self, optimizer, finite, update):
-        return tf.cond(finite, lambda: self.guarded_update.apply(optimizer, update), self._no_update)
+    def _guarded(self, updates, finite, update):
+        return tf.cond(finite, lambda: self.guarded_update.apply(updates, update), self._no_update)
 
     def _no_update(self):
         self.guarded_update.forget()

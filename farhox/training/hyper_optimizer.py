@@ -24,6 +24,7 @@ from farhox.training.compilation import Compilation
 from farhox.training.data_checks import with_checks
 from farhox.training.errors import graph_calls
 from farhox.training.executions import in_one_execution, is_suited
+from farhox.training.flat_updates import FlatUpdates
 from farhox.training.hyper_iteration import HyperIteration, checked_settings, problem_to_compile
 from farhox.training.measures import Measures
 from farhox.training.metric_variables import make_metrics, make_metrics_of_replicas
@@ -127,6 +128,7 @@ class HyperOptimizer(keras.Model):
                         jit_compile=jit_compile != "auto" and bool(jit_compile))
         if not self.optimizer.built:
             self.optimizer.build(self._outer)
+        self._updates = FlatUpdates(self.optimizer, self._outer)
         self._by_hand = ByHand(self)
 
     @property
@@ -384,7 +386,7 @@ class HyperOptimizer(keras.Model):
         return examples_of(inner_batches), outer_batch
 
     def _hyper_iteration(self, inner_batches, outer_batch):
-        return self._one.run(self.problem, self.optimizer, self._iteration(), inner_batches, outer_batch)
+        return self._one.run(self.problem, self._updates, self._iteration(), inner_batches, outer_batch)
 
     def trained_state(self, inner_batches: InnerBatches, outer: Tensors | None = None,
                       state: InnerState | None = None) -> Trained:

@@ -8,6 +8,7 @@ import keras
 from farhox._core.types import Tensors, Variables
 from farhox.dynamics.base import check_keras_optimizer, check_unscaled
 from farhox.outer.outer_variable import OuterVariable
+from farhox.training.flat_updates import FlatUpdates
 
 
 class OptimizerGroups(keras.optimizers.Optimizer):
@@ -74,17 +75,24 @@ class OptimizerGroups(keras.optimizers.Optimizer):
             if not any(variable is v for v in variables):
                 raise ValueError(f"Groups may name optimised variables only. Received: {variable.path!r}")
         super().build(variables)
+        updates = []
         for optimizer, members in zip(self.optimizers, self._split(variables)):
             if members:
                 optimizer.build([variables[i] for i in members])
+            updates.append(FlatUpdates(optimizer, [variables[i] for i in members]))
+        vars(self)["_updates"] = updates  # Nothing that Keras should keep track of.
 
     def apply(self, grads: Tensors, trainable_variables: Variables | None = None) -> None:
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
         if not self.built:
             self.build(variables)
-        for optimizer, members in zip(self.optimizers, self._split(variables)):
-            if members:
-                optimizer.apply([grads[i] for i in members], [variables[i] for i in members])
+        all_of_them = len(variables) == len(self._trainable_variables)
+        for optimizer, updates, members in zip(self.optimizers, self._updates, self._split(variables)):
+            gradients = [grads[i] for i in members]
+            if members and all_of_them:
+                updates.apply(gradients)
+            elif members:
+                optimizer.apply(gradients, [variables[i] for i in members])
         self._iterations.assign_add(1)
 
     def _split(self, variables):

@@ -10,6 +10,7 @@ import tensorflow as tf
 from farhox._core import functional, rarely, tree
 from farhox._core.types import Tensor
 from farhox.problem.bilevel import BilevelProblem
+from farhox.training.flat_updates import FlatUpdates
 
 # Halvings in the search for the point at which a value is held: beyond them float64 tells no points apart.
 _HALVINGS = 52
@@ -40,30 +41,30 @@ class GuardedUpdate:
         self.lost = _flags(len(self._variables), "lost_values")
         self.held = _flags(len(self._variables), "held_values")
 
-    def apply(self, optimizer: keras.optimizers.Optimizer, update: Callable[[], Any]) -> Tensor:
+    def apply(self, updates: FlatUpdates, update: Callable[[], Any]) -> Tensor:
         """Runs an update. Returns whether it stands, a scalar bool tensor.
 
         Args:
-            optimizer: The outer optimizer, whose state is part of what is taken back.
+            updates: Those of the outer optimizer, whose state is part of what is taken back.
             update: Callable that applies the hypergradients with it.
         """
-        before = self._values(optimizer)
+        before = self._values(updates)
         update()
         return self._mended(before)[0]
 
-    def apply_fast(self, optimizer: keras.optimizers.Optimizer, update: Callable[[], Any], accepted: Tensor,
+    def apply_fast(self, updates: FlatUpdates, update: Callable[[], Any], accepted: Tensor,
                    note: Callable[[Tensor, Tensor], Any], note_not_accepted: Callable[[], Any], noted: Tensor) -> None:
         """Runs an update that is nearly always accepted, and looks closer where something is the matter.
 
         Args:
-            optimizer, update: As for `apply`.
+            updates, update: As for `apply`.
             accepted: Scalar bool tensor, whether the update may stand. Otherwise it is taken back as a whole.
             note: Callable that is given whether an accepted update stands and whether a value is held.
             note_not_accepted: Callable, called where an update was not accepted.
             noted: Scalar bool tensor, whether something is noted of the update before. Where nothing is and all is
                 well, nothing is written down.
         """
-        before = self._values(optimizer)
+        before = self._values(updates)
         update()
 
         def looked_at():
@@ -80,9 +81,9 @@ class GuardedUpdate:
         all_is_well = accepted & tree.is_finite(values) & tf.logical_not(tf.reduce_any(tf.stack([noted, *marks])))
         rarely.cond(all_is_well, lambda: tf.cond(accepted, looked_at, taken_back), lambda: tf.constant(True))
 
-    def _values(self, optimizer):
+    def _values(self, updates):
         """Pairs of each outer variable and each of the optimizer's with its value, the outer ones first."""
-        return [(variable, tf.convert_to_tensor(variable)) for variable in [*self._variables, *optimizer.variables]]
+        return [(variable, tf.convert_to_tensor(variable)) for variable in [*self._variables, *updates.variables]]
 
     def _looks(self):
         """What must be finite, a list of tensors, and whether something is at a bound that it must not reach."""
