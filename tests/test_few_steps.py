@@ -8,9 +8,10 @@ import unrolled
 from problems import assert_close, assert_identical, heavy_ball, network_problem, scalar_quadratic, variable
 
 import farhox
+from farhox import hypergradients
 from farhox._core import few
 
-METHODS = [farhox.ReverseHG(), farhox.ReverseHG(truncation=1), farhox.ReverseHG(truncation=0)]
+METHODS = [farhox.ReverseHG(), farhox.ReverseHG(truncation=1), farhox.ReverseHG(truncation=0), farhox.ForwardHG()]
 
 
 def graph_of(case, method):
@@ -90,6 +91,34 @@ def test_steps_written_out_are_those_of_the_loops(method, float64, monkeypatch):
     assert_close(written_out.gradients, looped.gradients, 1e-14)
     for part in ("outer_loss", "inner_losses", "state"):
         assert_identical(getattr(written_out, part), getattr(looped, part))
+
+
+@pytest.mark.parametrize("outer, written_out", [(("rate", "target", "initial"), True), (("schedule", "target"), False)])
+def test_forward_mode_is_written_out_where_no_variable_has_a_loop_over_its_directions(outer, written_out, float64):
+    case = scalar_quadratic(outer=outer, steps=few.FEW)
+    function, graph = graph_of(case, farhox.ForwardHG())
+    assert (operations(graph, "While") == 0) == written_out
+    assert_close(function().gradients, case.expected, 1e-12)
+
+
+@pytest.mark.parametrize("weights", [None, (0.5, 2.0)])
+def test_a_few_steps_of_reptile_written_out_are_those_of_the_loop(weights, float64, monkeypatch):
+    case = scalar_quadratic(outer=("initial",), steps=2)
+    case = case._replace(inner_batches=tf.constant([[0.5, 0.4], [0.3, 0.8]], tf.float64),
+                         outer_batch=tf.constant([1.0, 2.0], tf.float64))
+    method = hypergradients.ReptileHG(step_weights=weights)
+    found, loops = [], []
+    for count in (few.FEW, 0):
+        monkeypatch.setattr(few, "FEW", count)
+        function, graph = graph_of(case, method)
+        loops.append(operations(graph, "While"))
+        found.append(function())
+    assert loops[0] < loops[1]
+    for part in ("gradients", "outer_loss", "inner_losses", "state"):
+        assert_identical(*[getattr(result, part) for result in found])
+    ends = np.asarray(found[0].state.variables[0])
+    if weights is None:
+        assert_close(found[0].gradients, [np.mean(case.problem.inner_variables[0].numpy() - ends)], 1e-14)
 
 
 @pytest.mark.parametrize("rhs", [[1.0, 2.0], [0.0, 0.0], [1.0, 0.0], [1.0, np.nan]])

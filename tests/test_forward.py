@@ -185,7 +185,7 @@ def test_inner_gradient_is_computed_once_for_the_step_and_for_its_tangents():
     x = tf.ones([2, 3])
     batch = (x, tf.ones([2, 1]))
     traced = tf.function(lambda: farhox.ForwardHG().compute(
-        problem, farhox.repeat(batch, 3), batch).gradients).get_concrete_function()
+        problem, farhox.repeat(batch, 4), batch).gradients).get_concrete_function()
     bodies = [function for function in traced.graph.as_graph_def().library.function
               if "while_body" in function.signature.name]
     # Two forward and three back for the gradient; of the tangent three forward and five back; the outputs once more for

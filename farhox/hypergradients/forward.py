@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
+from farhox._core.few import FewTensors, is_few
 from farhox._core.inner_state import float_leaves
 from farhox._core.types import Batch, Carry
 from farhox.hypergradients.base import Memory, SingleHyperGradient, result
+from farhox.hypergradients.each_step import each_step
 from farhox.problem.bilevel import BilevelProblem
-from farhox.problem.inner_training import InnerRun, InnerTraining
+from farhox.problem.inner_training import InnerTraining
 
 if TYPE_CHECKING:
     from farhox.hypergradients.base import HyperGradientResult
@@ -68,21 +70,21 @@ class ForwardHG(SingleHyperGradient):
         by_step = training.step_system(training.start, tf.constant(0)).depends_on()
         reached = [a or b for a, b in zip(reached, by_step)]
 
-        def body(t, state, arrays, losses, norm):
+        def body(t, state, arrays):
             system = training.step_system(state, t)
             arrays = _step_of_tangents(system, arrays, outer)
             next_state, loss, norm, _ = training.step(state, t, known=system.computed)
-            return t + 1, next_state, arrays, losses.write(t, loss), norm
+            return next_state, loss, norm, arrays
 
         # An entry per direction: a tensor [P, ...] would be copied as a whole in each step.
-        arrays = [tf.TensorArray(z.dtype, size=_num_directions(outer), element_shape=z.shape[1:],
-                                 clear_after_read=False).unstack(z) for z in tangents]
-        before = training.before_first_step()
-        taken, state, arrays, losses, norm = tf.while_loop(
-            lambda t, state, arrays, losses, norm: training.goes_on(t, training.steps, norm), body,
-            [tf.constant(0), before.state, arrays, before.losses, before.gradient_norm], parallel_iterations=1)
-        tangents = [tf.ensure_shape(array.stack(), z.shape) for array, z in zip(arrays, tangents)]
-        return InnerRun(state, losses, norm, taken), tangents, reached
+        writes_out = training.writes_out(0, training.steps) and not _has_loops(outer)
+        if writes_out:
+            arrays = [FewTensors(tf.unstack(z, _num_directions(outer))) for z in tangents]
+        else:
+            arrays = [tf.TensorArray(z.dtype, size=_num_directions(outer), element_shape=z.shape[1:],
+                                     clear_after_read=False).unstack(z) for z in tangents]
+        run, arrays = each_step(training, body, arrays, writes_out)
+        return run, [tf.ensure_shape(array.stack(), z.shape) for array, z in zip(arrays, tangents)], reached
 
     def initial_carry(self, problem: BilevelProblem) -> Carry:
         if self.warm_restart:
@@ -106,16 +108,25 @@ def _unit_direction(outer, index, among):
     return direction
 
 
+def _groups(outer):
+    """Places of the outer variables whose directions are taken together, a sequence for each loop."""
+    everything = range(len(outer))
+    return [[i] for i in everything] if len(outer) <= _MOST_LOOPS else [everything]
+
+
+def _has_loops(outer):
+    """Whether a group has more than one direction."""
+    return any(_num_directions([outer[i] for i in group]) > 1 for group in _groups(outer))
+
+
 def _step_of_tangents(system, arrays, outer):
     """Z <- A_t Z + B_t, direction by direction, in place of the old ones.
 
     Outer variables have a loop each over their directions: there the other variables' part of B_t is known to be zero.
     Many of them share one loop, whose graph is a single one.
     """
-    everything = range(len(outer))
-    groups = [[i] for i in everything] if len(outer) <= _MOST_LOOPS else [everything]
     stop = 0
-    for group in groups:
+    for group in _groups(outer):
         start, stop = stop, stop + _num_directions([outer[i] for i in group])
 
         def product(index, arrays, group=group):
@@ -136,11 +147,16 @@ def _initial_tangents(training):
     system = training.initial_system()
     count, everything = _num_directions(outer), range(len(outer))
     leaves = float_leaves(training.start)
-    # AutoGraph would rewrite the user's dynamics, and turn their errors into others.
-    tangents = tf.map_fn(
-        tf.autograph.experimental.do_not_convert(
-            lambda index: system.product([], _unit_direction(outer, index, everything))),
-        tf.range(count), parallel_iterations=1, fn_output_signature=[leaf.dtype for leaf in leaves])
+
+    def product(index):
+        return system.product([], _unit_direction(outer, index, everything))
+
+    if is_few(count):
+        tangents = [tf.stack(parts) for parts in zip(*map(product, range(count)))]
+    else:
+        # AutoGraph would rewrite the user's dynamics, and turn their errors into others.
+        tangents = tf.map_fn(tf.autograph.experimental.do_not_convert(product), tf.range(count), parallel_iterations=1,
+                             fn_output_signature=[leaf.dtype for leaf in leaves])
     tangents = [tf.ensure_shape(z, [count, *leaf.shape]) for z, leaf in zip(tangents, leaves)]
     return tangents, system.depends_on()
 

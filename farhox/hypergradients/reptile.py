@@ -11,9 +11,10 @@ from farhox._core import checks, tree
 from farhox._core.inner_state import float_leaves
 from farhox._core.types import Carry
 from farhox.hypergradients.base import HyperGradient, HyperGradientResult, Memory
+from farhox.hypergradients.each_step import each_step
 from farhox.problem.bilevel import BilevelProblem
 from farhox.problem.episodes import episode_at, num_episodes
-from farhox.problem.inner_training import InnerRun, InnerTraining, gradient_diagnostics
+from farhox.problem.inner_training import InnerTraining, gradient_diagnostics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +103,11 @@ class ReptileHG(HyperGradient):
 
 def _train(training, weights, direction):
     """The run of one episode, and the direction with its share added: Σ_t weight_t (φ_t - φ_{t+1})."""
-    before = training.before_first_step()
-
-    def body(t, state, direction, losses, _):
+    def body(t, state, direction):
         after, loss, norm, _ = training.step(state, t)
         moved = tree.subtract(state.variables, after.variables)
         if weights is not None:
             moved = [tf.cast(weights[t], part.dtype) * part for part in moved]
-        return t + 1, after, [a + b for a, b in zip(direction, moved)], losses.write(t, loss), norm
+        return after, loss, norm, [a + b for a, b in zip(direction, moved)]
 
-    steps, state, direction, losses, norm = tf.while_loop(
-        lambda t, state, direction, losses, norm: training.goes_on(t, training.steps, norm), body,
-        [tf.constant(0), before.state, direction, before.losses, before.gradient_norm], parallel_iterations=1)
-    return InnerRun(state, losses, norm, steps), direction
+    return each_step(training, body, direction, training.writes_out(0, training.steps))
