@@ -6,6 +6,7 @@ r"""What one hyper-iteration of a single inner step costs in `fit`, beside the s
 Least squares with 100 weights and 64 examples, T = 1 online, the learning rate is learned by `ReverseHG`. Cases:
 
 - `fit_1`, `fit_50`, `fit_50_xla`: `HyperOptimizer.fit` with one hyper-iteration or 50 an execution, and with XLA.
+- `forward_50`: the same by `ForwardHG`. `many_50`: twenty L2 strengths, of five weights each, are learned too, by Adam.
 - `keras_1`, `keras_50`: `keras.Model.fit` with a `train_step` of the same arithmetic by hand, two assignments and
   nothing else: no optimizer, no metrics, no checks. What is above the loop by hand is Keras' loop and reading the data.
 
@@ -24,10 +25,11 @@ from absl import flags
 
 from _shared import cases, program
 
-CASES = ("fit_1", "fit_50", "fit_50_xla", "keras_1", "keras_50")
+CASES = ("fit_1", "fit_50", "fit_50_xla", "forward_50", "many_50", "keras_1", "keras_50")
 COLUMNS = [("case", "{}"), ("fit_ms", "{:.3f}"), ("hand_ms", "{:.4f}"), ("over_hand", "{:.1f}"),
            ("first_epoch_s", "{:.2f}"), ("operations", "{}")]
 RATE, OUTER_RATE = 1e-3, 1e-3
+STRENGTHS, STRENGTH = 20, 1e-4
 
 
 def define_flags():
@@ -68,9 +70,10 @@ def measure(name, quick, repeats):
     x, y = draws.normal(size=[64, 100]).astype("float32"), draws.normal(size=64).astype("float32")
     per_execution, count = int(name.split("_")[1]), 100 if quick else 600
     data = tf.data.Dataset.from_tensors(((x[None], y[None]), (x, y))).repeat(count)
-    model = (farhox_model if name.startswith("fit") else ByHand)(x.shape[1])
+    model = ByHand(x.shape[1]) if name.startswith("keras") else farhox_model(name, x.shape[1])
     settings = dict(steps_per_execution=per_execution, jit_compile=name.endswith("xla"))
-    model.compile(keras.optimizers.SGD(OUTER_RATE), **settings)
+    optimizer = keras.optimizers.Adam if name.startswith("many") else keras.optimizers.SGD
+    model.compile(optimizer(OUTER_RATE), **settings)
 
     def fit():
         model.fit(data, shuffle=False, verbose=0)
@@ -90,16 +93,24 @@ def measure(name, quick, repeats):
                 operations=sum(kinds.values()), kinds=kinds)
 
 
-def farhox_model(size):
-    """The `HyperOptimizer`."""
+def farhox_model(name, size):
+    """The `HyperOptimizer` of a case."""
     w = keras.Variable(np.zeros(size, "float32"))
     rate = farhox.Hyperparameter(RATE, low=0.0, log=True, name="learning_rate")
+    strengths = [farhox.Hyperparameter(STRENGTH, low=0.0, log=True, name=f"l2_{i}")
+                 for i in range(STRENGTHS if name.startswith("many") else 0)]
 
     def loss(batch):
         return tf.reduce_mean((tf.linalg.matvec(batch[0], tf.convert_to_tensor(w)) - batch[1]) ** 2)
 
-    problem = farhox.BilevelProblem(loss, loss, [w], [rate], farhox.GradientDescent(rate))
-    return farhox.HyperOptimizer(problem, farhox.ReverseHG(), online=True)
+    def penalised(batch):
+        blocks = tf.reshape(tf.convert_to_tensor(w), [STRENGTHS, -1])
+        return loss(batch) + tf.reduce_sum(tf.stack([strength() for strength in strengths])[:, tf.newaxis] * blocks ** 2)
+
+    problem = farhox.BilevelProblem(
+        penalised if strengths else loss, loss, [w], [rate, *strengths], farhox.GradientDescent(rate))
+    method = farhox.ForwardHG() if name.startswith("forward") else farhox.ReverseHG()
+    return farhox.HyperOptimizer(problem, method, online=True)
 
 
 def updated(x, y, outer_x, outer_y, w, log_rate):
