@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import assert_close, assert_identical, network_problem, scalar_quadratic
+from problems import assert_close, assert_identical, heavy_ball, network_problem, scalar_quadratic
 
 import farhox
 from farhox.hypergradients.checkpoints import segment_lengths, stored_bytes
@@ -88,6 +88,18 @@ def test_levels_of_checkpoints_change_no_bit_of_a_network_that_draws(float64):
     compiled = [tf.function(lambda: by.compute(*case[:3]), autograph=False, jit_compile=True)()  # noqa: B023
                 for by in (farhox.ReverseHG(memory=0), method)]
     assert_close(compiled[1].gradients, compiled[0].gradients, 1e-12)
+
+
+@pytest.mark.parametrize("states, levels", [(101, 0), (30, 1), (16, 2), (15, 3)])
+def test_no_segment_is_run_again_beside_the_loop_over_them(states, levels):
+    # Nothing would order the two, and what is kept of both would take memory at the same time.
+    case = heavy_ball()
+    case = case._replace(inner_batches=tf.repeat(case.inner_batches[:1], 100))
+    state_bytes = 24  # The variable, its momentum and the number of the step.
+    assert levels_of(100, state_bytes, 0, states * state_bytes) == levels
+    method = farhox.ReverseHG(checkpoint_every="memory", memory=states * state_bytes)
+    graph = tf.function(lambda: method.compute(*case[:3]).gradients, autograph=False).get_concrete_function().graph
+    assert sum(operation.type in ("While", "StatelessWhile") for operation in graph.get_operations()) == 2
 
 
 @pytest.mark.parametrize("memory", [None, 0])

@@ -69,9 +69,9 @@ def test_steps_are_written_out_where_all_that_is_needed_of_them_may_be_stored(me
         learn_initialization=False)
     random = np.random.default_rng(0)
     batch = random.normal(size=(6, 20)), random.integers(0, 3, 6)
-    case = problem, farhox.repeat(batch, 2), batch
+    case = problem, farhox.repeat(batch, 3), batch
     function, graph = graph_of(case, farhox.ReverseHG(memory=memory))
-    again = problem.memory_plan(2, batch, memory=memory).computed_again
+    again = problem.memory_plan(3, batch, memory=memory).computed_again
     assert any("MatMul" in choice.name for choice in again) != written_out
     # The way there is written out in any case; the way back then runs parts of each step again.
     assert (operations(graph, "While") == 0) == written_out
@@ -81,10 +81,10 @@ def test_steps_are_written_out_where_all_that_is_needed_of_them_may_be_stored(me
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_written_out_are_those_of_the_loops(method, float64, monkeypatch):
     case = heavy_ball("float64")
-    case = case._replace(inner_batches=case.inner_batches[:2])
+    case = case._replace(inner_batches=case.inner_batches[:3])
     written_out = graph_of(case, method)[0]()
     assert operations(graph_of(case, method)[1], "While") == 0
-    monkeypatch.setattr(few, "FEW", 0)
+    monkeypatch.setattr(few, "FEW", 1)
     function, graph = graph_of(case, method)
     assert operations(graph, "While") > 0
     looped = function()

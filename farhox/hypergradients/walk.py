@@ -42,6 +42,9 @@ class Walk:
         self.left_out = weights is None and (self.back_step.passes_on or isinstance(most, int) and most == 0)
         # A few steps are written out, there and back, where all that the way back needs of them may be stored.
         of_few = None
+        leaves = float_leaves(training.start)
+        # What the outer objective does not read has an adjoint of zero until the last step is walked back.
+        self._unread = [not outer.depends[i] and leaves[i].shape.is_fully_defined() for i in back_step.active]
         if not self.left_out and training.problem.stop_tolerance is None and is_few(most) and (
                 most == 1 or not segments and weights is None):
             of_few = self.back_step.kept_of_few(memory, most)
@@ -65,7 +68,7 @@ class Walk:
         return start, tf.minimum(start + self.segments[level], steps)
 
     def forward(self, first: Any, steps: Any) -> Any:
-        """The run, and the record of its steps from `first` on or the first state of each segment."""
+        """The run, and what is stored of its steps from `first` on, for `back`."""
         training = self.training
         if self.left_out:
             return training.run(first, steps, training.run(0, first)), None
@@ -73,7 +76,11 @@ class Walk:
             before = None if isinstance(first, int) and first == 0 else training.run(0, first)
             run = training.run(first, steps, before, Record(training.start, self.kept, few=True))
             return run, run.record
-        return self._recorded(training.run(0, first), first, steps)
+        if not self._has_its_own_last_step(first, steps):
+            return self._recorded(training.run(0, first), first, steps)
+        run, records = self._recorded(training.run(0, first), first, steps - 1)
+        run = training.run(steps - 1, steps, run, Record(training.start, self.kept, few=True))
+        return run, (records, run.record)
 
     def _recorded(self, run, first, steps, level=0, replay=False):
         """The run over steps whose first states are stored on a level, and what is stored."""
@@ -117,31 +124,22 @@ class Walk:
         active = self.back_step.active
         adjoint = [part for part in zeros_for_none([adjoint[i] for i in active], [leaves[i] for i in active])]
 
+        if self._has_its_own_last_step(first, steps):
+            records, last = records
+            known = [None if zero else part for zero, part in zip(self._unread, adjoint)]
+            steps -= 1
+            adjoint, parts = self._step_back(last, steps, steps, known, parts)
         first_apart = self._has_its_own_first_step(first, steps)
         lowest = first + 1 if first_apart else first
-        unread = [at_end.state[i] is None and leaves[i].shape.is_fully_defined() for i in active]
-        # What the outer objective does not read has an adjoint of zero until the last step is walked back.
-        last_apart = any(unread) and self._has_its_own_last_step(lowest, steps)
 
-        def step_apart(record, start, stop, adjoint, parts):
-            """The last step, of which `record` holds the states from step `start` on."""
-            known = [None if zero else part for zero, part in zip(unread, adjoint)]
-            return self._step_back(record, start, tf.convert_to_tensor(stop - 1, tf.int32), known, parts)
-
-        def loop_back(count, body, adjoint, parts):
-            _, adjoint, parts = tf.while_loop(
-                lambda index, *_: index >= 0, lambda index, *carried: (index - 1, *body(index, *carried)),
-                [tf.convert_to_tensor(count - 1, tf.int32), adjoint, parts], parallel_iterations=1)
-            return adjoint, parts
-
-        def segments_back(records, first, steps, lowest, level, adjoint, parts, to_end):
+        def segments_back(records, first, steps, lowest, level, adjoint, parts):
             """Steps steps - 1 down to `lowest`, of which the first states are stored from step `first` on.
 
             A single segment takes the same loops as many do: with other loops around it TensorFlow's graph optimizer
             adds up the terms of a step in another order, and the last bit of the result would depend on the
             checkpoints.
             """
-            def segment_back(index, adjoint, parts, to_end=False):
+            def segment_back(index, adjoint, parts):
                 if not self.segments:
                     start, stop, record = first, steps, records
                 else:
@@ -149,21 +147,17 @@ class Walk:
                     record = self._recomputed(records, index, start, stop, level + 1)
                 begin = tf.maximum(start, lowest)
                 if level + 1 < len(self.segments):
-                    return segments_back(record, start, stop, begin, level + 1, adjoint, parts, to_end)
-                if not to_end:
-                    return self._steps_back(record, start, begin, stop, adjoint, parts)
-                adjoint, parts = step_apart(record, start, stop, adjoint, parts)
-                return loop_back(1, lambda _, adjoint, parts: self._steps_back(
-                    record, start, begin, stop - 1, adjoint, parts), adjoint, parts)
+                    return segments_back(record, start, stop, begin, level + 1, adjoint, parts)
+                return self._steps_back(record, start, begin, stop, adjoint, parts)
 
             count = self._num_segments(first, steps, level) if self.segments else 1
-            if to_end:
-                adjoint, parts = segment_back(tf.convert_to_tensor(count - 1, tf.int32), adjoint, parts, to_end=True)
-                count -= 1
-            return loop_back(count, segment_back, adjoint, parts) if self.segments or not to_end else (adjoint, parts)
+            _, adjoint, parts = tf.while_loop(
+                lambda index, *_: index >= 0, lambda index, *carried: (index - 1, *segment_back(index, *carried)),
+                [tf.convert_to_tensor(count - 1, tf.int32), adjoint, parts], parallel_iterations=1)
+            return adjoint, parts
 
-        if not first_apart or self.most > 1:
-            adjoint, parts = segments_back(records, first, steps, lowest, 0, adjoint, parts, last_apart)
+        if not (isinstance(steps, int) and isinstance(lowest, int)) or steps > lowest:
+            adjoint, parts = segments_back(records, first, steps, lowest, 0, adjoint, parts)
         if first_apart:
             record = records
             if self.segments:
@@ -201,11 +195,14 @@ class Walk:
             return False  # There may be no such step.
         return steps > first and (first > 0 or not self.training.learns_initial_state)
 
-    def _has_its_own_last_step(self, lowest, steps):
-        """Whether the first step back, which is the last one of the training, is taken apart from the others."""
-        if not (isinstance(lowest, int) and isinstance(steps, int)) or self.training.problem.stop_tolerance is not None:
+    def _has_its_own_last_step(self, first, steps):
+        """Whether the first step back, which is the last one of the training, is taken apart from the others.
+
+        It knows which adjoints are zero. A single step that is the first one too is apart as that.
+        """
+        if not (isinstance(first, int) and isinstance(steps, int)) or self.training.problem.stop_tolerance is not None:
             return False  # There may be no such step.
-        return steps > lowest
+        return any(self._unread) and steps > first + self._has_its_own_first_step(first, steps)
 
     def _recomputed(self, arrays, index, start, stop, level):
         """What is stored of the steps `start` to `stop`, run again from the stored state of this index."""
