@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import unrolled
-from problems import TOLERANCE, assert_close, heavy_ball, proximal_quadratic, scalar_quadratic, variable
+from problems import (
+    TOLERANCE,
+    assert_close,
+    assert_identical,
+    heavy_ball,
+    proximal_quadratic,
+    scalar_quadratic,
+    variable,
+)
 
 import farhox
 from farhox._core import autodiff
@@ -37,6 +45,55 @@ def test_each_step_uses_its_own_minibatch(dtype):
     result = farhox.ForwardHG().compute(*case[:3])
     assert_close(result.gradients, [0.32944, -3.219], TOLERANCE[dtype])
     assert_close([result.state.variables[0]], [1.58], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("most_loops", [0, 8])
+@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize("online", [False, True])
+def test_directions_at_the_same_time_have_the_bits_of_one_after_the_other(most_loops, steps, online, monkeypatch):
+    monkeypatch.setattr(farhox.hypergradients.forward, "_MOST_LOOPS", most_loops)
+    outer = ("target", "rate") if online else ("target", "schedule", "initial")  # A schedule ends.
+    case = scalar_quadratic("float32", outer, steps=steps)
+    results = []
+    for count in (1, 2, 10):
+        method = farhox.ForwardHG(parallel_iterations=count)
+        compute = tf.function(lambda *going_on: method.compute(*case[:3], *going_on), autograph=False)  # noqa: B023
+        result = compute()
+        results.append(compute(result.state, result.carry) if online else result)
+    for result in results[1:]:
+        assert_identical(result.gradients, results[0].gradients)
+        assert_identical(result.carry, results[0].carry)
+    if not online:
+        assert_close(results[0].gradients, case.expected, TOLERANCE["float32"])
+
+
+def test_no_direction_waits_for_another_one_that_is_pushed_at_the_same_time():
+    case = heavy_ball()  # Three scalars.
+
+    def longest(count):
+        method = farhox.ForwardHG(parallel_iterations=count)
+        graph = tf.function(lambda: method.compute(*case[:3]).gradients, autograph=False).get_concrete_function().graph
+        (body,) = [function for function in graph.as_graph_def().library.function
+                   if "while_body" in function.signature.name and any(
+                       node.op == "TensorListSetItem" for node in function.node_def)]
+        inputs = {node.name: [name.split(":")[0].lstrip("^") for name in node.input] for node in body.node_def}
+        kinds = {node.name: node.op for node in body.node_def}
+        lengths = {}
+
+        def reads_on_the_way(name):
+            if name not in lengths:
+                lengths[name] = (kinds.get(name) == "TensorListGetItem") + max(
+                    map(reads_on_the_way, inputs.get(name, [])), default=0)
+            return lengths[name]
+
+        return max(map(reads_on_the_way, inputs))
+
+    assert (longest(1), longest(2)) == (3, 1)
+
+
+def test_parallel_iterations_are_a_positive_integer():
+    with pytest.raises(ValueError, match="parallel_iterations must be a positive integer. Received: .*0"):
+        farhox.ForwardHG(parallel_iterations=0)
 
 
 @pytest.mark.slow

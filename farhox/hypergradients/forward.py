@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
+from farhox._core import checks
 from farhox._core.few import FewTensors, is_few
 from farhox._core.inner_state import float_leaves
 from farhox._core.types import Batch, Carry
@@ -36,15 +37,26 @@ class ForwardHG(SingleHyperGradient):
     Args:
         warm_restart: Bool. Keep no tangents: where the state goes on, Z starts at zero again, so that each
             hypergradient is that of its own T steps.
+        parallel_iterations: Positive int, directions that are pushed at the same time where TensorFlow may use several
+            threads between operations, as of `tf.while_loop`. The numbers are the same; tangents take twice the memory.
+            With up to eight outer variables each has directions of its own: scalars are then bounded by the threads
+            alone.
+
+    Raises:
+        ValueError: If `parallel_iterations` is not a positive integer.
 
     Reference:
         [Franceschi et al., 2017](https://arxiv.org/abs/1703.01785), Algorithm 2 and section 4.
     """
 
     warm_restart: bool = False
+    parallel_iterations: int = 1
 
     shares_features = False
     remembers = Memory.WITH_STATE
+
+    def __post_init__(self):
+        checks.positive_integer("parallel_iterations", self.parallel_iterations)
 
     def differentiate(self, training: InnerTraining, outer_batch: Batch, carry: Carry) -> HyperGradientResult:
         run, tangents, reached = training.once("tangents", lambda: self._pushed(training, carry))
@@ -72,7 +84,7 @@ class ForwardHG(SingleHyperGradient):
 
         def body(t, state, arrays):
             system = training.step_system(state, t)
-            arrays = _step_of_tangents(system, arrays, outer)
+            arrays = _step_of_tangents(system, arrays, outer, self.parallel_iterations)
             next_state, loss, norm, _ = training.step(state, t, known=system.computed)
             return next_state, loss, norm, arrays
 
@@ -119,25 +131,27 @@ def _has_loops(outer):
     return any(_num_directions([outer[i] for i in group]) > 1 for group in _groups(outer))
 
 
-def _step_of_tangents(system, arrays, outer):
+def _step_of_tangents(system, arrays, outer, parallel_iterations):
     """Z <- A_t Z + B_t, direction by direction, in place of the old ones.
 
     Outer variables have a loop each over their directions: there the other variables' part of B_t is known to be zero.
-    Many of them share one loop, whose graph is a single one.
+    Many of them share one loop, whose graph is a single one. Where directions are pushed at the same time none waits
+    for what another one has written: all are read from the arrays of the step before.
     """
-    stop = 0
+    stop, before = 0, arrays
     for group in _groups(outer):
         start, stop = stop, stop + _num_directions([outer[i] for i in group])
 
         def product(index, arrays, group=group):
-            products = system.product([array.read(index) for array in arrays], _unit_direction(outer, index, group))
+            read = arrays if parallel_iterations == 1 else before
+            products = system.product([array.read(index) for array in read], _unit_direction(outer, index, group))
             return index + 1, [array.write(index, z) for array, z in zip(arrays, products)]
 
         if stop - start == 1:
             _, arrays = product(start, arrays)
         else:
             _, arrays = tf.while_loop(lambda index, _, stop=stop: index < stop, product,
-                                      [tf.constant(start), arrays], parallel_iterations=1)
+                                      [tf.constant(start), arrays], parallel_iterations=parallel_iterations)
     return arrays
 
 

@@ -105,7 +105,8 @@ def farhox_model(name, size):
 
     def penalised(batch):
         blocks = tf.reshape(tf.convert_to_tensor(w), [STRENGTHS, -1])
-        return loss(batch) + tf.reduce_sum(tf.stack([strength() for strength in strengths])[:, tf.newaxis] * blocks ** 2)
+        values = tf.stack([strength() for strength in strengths])
+        return loss(batch) + tf.reduce_sum(values[:, tf.newaxis] * blocks ** 2)
 
     problem = farhox.BilevelProblem(
         penalised if strengths else loss, loss, [w], [rate, *strengths], farhox.GradientDescent(rate))
