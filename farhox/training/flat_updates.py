@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from farhox._core import functional, tree
-from farhox._core.types import Optimizer, Tensor, Tensors, Variables
+from farhox._core.types import Tensor, Tensors, Variables
 from farhox.dynamics.functional_optimizer import functional_copy, view_of
 
 # Optimizers of Keras whose update of an entry depends on no other entry, and on nothing that an update of another
@@ -36,7 +36,7 @@ class FlatUpdates:
         variables: List of `keras.Variable`, what it updates.
     """
 
-    def __init__(self, optimizer: Optimizer, variables: Variables) -> None:
+    def __init__(self, optimizer: keras.optimizers.Optimizer, variables: Variables) -> None:
         self._optimizer, self._all, self._groups = optimizer, list(variables), []
         if type(optimizer) in _ENTRY_BY_ENTRY and not tf.distribute.has_strategy():
             self._groups = [_Group(optimizer, variables, places) for places in _places(variables)]

@@ -80,7 +80,7 @@ class OptimizerGroups(keras.optimizers.Optimizer):
             if members:
                 optimizer.build([variables[i] for i in members])
             updates.append(FlatUpdates(optimizer, [variables[i] for i in members]))
-        vars(self)["_updates"] = updates  # Nothing that Keras should keep track of.
+        self.__dict__["_updates"] = updates  # Nothing that Keras should keep track of.
 
     def apply(self, grads: Tensors, trainable_variables: Variables | None = None) -> None:
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
