@@ -252,7 +252,7 @@ def test_the_adjoint_of_momenta_is_left_out_of_the_last_step_alone(method, float
     (farhox.GradientDescent(0.3, first_order=True), False, 0), (farhox.GradientDescent(0.3, first_order=True), True, 1),
     (farhox.GradientDescent(0.3), False, 1), (farhox.Momentum(0.3, 0.5, first_order=True), False, 1)])
 def test_the_way_back_is_left_out_where_steps_pass_the_adjoint_on(dynamics, reads_statistics, walked, float64):
-    model, inner_batches, outer_batch = model_and_data("BatchNormalization", steps=4)
+    model, inner_batches, outer_batch = model_and_data("BatchNormalization", steps=6)
     problem = farhox.supervised_problem(
         model, keras.losses.SparseCategoricalCrossentropy(from_logits=True), dynamics, learn_initialization=True,
         training_at_outer=not reads_statistics)
