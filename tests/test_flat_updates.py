@@ -120,3 +120,11 @@ def test_settings_that_are_changed_before_the_first_update_count():
     update([tf.constant(3.0)] * 4)
     root = np.sqrt(1.0 - 0.999)
     np.testing.assert_allclose([float(variable) for variable in variables], [-root / (root + 1.0)] * 4, rtol=1e-4)
+
+
+def test_an_optimizer_of_other_variables_says_so():
+    optimizer = keras.optimizers.Adam(1.0)
+    optimizer.build([keras.Variable(0.0) for _ in range(4)])
+    update = together(optimizer, [keras.Variable(0.0) for _ in range(4)])
+    with pytest.raises(ValueError, match="Unknown variable"):
+        update([tf.constant(1.0)] * 4)

@@ -38,7 +38,9 @@ class FlatUpdates:
 
     def __init__(self, optimizer: keras.optimizers.Optimizer, variables: Variables) -> None:
         self._optimizer, self._all, self._groups = optimizer, list(variables), []
-        if type(optimizer) in _ENTRY_BY_ENTRY and not tf.distribute.has_strategy():
+        # An optimizer that was built for other variables says so itself, at the first update.
+        known = all(optimizer._var_key(variable) in optimizer._trainable_variables_indices for variable in variables)
+        if known and type(optimizer) in _ENTRY_BY_ENTRY and not tf.distribute.has_strategy():
             self._groups = [_Group(optimizer, variables, places) for places in _places(variables)]
         together = {place for group in self._groups for place in group.places}
         self._alone = [place for place in range(len(self._all)) if place not in together]
