@@ -128,3 +128,11 @@ def test_an_optimizer_of_other_variables_says_so():
     update = together(optimizer, [keras.Variable(0.0) for _ in range(4)])
     with pytest.raises(ValueError, match="Unknown variable"):
         update([tf.constant(1.0)] * 4)
+
+
+def test_variables_of_groups_may_come_in_another_order():
+    variables = [keras.Variable(0.0) for _ in range(5)]
+    groups = OptimizerGroups(keras.optimizers.Adam(1.0), [(keras.optimizers.Adam(0.1), variables[4:])])
+    groups.build(variables)
+    groups.apply([tf.constant(float(i) - 2.5) for i in reversed(range(5))], variables[::-1])
+    np.testing.assert_allclose([float(v) for v in variables], [1.0, 1.0, 1.0, -1.0, -0.1], rtol=1e-4)

@@ -29,6 +29,25 @@ class Quadratic:
                                      fixed=[] if self.rate in variables else [self.rate])
 
 
+@pytest.mark.parametrize("reads_all_first", [True, False])
+def test_objectives_that_read_different_variables_have_their_own_hypergradients(reads_all_first):
+    first, second, lam, mu = (keras.Variable(np.float64(value), dtype="float64") for value in (3.0, 2.0, 0.5, 0.7))
+
+    def make(objective, variables):
+        return farhox.BilevelProblem(
+            lambda _: (first - lam) ** 2 + (first - mu * second) ** 2, objective, [first, second], variables,
+            dynamics=farhox.GradientDescent(0.1), fixed=[v for v in (lam, mu) if all(v is not w for w in variables)])
+
+    objectives = [lambda _: (first - 1) ** 2 + (second - 2) ** 2, lambda _: (first - 2) ** 2]
+    other, own = objectives if reads_all_first else objectives[::-1]
+    method = farhox.ReverseHG()
+    result = tf.function(lambda: ObjectivesHG(method, [(other, [mu])]).compute(make(own, [lam, mu]), BATCHES, OUTER),
+                         autograph=False)()
+    expected = [method.compute(make(objective, [variable]), BATCHES, OUTER).gradients[0]
+                for objective, variable in ((own, lam), (other, mu))]
+    np.testing.assert_allclose(result.gradients, expected, rtol=1e-13)
+
+
 @pytest.mark.slow
 @pytest.mark.one_case
 @pytest.mark.parametrize("method", [farhox.ReverseHG(), farhox.ForwardHG()], ids=["reverse", "forward"])

@@ -107,7 +107,8 @@ class ReverseHG(SingleHyperGradient):
         first = self._first_differentiated_step(steps)
 
         run, records = training.once(
-            ("way there", walk.left_out, tuple(tensor.name for tensor in walk.kept), walk.lengths, walk.writes_out),
+            ("way there", walk.left_out, tuple(tensor.name for tensor in walk.kept), walk.lengths, walk.writes_out,
+             walk.has_its_own_last_step(first, steps)),
             lambda: walk.forward(first, steps))
         if problem.stop_tolerance is not None:
             steps = run.steps

@@ -76,7 +76,7 @@ class Walk:
             before = None if isinstance(first, int) and first == 0 else training.run(0, first)
             run = training.run(first, steps, before, Record(training.start, self.kept, few=True))
             return run, run.record
-        if not self._has_its_own_last_step(first, steps):
+        if not self.has_its_own_last_step(first, steps):
             return self._recorded(training.run(0, first), first, steps)
         run, records = self._recorded(training.run(0, first), first, steps - 1)
         run = training.run(steps - 1, steps, run, Record(training.start, self.kept, few=True))
@@ -124,7 +124,7 @@ class Walk:
         active = self.back_step.active
         adjoint = [part for part in zeros_for_none([adjoint[i] for i in active], [leaves[i] for i in active])]
 
-        if self._has_its_own_last_step(first, steps):
+        if self.has_its_own_last_step(first, steps):
             records, last = records
             known = [None if zero else part for zero, part in zip(self._unread, adjoint)]
             steps -= 1
@@ -195,7 +195,7 @@ class Walk:
             return False  # There may be no such step.
         return steps > first and (first > 0 or not self.training.learns_initial_state)
 
-    def _has_its_own_last_step(self, first, steps):
+    def has_its_own_last_step(self, first, steps):
         """Whether the first step back, which is the last one of the training, is taken apart from the others.
 
         It knows which adjoints are zero. A single step that is the first one too is apart as that.

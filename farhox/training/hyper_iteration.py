@@ -193,7 +193,6 @@ class HyperIteration:
         self.watch.record(tf.logical_and(stands, survives), tf.stack(flags), inner_batches, outer_batch)
         return result
 
-
     def _update(self, updates, finite, gradients, context):
         """Applies the hypergradients if they are finite; returns whether an update stands.
 

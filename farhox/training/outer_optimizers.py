@@ -86,10 +86,10 @@ class OptimizerGroups(keras.optimizers.Optimizer):
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
         if not self.built:
             self.build(variables)
-        all_of_them = len(variables) == len(self._trainable_variables)
+        as_built = list(map(id, variables)) == list(map(id, self._trainable_variables))
         for optimizer, updates, members in zip(self.optimizers, self._updates, self._split(variables)):
             gradients = [grads[i] for i in members]
-            if members and all_of_them:
+            if members and as_built:
                 updates.apply(gradients)
             elif members:
                 optimizer.apply(gradients, [variables[i] for i in members])
