@@ -206,6 +206,34 @@ def test_strengths_are_those_of_each_layer_or_one_for_a_class_and_some_can_be_le
         stn.SelfTuningModel(stn.convert(images, [other], strengths={"move": move}))
 
 
+def test_layers_of_a_model_read_strengths_and_hypergradients_along_the_path_reach_those_of_dropout_and_noise(tmp_path):
+    keras.utils.set_random_seed(0)
+    block = keras.Sequential([keras.Input((4,)), K.Dense(4), K.BatchNormalization(), K.Dropout(0.2, name="inner")])
+    model = keras.Sequential([keras.Input((4,)), K.GaussianNoise(0.3, name="noise"), block, K.Dense(2, name="head")])
+    strengths = stn.strengths_of(model)
+    network = stn.with_strengths(model, strengths)
+    data = np.random.default_rng(0).normal(size=(16, 4)).astype("float32"), np.arange(16) % 2
+    np.testing.assert_array_equal(network(data[0]), model(data[0]))
+    assert network.layers[-1] is not model.layers[-1] and type(network.layers[-1]) is K.Dense
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    rates = [entry for given in strengths.values() for entry in given.values()]
+    problem = farhox.BilevelProblem(
+        lambda batch: loss(batch[1], network(batch[0], training=True)),
+        lambda batch: loss(batch[1], network(batch[0], training=False)), network.trainable_variables, rates,
+        state_variables=network.non_trainable_variables, dynamics=farhox.KerasDynamics(keras.optimizers.SGD(0.5)))
+    optimizer = farhox.HyperOptimizer(problem, farhox.ReverseHG())
+    optimizer.compile(keras.optimizers.Adam(0.1))
+    before = [float(rate) for rate in rates]
+    optimizer.step(farhox.repeat(data, 3), data)
+    found = [float(rate) for rate in rates]
+    assert all(abs(new - old) > 1e-3 for new, old in zip(found, before))
+    baked = stn.bake(network)
+    assert type(baked.layers[0]) is K.GaussianNoise and baked.layers[0].stddev == pytest.approx(found[0])
+    assert baked.layers[1].layers[-1].rate == pytest.approx(found[1])
+    baked.save(tmp_path / "baked.keras")
+    assert b"farhox" not in (tmp_path / "baked.keras").read_bytes()
+
+
 @pytest.mark.slow
 def test_an_unmodified_model_is_tuned_and_comes_back_without_farhox():
     keras.utils.set_random_seed(0)
@@ -298,6 +326,12 @@ def test_a_sparse_loss_is_smoothed_and_comes_back_as_it_was():
      "strengths of 'first' must be among \\['rate'\\]. Received: \\['ratio'\\]"),
     (lambda: stn.convert(nested(), strengths={"first": farhox.Hyperparameter(0.1)}),
      ValueError, "rate of 'first' must stay"),
+    (lambda: stn.with_strengths(nested(), {"first_": farhox.Hyperparameter(0.1, low=0.0, high=0.5)}), ValueError,
+     "must be in .* once"),
+    (lambda: stn.with_strengths(nested().layers[1].layers[0], {}), TypeError, "stn.with_strengths needs a functional"),
+    (lambda: stn.with_strengths(keras.Sequential([keras.Input(STEPS), K.LSTM(3, dropout=0.2, name="steps")]),
+                                {"steps": farhox.Hyperparameter(0.1, low=0.0, high=0.5)}), ValueError,
+     "need stn.convert. Received: 'steps'"),
     (lambda: stn.Augmentation(K.RandomFlip(), factor=0.1), TypeError, "layer must be one of RandomRotation"),
     (lambda: stn.Augmentation(K.RandomZoom(0.1), width_factor=0.1), ValueError, "must be among \\['height_factor'\\]"),
     (lambda: stn.Augmentation(K.RandomZoom(0.1)), ValueError, "must be among .*Received: \\[\\]"),

@@ -1,4 +1,4 @@
-"""Perturbing layers: one strength per example, what Keras computes at one strength, no derivative, saving."""
+"""Perturbing layers: one strength per example, what Keras computes at one strength, derivatives, saving."""
 
 import keras
 import numpy as np
@@ -8,7 +8,9 @@ import tensorflow as tf
 import farhox
 from farhox import stn
 from farhox._core import functional
+from farhox.stn.strengths import kept
 
+RANDOM = np.random.default_rng(0)
 STRENGTHS = np.array([0.05, 0.2, 0.4, 0.8])
 
 
@@ -70,14 +72,88 @@ def test_nothing_happens_outside_of_training_nor_at_strength_zero(name):
     assert not np.allclose(layer(x, training=True), layer(x, training=True), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_no_derivative_goes_back_to_a_strength(name):
-    entry, x = strength_of(name), tf.constant(images())
-    layer = LAYERS[name](entry)
+@pytest.mark.parametrize("name", [name for name in LAYERS if "dropout" not in name] + ["dropout by a factor", "L2"])
+def test_a_differentiable_layer_has_the_derivative_of_what_it_computes_and_another_none(name):
+    more = {"dropout by a factor": lambda s: stn.GaussianDropout(s, seed=1),
+            "L2": lambda s: stn.ActivityRegularization(l2=s)}
+    layer = {**LAYERS, **more}[name](strength_of(name))
+    entry = next(value for value in vars(layer).values() if isinstance(value, farhox.Hyperparameter))
+    x = tf.constant(images(high=1.0))
+    layer.build(x.shape)
+    random = list(layer.non_trainable_variables)
+    state, weights = [variable.numpy() for variable in random], RANDOM.normal(size=x.shape)
+
+    def loss():
+        for variable, value in zip(random, state):
+            variable.assign(value)  # The same draws again.
+        outputs = tf.cast(layer(x, training=True), "float64")
+        return tf.reduce_sum(weights * outputs) + sum(map(lambda v: tf.cast(v, "float64"), layer.losses))
+
     with tf.GradientTape() as tape:
         tape.watch(entry.variable.value)
-        loss = tf.reduce_sum(layer(x, training=True))
-    assert tape.gradient(loss, entry.variable.value) is None
+        value = loss()
+    found = tape.gradient(value, entry.variable.value)
+    assert (found is not None) == layer.differentiable
+    if layer.differentiable:
+        u, ends = entry.variable.numpy(), []
+        for step in (1e-2, -1e-2):
+            entry.variable.assign(u + step)
+            ends.append(float(loss()))
+        np.testing.assert_allclose(float(found), (ends[0] - ends[1]) / 2e-2, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [stn.Dropout, stn.AlphaDropout])
+@pytest.mark.parametrize("stop_gradient, method", [
+    ("exact", farhox.ReverseHG), ("tensorflow", farhox.ReverseHG), ("exact", farhox.ForwardHG)])
+def test_the_hypergradient_of_a_rate_is_that_of_the_mean_over_masks(kind, stop_gradient, method):
+    # All masks of three inputs in one batch, as often as they are drawn. After a step the outer objective is quadratic
+    # in each entry of a mask, so that the mean over them is exact.
+    rate = farhox.Hyperparameter(0.3, low=0.0, high=0.9, name="rate", dtype="float64")
+    layer = kind(rate, dtype="float64")
+    layer.build([8, 3])
+    keeps = np.array([[i >> j & 1 for j in range(3)] for i in range(8)], "float64")
+    layer.uniform = lambda shape, inputs: tf.constant(np.where(keeps, 0.95, 0.0))  # Kept at any rate, or dropped.
+    x, target, direction = np.array([0.5, -1.0, 2.0]), 0.7, np.array([1.0, 2.0, -0.5])
+    start, step = np.array([0.2, 0.4, -0.3]), 0.1
+    weights = keras.Variable(start, dtype="float64")
+
+    def chances(p):
+        return np.prod(np.where(keeps, 1.0 - p, p), axis=1)
+
+    def inner(batch):
+        inputs = layer(tf.tile(batch[0][tf.newaxis], [8, 1]), training=True)
+        errors = tf.linalg.matvec(inputs, tf.convert_to_tensor(weights)) - batch[1]
+        return tf.reduce_sum(chances(0.3) * tf.square(errors))
+
+    problem = farhox.BilevelProblem(
+        inner, lambda batch: tf.reduce_sum(batch * tf.convert_to_tensor(weights)), [weights], [rate],
+        dynamics=farhox.GradientDescent(step), stop_gradient=stop_gradient)
+    result = method().compute(problem, (x[np.newaxis], np.array([target])), direction)
+
+    def outer(p):
+        """The mean of the outer objective over masks after the step, written down by itself."""
+        if kind is stn.Dropout:
+            inputs = x * keeps / (1.0 - p)
+        else:
+            least = -1.7580993408473766
+            scale = 1.0 / np.sqrt((1.0 - p) * (1.0 + p * least ** 2))
+            inputs = scale * (x * keeps + least * (1.0 - keeps)) - scale * least * p
+        gradient = 2.0 * (chances(p) * (inputs @ start - target)) @ inputs
+        return direction @ (start - step * gradient)
+
+    slope = 0.9 * (0.3 / 0.9) * (1.0 - 0.3 / 0.9)  # Of the rate with respect to its variable.
+    expected = slope * (outer(0.3 + 1e-5) - outer(0.3 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(float(result.gradients[0]), expected, rtol=1e-7)
+
+
+def test_a_mask_that_keeps_or_drops_all_has_a_finite_derivative():
+    for rate, uniform, expected in ((0.0, 0.5, -0.5), (1.0, 0.5, -0.5)):
+        rate = tf.constant(rate)
+        with tf.GradientTape() as tape:
+            tape.watch(rate)
+            mask = kept(tf.fill([3], uniform), rate)
+        np.testing.assert_allclose(mask, 1.0 - rate)
+        np.testing.assert_allclose(tape.gradient(mask, rate), 3 * expected)
 
 
 @pytest.mark.one_case

@@ -39,8 +39,8 @@ def test_strengths_are_found_with_one_for_all_layers_or_one_each():
     shared = rows_of(farhox.Tuner(network()))
     assert shared["dropout_rate"].value() == pytest.approx(0.3) and shared["dropout_rate"].where == "drop, drop_more"
     assert shared["random_translation_height_factor"].value() == pytest.approx(0.1)
-    assert {row.route for name, row in shared.items() if name.startswith(("drop", "random"))} == {"response"}
-    assert shared["l2"].route == "path" and shared["learning_rate"].route == "sweep"
+    assert {row.route for name, row in shared.items() if name.startswith("random")} == {"response"}
+    assert shared["dropout_rate"].route == shared["l2"].route == "path" and shared["learning_rate"].route == "sweep"
     own = rows_of(farhox.Tuner(network(), granularity="layer", fix=["random_translation_width_factor"],
                                start={"drop.rate": 0.25}, ranges={"drop_more.rate": (0.3, 0.6)}))
     assert own["drop.rate"].value() == pytest.approx(0.25) and own["drop_more.rate"].value() == pytest.approx(0.4)
@@ -53,11 +53,17 @@ def test_strengths_are_found_with_one_for_all_layers_or_one_each():
         u.assign(keep)
 
 
-def test_what_is_fixed_stays_the_layer_of_keras():
-    tuner = farhox.Tuner(network(), fix=["random_translation_height_factor", "random_translation_width_factor"])
-    layers = {layer.name: type(layer) for layer in tuner._network.model.layers}
-    assert layers["move"] is keras.layers.RandomTranslation and layers["drop"] is stn.Dropout
+def test_what_is_fixed_stays_the_layer_of_keras_and_layers_respond_where_no_derivative_goes_along_the_path():
+    def layers_of(tuner):
+        return {layer.name: type(layer) for layer in tuner._network.model.layers}
+
+    layers = layers_of(farhox.Tuner(network(), fix=["dropout_rate"]))
+    assert layers["drop"] is keras.layers.Dropout and layers["move"] is stn.Augmentation
     assert layers["hidden"] is stn.Dense
+    layers = layers_of(farhox.Tuner(
+        network(), fix=["random_translation_height_factor", "random_translation_width_factor"]))
+    assert layers["move"] is keras.layers.RandomTranslation and layers["drop"] is stn.Dropout
+    assert layers["hidden"] is keras.layers.Dense
     plain = farhox.Tuner(network(), tune=["l2"])
     assert {type(layer).__module__.split(".")[0] for layer in plain._network.model.layers} == {"keras"}
 
@@ -136,7 +142,12 @@ def test_a_hyperparameter_in_a_self_tuning_layer_is_the_users_own():
     model = keras.Sequential([keras.Input([4]), keras.layers.Dense(4), stn.Dropout(rate), keras.layers.Dense(2)])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     row = rows_of(farhox.Tuner(model))["rate"]
-    assert row.hyperparameter is rate and row.route == "response" and row.tuned
+    assert row.hyperparameter is rate and row.route == "path" and row.tuned
+    length = farhox.Hyperparameter(2.5, low=0.0, high=4.0, discrete=True, name="length")
+    model = keras.Sequential([
+        keras.Input([8, 8, 3]), stn.Cutout(length), keras.layers.Flatten(), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    assert rows_of(farhox.Tuner(model))["length"].route == "response"
 
 
 def test_strengths_take_larger_steps_in_a_training_of_few_updates_and_wait_at_its_start():
@@ -288,7 +299,8 @@ def test_a_decay_that_is_given_to_start_from_stays():
 def test_bad_strengths_are_refused():
     with pytest.raises(ValueError, match="must hold its value 0.3 and end at 0.9 at most"):
         farhox.Tuner(network(), ranges={"dropout_rate": (0.4, 0.6)})
-    model = keras.Sequential([keras.Input([4]), keras.layers.Dropout(0.2), keras.layers.LayerNormalization()])
+    model = keras.Sequential([
+        keras.Input([4, 4, 1]), keras.layers.RandomRotation(0.2), keras.layers.LayerNormalization()])
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="are tuned by layers that respond to them"):
+    with pytest.raises(ValueError, match="is tuned by layers that respond to it"):
         farhox.Tuner(model)

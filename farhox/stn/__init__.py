@@ -1,7 +1,7 @@
 """Self-tuning networks: layers that carry their own best response to hyperparameters, and a model that tunes these."""
 
 from farhox.stn.attention import EinsumDense, GroupQueryAttention, MultiHeadAttention
-from farhox.stn.conversion import bake, convert, summary
+from farhox.stn.conversion import bake, convert, summary, with_strengths
 from farhox.stn.convolutions import Conv1D, Conv2D, Conv2DTranspose, Conv3D, DepthwiseConv2D, SeparableConv2D
 from farhox.stn.dropout import (
     AlphaDropout,
@@ -38,5 +38,5 @@ __all__ = [
     "PerturbationLayer", "RandomBrightness", "RandomContrast", "RandomHue", "RandomRotation", "RandomSaturation",
     "RandomScale", "RandomTranslation", "Response", "ScheduleRecorder", "ScheduleReplay", "SelfTuning",
     "SelfTuningModel", "SelfTuningParts", "SeparableConv2D", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D",
-    "TrainingDraws", "bake", "convert", "strengths_of", "summary",
+    "TrainingDraws", "bake", "convert", "strengths_of", "summary", "with_strengths",
 ]

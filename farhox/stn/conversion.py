@@ -1,4 +1,4 @@
-"""From a Keras model to a self-tuning one and back: `convert`, `bake`, `summary`."""
+"""From a Keras model to a self-tuning one, or one whose layers read strengths, and back; what responds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,7 +70,6 @@ def convert(model: keras.Model, hyperparameters: Sequence[OuterVariable] | None 
         "hyperparameters": list(hyperparameters), "gate_initializer": gate_initializer,
         # A reference keeps what gates see of order one.
         "reference": unconstrained(hyperparameters).numpy().tolist()}
-    pairs = []
 
     def twin(layer):
         if perturbing.get(id(layer)) is not None:
@@ -83,14 +82,48 @@ def convert(model: keras.Model, hyperparameters: Sequence[OuterVariable] | None 
         if rates and kind is None:
             raise ValueError("A layer with strengths must become a self-tuning one. Received: "
                              f"{layer.name!r}, which twins leaves as it is")
-        copy = _copy(layer) if kind is None else kind.from_plain(layer, **settings, **rates)
-        pairs.append((layer, copy))
-        return copy
+        return _copy(layer) if kind is None else kind.from_plain(layer, **settings, **rates)
 
-    converted = keras.models.clone_model(model, clone_function=twin, recursive=True)
-    for layer, copy in pairs:
-        _copy_weights(layer, copy)
-    return converted
+    return _rebuilt(model, twin)
+
+
+def with_strengths(model: keras.Model, strengths: Mapping[Any, Any]) -> keras.Model:
+    """A copy of a functional or Sequential Keras model whose dropout, noise and augmentation layers read strengths.
+
+    Its weights do not respond: strengths act along the path of training. Hypergradients of a `BilevelProblem` reach
+    those of layers that are `differentiable`: dropout (in the mean over masks), noise, contrast and brightness.
+
+    ```python
+    strengths = stn.strengths_of(model)
+    network = stn.with_strengths(model, strengths)
+    ```
+
+    Args:
+        model: A built functional or Sequential `keras.Model`.
+        strengths: As in `convert`. Attention, `LSTM` and `GRU`, which drop out besides what they compute, are not among
+            these layers.
+
+    Returns:
+        A `keras.Model` of the same kind, which computes what the model computes. `stn.bake` gives the layers of Keras
+        back, with the strengths found.
+
+    Raises:
+        TypeError: If the model is not functional or Sequential, or a layer has no strengths.
+        ValueError: If it is not built, or a layer with strengths is not in the model, or is one of attention, `LSTM`
+            and `GRU`.
+    """
+    _check_model(model, "stn.with_strengths")
+    perturbing = {}
+    for layer, given in _found(model, strengths).items():
+        perturbing[id(layer)] = perturbing_twin(layer, checked_strengths(layer, given))
+        if perturbing[id(layer)] is None:
+            raise ValueError("The strengths of layers that drop out besides what they compute need stn.convert. "
+                             f"Received: {layer.name!r} of the class {type(layer).__name__}")
+
+    def reading(layer):
+        return layer if isinstance(layer, PerturbationLayer) else perturbing.get(id(layer)) or _copy(layer)
+
+    return _rebuilt(model, reading)
 
 
 def bake(model: keras.Model) -> keras.Model:
@@ -115,7 +148,6 @@ def bake(model: keras.Model) -> keras.Model:
     """
     model = getattr(model, "model", model)
     _check_model(model, "stn.bake")
-    pairs = []
 
     def plain(layer):
         if isinstance(layer, PerturbationLayer):
@@ -124,13 +156,9 @@ def bake(model: keras.Model) -> keras.Model:
         _check_bakeable(layer)
         copy = layer.to_keras() if isinstance(layer, Twin) else _copy(layer)
         _make_plain(copy)
-        pairs.append((layer, copy))
         return copy
 
-    baked = keras.models.clone_model(model, clone_function=plain, recursive=True)
-    for layer, copy in pairs:
-        _copy_weights(layer, copy)
-    return baked
+    return _rebuilt(model, plain)
 
 
 def summary(model: keras.Model) -> str:
@@ -187,6 +215,21 @@ def _checked_twins(twins):
             raise ValueError("A self-tuning layer must say of which class it is the twin. Received: "
                              f"{twin.__name__} with plain = {twin.plain} for {plain.__name__}")
     return twins
+
+
+def _rebuilt(model, replacement):
+    """A copy of a model with `replacement(layer)` in the place of each layer, and the weights that layers have."""
+    pairs = []
+
+    def replaced(layer):
+        pairs.append((layer, replacement(layer)))
+        return pairs[-1][1]
+
+    rebuilt = keras.models.clone_model(model, clone_function=replaced, recursive=True)
+    for layer, copy in pairs:
+        if not isinstance(layer, PerturbationLayer) and not isinstance(copy, PerturbationLayer):
+            _copy_weights(layer, copy)
+    return rebuilt
 
 
 def _found(model, strengths):

@@ -9,6 +9,7 @@ import tensorflow as tf
 from farhox._core.types import Config, Shape, Tensor
 from farhox.outer.outer_variable import Strength
 from farhox.stn.perturbations import PerturbationLayer, checked_data_format
+from farhox.stn.strengths import kept
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -27,6 +28,7 @@ class Dropout(PerturbationLayer):
 
     STRENGTHS = {"rate": (0.0, 1.0)}
     plain = keras.layers.Dropout
+    differentiable = True
 
     def __init__(self, rate: Strength, noise_shape: Shape = None, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(seed=seed, rate=rate, **kwargs)
@@ -34,7 +36,7 @@ class Dropout(PerturbationLayer):
 
     def perturb(self, inputs: Tensor) -> Tensor:
         rate = self.strength("rate", inputs)
-        keep = tf.cast(self.uniform(self.mask_shape(inputs), inputs) >= rate, inputs.dtype)
+        keep = kept(self.uniform(self.mask_shape(inputs), inputs), rate)
         return inputs * tf.math.divide_no_nan(keep, 1.0 - rate)
 
     def mask_shape(self, inputs: Tensor) -> Any:
@@ -137,6 +139,7 @@ class GaussianNoise(PerturbationLayer):
 
     STRENGTHS = {"stddev": (0.0, math.inf)}
     plain = keras.layers.GaussianNoise
+    differentiable = True
 
     def __init__(self, stddev: Strength, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(seed=seed, stddev=stddev, **kwargs)
@@ -156,6 +159,7 @@ class GaussianDropout(PerturbationLayer):
 
     STRENGTHS = {"rate": (0.0, 1.0)}
     plain = keras.layers.GaussianDropout
+    differentiable = True
 
     def __init__(self, rate: Strength, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(seed=seed, rate=rate, **kwargs)
@@ -185,7 +189,7 @@ class AlphaDropout(Dropout):
 
     def perturb(self, inputs: Tensor) -> Tensor:
         rate = self.strength("rate", inputs)
-        keep = tf.cast(self.uniform(self.mask_shape(inputs), inputs) >= rate, inputs.dtype)
+        keep = kept(self.uniform(self.mask_shape(inputs), inputs), rate)
         variance = (1.0 - rate) * (1.0 + rate * self._LEAST ** 2)
         scale = tf.math.divide_no_nan(tf.ones_like(variance), tf.sqrt(variance))
         return scale * (inputs * keep + self._LEAST * (1.0 - keep)) - scale * self._LEAST * rate

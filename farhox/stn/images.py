@@ -27,12 +27,15 @@ class _Factor:
         rank: Int, the rank of what is drawn.
         greatest: Float, the greatest strength that Keras takes.
         direction: Tuple (lower, upper), the bounds at strength 1 of a layer that does nothing.
+        differentiable: Whether images have a derivative with respect to it. Of where pixels are moved TensorFlow has
+            none.
     """
 
     bounds: tuple
     rank: int
     greatest: float
     direction: tuple = (-1.0, 1.0)
+    differentiable: bool = False
 
 
 _SIZES = {f"{axis}_factor": _Factor((f"{axis}_lower", f"{axis}_upper"), 2, 1.0) for axis in ("height", "width")}
@@ -40,8 +43,8 @@ _FACTORS = {
     keras.layers.RandomRotation: {"factor": _Factor(("factor",), 1, 1.0)},
     keras.layers.RandomTranslation: _SIZES,
     keras.layers.RandomZoom: {name: dataclasses.replace(factor, greatest=0.99) for name, factor in _SIZES.items()},
-    keras.layers.RandomContrast: {"factor": _Factor(("factor",), 4, 1.0, (0.0, 1.0))},
-    keras.layers.RandomBrightness: {"factor": _Factor(("factor",), 4, 1.0)},
+    keras.layers.RandomContrast: {"factor": _Factor(("factor",), 4, 1.0, (0.0, 1.0), True)},
+    keras.layers.RandomBrightness: {"factor": _Factor(("factor",), 4, 1.0, differentiable=True)},
 }
 if "RandomErasing" in dir(keras.layers):  # Keras 3.8 has none.
     _FACTORS[keras.layers.RandomErasing] = {"factor": _Factor(("factor",), 1, 1.0, (0.0, 1.0))}
@@ -55,6 +58,12 @@ def augmentation_strengths(layer: keras.Layer) -> Any:
         if bounds is not None:
             found[name] = max(map(abs, bounds)), factor.greatest
     return found
+
+
+def has_differentiable_factors(layer: keras.Layer) -> bool:
+    """Whether what a Keras augmentation layer computes has a derivative with respect to its factors."""
+    factors = _FACTORS.get(type(layer), {}).values()
+    return bool(factors) and all(factor.differentiable for factor in factors)
 
 
 @keras.saving.register_keras_serializable(package="farhox")
@@ -87,6 +96,7 @@ class Augmentation(PerturbationLayer):
                              f"Received: {list(strengths)}")
         super().__init__(name=name or layer.name, dtype=dtype or layer.dtype_policy, trainable=trainable)
         self.layer = layer
+        self.differentiable = has_differentiable_factors(layer)
         self._factors = {}
         for key, strength in strengths.items():
             factor = factors[key]

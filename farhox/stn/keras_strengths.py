@@ -9,7 +9,7 @@ import numpy as np
 from farhox.outer.hyperparameters import Hyperparameter
 from farhox.outer.outer_variable import OuterVariable
 from farhox.stn.held import layers_of
-from farhox.stn.images import Augmentation, augmentation_strengths
+from farhox.stn.images import Augmentation, augmentation_strengths, has_differentiable_factors
 from farhox.stn.plain_twins import perturbing_twins, self_tuning_twins
 
 # Where a rate stands in a denominator, and all is lost at 1.
@@ -110,6 +110,14 @@ def perturbing_twin(layer: keras.Layer, strengths: Mapping[str, Any]) -> Any:
         return None
     kind: Any = perturbing_twins().get(type(layer), Augmentation)
     return kind.from_plain(layer, strengths)
+
+
+def has_derivative(layer: keras.Layer) -> bool:
+    """Whether what a Keras layer with strengths computes has a derivative with respect to them, once it reads them."""
+    twin = perturbing_twins().get(type(layer))
+    if twin is not None:
+        return twin.differentiable
+    return not _rates_of(layer) and has_differentiable_factors(layer)
 
 
 def _rates_of(layer):

@@ -23,11 +23,11 @@ import keras
 import tensorflow as tf
 
 from farhox._core.types import Config, Initializer, Shape, Tensor
-from farhox.outer.outer_variable import OuterVariable, Strength
+from farhox.outer.outer_variable import OuterVariable, Strength, value_of
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform
 from farhox.stn.self_tuning import SelfTuning, on_axes
-from farhox.stn.strengths import checked_strength, strength_value
+from farhox.stn.strengths import checked_strength, kept
 
 if TYPE_CHECKING:
     from farhox.stn.self_tuning import Response
@@ -148,10 +148,10 @@ class Embedding(SelfTuning, keras.layers.Embedding):
         responding = tf.gather(hyper_table, indices)
         outputs = tf.gather(table, indices) + on_axes(gates, responding.shape.rank, [-1]) * responding
         if training and (isinstance(self.dropout, OuterVariable) or self.dropout > 0):
-            rate = tf.cast(strength_value(self.dropout), outputs.dtype)
+            rate = tf.cast(value_of(self.dropout), outputs.dtype)
             words = keras.random.uniform([self.input_dim], dtype=self.compute_dtype, seed=self.seed_generator)
-            kept = tf.math.divide_no_nan(tf.cast(words >= rate, outputs.dtype), 1.0 - rate)
-            outputs *= tf.gather(kept, indices)[..., tf.newaxis]
+            factors = tf.math.divide_no_nan(kept(words, rate), 1.0 - rate)
+            outputs *= tf.gather(factors, indices)[..., tf.newaxis]
         return outputs
 
     def compute_output_spec(self, inputs: Tensor, training: bool | None = None,

@@ -6,9 +6,9 @@ import keras
 import tensorflow as tf
 
 from farhox._core.types import Config, Loss, Tensor
-from farhox.outer.outer_variable import Strength
+from farhox.outer.outer_variable import Strength, value_of
 from farhox.outer.serialization import deserialized, serialized
-from farhox.stn.strengths import checked_strength, strength_value
+from farhox.stn.strengths import checked_strength
 
 
 class FunctionLoss(keras.losses.Loss):
@@ -83,7 +83,7 @@ class LabelSmoothing(keras.losses.Loss):
         targets = tf.cast(targets, y_pred.dtype)
         if targets.shape.rank == y_pred.shape.rank - 1:  # As Keras, of binary labels.
             targets = targets[..., tf.newaxis]
-        smoothing = tf.cast(strength_value(self.smoothing), y_pred.dtype)
+        smoothing = tf.cast(value_of(self.smoothing), y_pred.dtype)
         if smoothing.shape.rank:
             smoothing = tf.reshape(smoothing, [-1] + [1] * (targets.shape.rank - 1))
         classes = 2 if isinstance(self._hard, _BINARY) else y_pred.shape[axis]
@@ -94,7 +94,7 @@ class LabelSmoothing(keras.losses.Loss):
         config = self.loss.get_config()
         if self.sparse:
             return type(self.loss).from_config(config)
-        return type(self.loss).from_config({**config, "label_smoothing": float(strength_value(self.smoothing))})
+        return type(self.loss).from_config({**config, "label_smoothing": float(value_of(self.smoothing))})
 
     def get_config(self) -> Config:
         return {"name": self.name, "smoothing": serialized(self.smoothing),

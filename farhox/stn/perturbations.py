@@ -1,8 +1,9 @@
 """Layers that perturb what passes through them in training, each example with a strength of its own.
 
 A strength is a `farhox.Hyperparameter` or a number. While a `SelfTuningModel` takes a training step, every example has
-its own draw of the hyperparameter; otherwise, and in plain Keras training, all have the current value. No derivative
-goes back to a strength: the gates of other layers learn the response to it.
+its own draw of the hyperparameter; otherwise, and in plain Keras training, all have the current value. To a draw no
+derivative goes back: the gates of other layers learn the response to it. To the current value there is one, for
+hypergradients along the path of training, where the layer is `differentiable`.
 """
 
 import abc
@@ -15,9 +16,9 @@ import numpy as np
 import tensorflow as tf
 
 from farhox._core.types import Config, DType, Shape, Tensor
-from farhox.outer.outer_variable import OuterVariable, Strength
+from farhox.outer.outer_variable import OuterVariable, Strength, value_of
 from farhox.outer.serialization import deserialized, serialized
-from farhox.stn.strengths import checked_strength, strength_value
+from farhox.stn.strengths import checked_strength
 
 
 class PerturbationLayer(keras.layers.Layer, abc.ABC):
@@ -25,7 +26,8 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
 
     Subclasses name their strengths in `STRENGTHS`, with the least and the greatest value allowed, and define `perturb`.
     One that does what a Keras layer does names that layer in `plain`, and takes its settings: `stn.convert` can then
-    put it in the place of that layer.
+    put it in the place of that layer. `differentiable` says whether what it computes has a derivative with respect to
+    its strengths, or, of masks, to their mean.
 
     Args:
         seed: Int or None, of the random numbers.
@@ -34,6 +36,7 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
 
     STRENGTHS = {}
     plain: Any = None
+    differentiable = False
 
     def __init__(self, seed: int | None = None, name: str | None = None, dtype: DType | None = None,
                  trainable: bool = True, **strengths: Strength) -> None:
@@ -67,8 +70,8 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
         return input_shape
 
     def strength(self, name: str, inputs: Tensor) -> Tensor:
-        """A strength without derivative, in a shape that broadcasts to the inputs: one value, or one per example."""
-        value = tf.cast(strength_value(getattr(self, name)), inputs.dtype)
+        """A strength in a shape that broadcasts to the inputs: one value, or one per example."""
+        value = tf.cast(value_of(getattr(self, name)), inputs.dtype)
         return tf.reshape(value, [-1] + [1] * (inputs.shape.rank - 1)) if value.shape.rank else value
 
     def uniform(self, shape: Any, inputs: Tensor, low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> Tensor:
@@ -79,7 +82,7 @@ class PerturbationLayer(keras.layers.Layer, abc.ABC):
 
     def current(self, name: str) -> float:
         """The current strength as a float."""
-        return float(strength_value(getattr(self, name)))
+        return float(value_of(getattr(self, name)))
 
     def get_config(self) -> Config:
         strengths = {name: getattr(self, name) for name in self.STRENGTHS}
@@ -112,6 +115,7 @@ class RandomScale(PerturbationLayer):
     """
 
     STRENGTHS = {"scale": (0.0, math.inf)}
+    differentiable = True
 
     def __init__(self, scale: Strength, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(seed=seed, scale=scale, **kwargs)
@@ -134,6 +138,7 @@ class ActivityRegularization(PerturbationLayer):
     """
 
     STRENGTHS = {"l1": (0.0, math.inf), "l2": (0.0, math.inf), "temporal": (0.0, math.inf)}
+    differentiable = True
 
     def __init__(self, l1: Strength = 0.0, l2: Strength = 0.0, temporal: float = 0.0, **kwargs: Any) -> None:
         super().__init__(l1=l1, l2=l2, temporal=temporal, **kwargs)

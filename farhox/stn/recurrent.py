@@ -19,12 +19,12 @@ import keras
 import tensorflow as tf
 
 from farhox._core.types import Config, Initializer, Shape, Tensor
-from farhox.outer.outer_variable import OuterVariable, Strength
+from farhox.outer.outer_variable import OuterVariable, Strength, value_of
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform
 from farhox.stn.layers import Affine
 from farhox.stn.self_tuning import Twin
-from farhox.stn.strengths import checked_strength, strength_value
+from farhox.stn.strengths import checked_strength, kept
 
 
 class _Cell(Affine):
@@ -146,10 +146,10 @@ class _Cell(Affine):
 
     def _kept(self, rate, shape):
         """What is multiplied with to drop a share of the entries, or that of its own of every example."""
-        rate = tf.cast(strength_value(rate), self.compute_dtype)
+        rate = tf.cast(value_of(rate), self.compute_dtype)
         rate = rate[:, tf.newaxis] if rate.shape.rank else rate
         uniform = keras.random.uniform(shape, dtype=self.compute_dtype, seed=self.seed_generator)
-        return tf.math.divide_no_nan(tf.cast(uniform >= rate, self.compute_dtype), 1.0 - rate)
+        return tf.math.divide_no_nan(kept(uniform, rate), 1.0 - rate)
 
 
 def _product(inputs, weight, hyper_weight, gates):

@@ -34,11 +34,10 @@ import keras
 import tensorflow as tf
 
 from farhox._core.types import Config, DType, Initializer, InKeras, Shape, Tensor, Variables
-from farhox.outer.outer_variable import OuterVariable
+from farhox.outer.outer_variable import OuterVariable, value_of
 from farhox.outer.serialization import deserialized, serialized
 from farhox.stn.gates import FanInUniform, Gate
 from farhox.stn.held import share_hyperparameters
-from farhox.stn.strengths import strength_value
 
 # Settings that say how Keras stores weights or adds to them, which weights that respond have no use for.
 _STORAGE = ("lora_rank", "lora_alpha", "quantization_config")
@@ -166,7 +165,7 @@ class Twin(InKeras):
     def to_keras(self) -> Any:
         """The plain layer, not built, without its weights."""
         config = self.get_config()
-        config.update({rate: float(strength_value(deserialized(config, rate)[rate])) for rate in self.rates})
+        config.update({rate: float(value_of(deserialized(config, rate)[rate])) for rate in self.rates})
         return self.plain.from_config({
             key: _in_keras(value) for key, value in config.items() if key not in self.own_settings})
 

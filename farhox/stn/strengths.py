@@ -1,4 +1,4 @@
-"""Strengths of perturbations: a hyperparameter, of which no derivative is taken, or a number."""
+"""Strengths of perturbations: a hyperparameter or a number; the mask of what dropout keeps, with its derivative."""
 
 import math
 import numbers
@@ -7,12 +7,38 @@ from typing import Any
 import tensorflow as tf
 
 from farhox._core.types import Tensor
-from farhox.outer.outer_variable import OuterVariable, Strength, value_of
+from farhox.outer.outer_variable import OuterVariable
 
 
-def strength_value(strength: Strength) -> Tensor:
-    """A hyperparameter's value without derivative, or the number."""
-    return tf.stop_gradient(value_of(strength))
+def kept(uniform: Tensor, rate: Tensor) -> Tensor:
+    """The mask of what dropout keeps: 1 where a uniform number in [0, 1) is not below the rate, 0 elsewhere.
+
+    A mask has no derivative, but its mean has. With respect to one rate for all, an entry that is kept changes by
+    -1 / (2 (1 - rate)) and one that is dropped by -1 / (2 rate). Averaged over masks, that is the derivative of the
+    mean of a function that is quadratic in each entry, and for others the trapezoidal rule between dropped and kept.
+    A rate per example is a draw, a constant.
+
+    Args:
+        uniform: Floating-point tensor.
+        rate: Tensor of the same type in a shape that broadcasts to it.
+
+    Reference:
+        [Liu et al., 2023](https://arxiv.org/abs/2304.08612) (Heun's method for the derivative of a draw).
+    """
+    if rate.shape.rank:
+        return tf.cast(uniform >= rate, uniform.dtype)
+
+    @tf.custom_gradient
+    def mask(rate):
+        keeps = uniform >= rate
+
+        def gradient(upstream):
+            slopes = tf.where(keeps, 0.5 / (rate - 1.0), -0.5 / rate)  # Where all are kept or dropped, one is infinite.
+            return tf.reduce_sum(upstream * slopes)
+
+        return tf.cast(keeps, uniform.dtype), gradient
+
+    return mask(rate)
 
 
 def checked_strength(strength: Any, name: str, least: float, greatest: float) -> Any:

@@ -36,7 +36,7 @@ class Beginnings:
 
     def __init__(self, training: Any, total: int) -> None:
         self._training, self._total = training, total
-        self._strengths = [row for row in training.tuned if row.route == "response"]
+        self._strengths = [row for row in training.tuned if row.kind.is_strength]
         kinds = (WEIGHT_DECAY, L2) if training.steps_follow_size else (WEIGHT_DECAY,)
         self._decays = [row for row in training.tuned if row.kind in kinds and not row.given]
         # Of an optimizer with a schedule the rate is a factor of it.

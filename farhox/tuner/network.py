@@ -93,7 +93,7 @@ class Objective:
 
 
 class Network:
-    """A copy of the user's model, trained in its place; a self-tuning one if strengths of its layers are tuned.
+    """A copy of the user's model, trained in its place; one that reads strengths if those of its layers are tuned.
 
     Args:
         model: The compiled functional or Sequential Keras model. It is not changed.
@@ -103,6 +103,7 @@ class Network:
     Attributes:
         model: The copy.
         found: List of `Tunable` of losses and layers.
+        draws: The draws that weights learn to respond to, or None.
 
     Raises:
         TypeError: If the model is not functional or Sequential.
@@ -117,7 +118,7 @@ class Network:
         self.responses = Responses(model, choice)
         self.found = self.losses.found + self.penalties.found + self.responses.found
         self.model: Any = None
-        self._draws: Any = None
+        self.draws: Any = None
         self._added = [] if objective.metric is None else [objective.metric]
         self._mean = keras.metrics.Mean()
         self._evaluate = tf.function(self._evaluated, reduce_retracing=True, autograph=False)
@@ -135,7 +136,7 @@ class Network:
         self.model = copy_of(self._original)
         self.penalties.install(self.model)
         if tuned:
-            self.model, self._draws = self.responses.converted(self.model)
+            self.model, self.draws = self.responses.converted(self.model)
         self.model.compile(loss=self._original.loss, **metrics_of(self._original))
 
     @property
@@ -148,7 +149,7 @@ class Network:
         """Statistics and seeds: what is not trainable by nature, rather than frozen."""
         frozen = {id(v) for layer in self.model._flatten_layers() for v in layer._trainable_variables}
         own = [v for v in self.model.non_trainable_variables if id(v) not in frozen]
-        return own + (self._draws.state_variables if self._draws is not None else [])
+        return own + (self.draws.state_variables if self.draws is not None else [])
 
     def inner_objective(self, batch: Any) -> Any:
         """The training loss of a batch (x, y) or (x, y, sample_weight), penalties of layers included."""
@@ -160,7 +161,7 @@ class Network:
                 value += tf.cast(addition, value.dtype)
             return value
 
-        return loss(self.model(x, training=True)) if self._draws is None else self._draws.objective(x, loss)
+        return loss(self.model(x, training=True)) if self.draws is None else self.draws.objective(x, loss)
 
     def outer_objective(self, batch: Any) -> Any:
         """The validation loss of a batch."""
@@ -199,7 +200,7 @@ class Network:
             values: Dictionary from names to values.
             optimizer: Keras optimizer to compile it with.
         """
-        if self._draws is None:
+        if not self.responses.tuned():
             plain = copy_of(self._original)
             plain.set_weights(weights)
         else:
@@ -210,7 +211,7 @@ class Network:
         return plain
 
     def _baked(self, weights, values):
-        """The plain model of a self-tuning one with these weights and strengths."""
+        """The plain model of one that reads strengths, with these weights and strengths."""
         before = self.model.get_weights(), [row.value() for row in self.responses.found]
         self._set(weights, [values[row.name] for row in self.responses.found])
         plain = stn.bake(self.model)

@@ -1,4 +1,4 @@
-"""Dropout, noise and augmentation in a tuned training: what there is, and a model with layers that respond to it."""
+"""Dropout, noise and augmentation in a tuned training: what there is, and a model with layers that read it."""
 
 import re
 from typing import Any
@@ -8,16 +8,17 @@ import keras
 from farhox import stn
 from farhox.outer import OuterVariable
 from farhox.stn.held import layers_of
+from farhox.stn.keras_strengths import has_derivative
 from farhox.stn.perturbations import PerturbationLayer
-from farhox.tuner import tunables
-from farhox.tuner.tunables import Place
+from farhox.tuner.tunables import PATH, RESPONSE, Place
 
 
 class Responses:
-    """The strengths of a model's layers that perturb, and the self-tuning copy that learns the response to them.
+    """The strengths of a model's layers that perturb, and the copy of the model that reads them.
 
-    No derivative goes through a strength in training: each example has a draw of its own around the current value, and
-    the weights learn how they answer. On validation data the strengths follow the derivative through that answer.
+    Strengths of dropout, noise, contrast and brightness have a derivative along the path of training. To the others, of
+    where pixels are moved or what is counted, the weights learn how they answer: each example has a draw of its own
+    around the current value, and on validation data the strengths follow the derivative through that answer.
 
     Args:
         model: The compiled model.
@@ -27,7 +28,8 @@ class Responses:
         found: List of `Tunable`.
 
     Reference:
-        [MacKay et al., 2019](https://arxiv.org/abs/1903.03088).
+        [MacKay et al., 2019](https://arxiv.org/abs/1903.03088) (the response of layers);
+        [Liu et al., 2023](https://arxiv.org/abs/2304.08612) (derivatives of masks).
     """
 
     def __init__(self, model: keras.Model, choice: Any) -> None:
@@ -40,24 +42,31 @@ class Responses:
         for hyperparameter, argument, layers in rows.values():
             kind_name = f"{_snake(type(layers[0]).__name__)}_{argument}"
             hyperparameter.name = kind_name if choice.granularity == "global" else f"{layers[0].name}.{argument}"
-            self.found.append(choice.strength(hyperparameter, kind_name, [Place(layer.name, None) for layer in layers]))
+            route = PATH if has_derivative(layers[0]) else RESPONSE
+            self.found.append(choice.strength(
+                hyperparameter, kind_name, route, [Place(layer.name, None) for layer in layers]))
         own = {}
         for layer in layers_of(model):
             if isinstance(layer, PerturbationLayer):
                 for value in vars(layer).values():
                     if isinstance(value, OuterVariable):
-                        own.setdefault(id(value), (value, []))[1].append(Place(layer.name, None))
-        self.found += [choice.own(value, tunables.RESPONSE, places) for value, places in own.values()]
+                        own.setdefault(id(value), (value, []))[1].append(layer)
+        for value, layers in own.values():
+            along_path = not value.discrete and all(layer.differentiable for layer in layers)
+            route = PATH if along_path else RESPONSE
+            self.found.append(choice.own(value, route, [Place(layer.name, None) for layer in layers], True))
 
     def tuned(self) -> list[OuterVariable]:
         """The hyperparameters that are tuned."""
         return [row.hyperparameter for row in self.found if row.tuned]
 
     def converted(self, model: keras.Model) -> Any:
-        """A self-tuning model made of a copy of the original, and the draws of strengths that it is trained on.
+        """A copy of a copy of the original that reads what is tuned, and the draws that it is trained on.
+
+        Where a strength has no derivative along the path the copy is self-tuning; otherwise there are no draws: None.
 
         Raises:
-            ValueError: If no layer of the model can respond.
+            ValueError: If a strength needs layers that respond, and no layer of the model can.
         """
         tuned = {id(entry) for entry in self.tuned()}
         strengths = {}
@@ -65,11 +74,14 @@ class Responses:
             given = {name: entry for name, entry in self._strengths.get(layer, {}).items() if id(entry) in tuned}
             if given:
                 strengths[copy] = given
-        names = [entry.name for entry in self.tuned()]
-        converted = stn.convert(model, self.tuned(), strengths=strengths)
+        responding = [row.hyperparameter for row in self.found if row.route == RESPONSE]
+        if not responding:
+            return stn.with_strengths(model, strengths), None
+        converted = stn.convert(model, responding, strengths=strengths)
         if not any(isinstance(layer, stn.SelfTuning) for layer in converted._flatten_layers()):
-            raise ValueError("Dropout, noise and augmentation are tuned by layers that respond to them, such as Dense "
-                             f"and Conv2D. Received: {model.name!r} without any: fix={names}")
+            raise ValueError("Augmentation that moves pixels, and what is counted, is tuned by layers that respond to "
+                             f"it, such as Dense and Conv2D. Received: {model.name!r} without any: "
+                             f"fix={[entry.name for entry in responding]}")
         return converted, stn.TrainingDraws(converted)
 
 

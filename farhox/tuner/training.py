@@ -46,7 +46,7 @@ class Training:
     """The training of a network under hyperparameters that are tuned along the way.
 
     Args:
-        network: What is trained: `inner_objective`, `outer_objective`, `inner_variables`, `state_variables`.
+        network: What is trained: `inner_objective`, `outer_objective`, `inner_variables`, `state_variables`, `draws`.
         optimizer: The compiled Keras optimizer, of which a copy works.
         rows: List of `Tunable` of the model.
         truncation: Positive int, steps that hypergradients walk back.
@@ -82,7 +82,8 @@ class Training:
             network.inner_objective, network.outer_objective, network.inner_variables,
             named, state_variables=network.state_variables, fixed=fixed,
             dynamics=KerasDynamics(optimizer, **{**settings, "learning_rate": self.rate}),
-            stop_gradient="tensorflow")  # Draws are constants: strengths act through the response alone.
+            # Draws are constants: what they are drawn around acts through the response alone.
+            stop_gradient="exact" if network.draws is None else "tensorflow")
         path = keras.optimizers.Adam(outer_rate, beta_2=0.9, epsilon=1e-12)
         self._response = keras.optimizers.Adam(outer_rate / _RESPONSE_SLOWER, beta_2=0.9, epsilon=1e-12)
         responding = [row.hyperparameter for row in self.tuned if row.route == "response"]

@@ -32,6 +32,7 @@ class Kind:
         route: How it is reached: by the sweep, by the gradient along the path of training, by the response of layers.
         tuned: Whether it is tuned unless asked otherwise.
         reason: Why it is not.
+        is_strength: Whether it is the strength of layers that perturb: dropout, noise, augmentation.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Kind:
     route: str = PATH
     tuned: bool = True
     reason: str = ""
+    is_strength: bool = False
 
 
 LEARNING_RATE = Kind("learning_rate", 1e-7, 100.0, route=SWEEP)
@@ -204,20 +206,20 @@ class Choice:
         return Tunable(name, kind, places, hyperparameter, ratios, low, high, kind.tuned,
                        kind.reason if not kind.tuned else "", given is not None)
 
-    def own(self, hyperparameter: OuterVariable, route: str, places: list[Place]) -> Tunable:
+    def own(self, hyperparameter: OuterVariable, route: str, places: list[Place], is_strength: bool = False) -> Tunable:
         """The `Tunable` of a `Hyperparameter` of the user's own, as it is."""
         low = -math.inf if hyperparameter.low is None else hyperparameter.low
         high = math.inf if hyperparameter.high is None else hyperparameter.high
-        kind = Kind(hyperparameter.name, low, high, hyperparameter.log, route)
+        kind = Kind(hyperparameter.name, low, high, hyperparameter.log, route, is_strength=is_strength)
         given = self._given(hyperparameter.name, kind)
         if given is not None:
             hyperparameter.assign(given)
         return self.tunable(hyperparameter.name, kind, places, hyperparameter)
 
-    def strength(self, hyperparameter: OuterVariable, kind_name: str, places: list[Place]) -> Tunable:
+    def strength(self, hyperparameter: OuterVariable, kind_name: str, route: str, places: list[Place]) -> Tunable:
         """The `Tunable` of the strength of layers that perturb, with its start and its range set."""
         high = math.inf if hyperparameter.high is None else hyperparameter.high
-        kind = Kind(kind_name, hyperparameter.low or 0.0, high, False, RESPONSE)
+        kind = Kind(kind_name, hyperparameter.low or 0.0, high, False, route, is_strength=True)
         start = self._given(hyperparameter.name, kind)
         given = self._lookup(self.ranges, hyperparameter.name, kind, None)
         if start is not None:
