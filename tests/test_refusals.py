@@ -243,3 +243,58 @@ def test_a_custom_gradient_is_obeyed_where_variables_are_arguments_and_refused_w
             problem(lambda x: tf.reduce_sum(clipped(x, tf.convert_to_tensor(w))**2)), farhox.repeat(one, 2), one)
     # The clipped gradient is 1 in both steps: w_2 = 1 - 2 rate, and d w_2^2 / d log(rate) = -4 rate w_2.
     assert_close(result.gradients, [-0.4 * 0.8], 1e-12)
+
+
+def drop_problem(perturbed, fixed=False):
+    """A rate that `perturbed(hidden activations, rate)` reads in training; weights of two dense layers."""
+    rate = farhox.Hyperparameter(0.3, low=0.0, high=0.9, name="rate")
+    hidden, head = layers.Dense(5), layers.Dense(1)
+    hidden.build([None, 4])
+    head.build([None, 5])
+
+    def loss(batch):
+        return tf.reduce_mean(tf.square(head(perturbed(hidden(batch[0]), rate())) - batch[1]))
+
+    speed = farhox.Hyperparameter(0.1, low=0.0, log=True, name="learning_rate")
+    return farhox.BilevelProblem(
+        loss, lambda batch: tf.reduce_mean(tf.square(head(hidden(batch[0])) - batch[1])),
+        hidden.trainable_variables + head.trainable_variables, [speed] if fixed else [rate, speed],
+        fixed=[rate] if fixed else [], dynamics=farhox.GradientDescent(speed))
+
+
+def with_a_mask_of_its_own_derivative(x, rate):
+    @tf.custom_gradient
+    def mask(rate):
+        keeps = tf.cast(tf.random.stateless_uniform(tf.shape(x), [1, 2]) >= rate, x.dtype)
+        return keeps, lambda upstream: -tf.reduce_sum(upstream)
+    return x * mask(rate)
+
+
+DRAWS = {
+    "dropout": lambda x, rate: tf.nn.experimental.stateless_dropout(x, rate, seed=[1, 2]),
+    "skipped": lambda x, rate: tf.where(
+        1.0 - rate > 2.0 * tf.random.stateless_uniform([tf.shape(x)[0], 1], [1, 2]) - 0.5, x, tf.zeros_like(x)),
+    "normal": lambda x, rate: x * tf.cast(tf.random.stateless_normal([5], [1, 2]) < rate, x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("method", [farhox.ReverseHG, farhox.ForwardHG])
+def test_a_draw_that_is_compared_with_an_outer_variable_is_refused(name, method):
+    data = R.normal(size=(2, 3, 4)).astype("float32"), np.ones([2, 3, 1], "float32")
+    with pytest.raises(ValueError, match="is compared with an outer variable has no derivative.* depends on rate"):
+        method().compute(drop_problem(DRAWS[name]), data, (data[0][0], data[1][0]))
+    # What is fixed needs no derivative.
+    result = method().compute(drop_problem(DRAWS[name], fixed=True), data, (data[0][0], data[1][0]))
+    assert np.all(np.isfinite(result.gradients))
+
+
+@pytest.mark.filterwarnings("ignore:The gradient that tf.custom_gradient gives")
+@pytest.mark.parametrize("perturbed", [
+    lambda x, rate: tf.where(tf.random.stateless_normal([3, 5], [1, 2]) * x > rate, x, rate * tf.ones_like(x)),
+    lambda x, rate: tf.nn.experimental.stateless_dropout(x, 0.2, seed=[1, 2]) * rate,
+    with_a_mask_of_its_own_derivative], ids=["activations", "constant rate", "custom gradient"])
+def test_other_comparisons_are_not_refused(perturbed):
+    data = R.normal(size=(2, 3, 4)).astype("float32"), np.ones([2, 3, 1], "float32")
+    result = farhox.ReverseHG().compute(drop_problem(perturbed), data, (data[0][0], data[1][0]))
+    assert np.all(np.isfinite(result.gradients)) and float(result.gradients[0]) != 0.0

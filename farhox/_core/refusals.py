@@ -26,6 +26,10 @@ _COUNTED_AS_CONSTANT = frozenset([
     "FakeQuantWithMinMaxArgsGradient", "FakeQuantWithMinMaxVarsGradient", "FakeQuantWithMinMaxVarsPerChannelGradient"])
 _INPUTS_LEFT_OUT = {
     "Betainc": (0, 1), "Zeta": (0,), "ImageProjectiveTransformV2": (1,), "ImageProjectiveTransformV3": (1, 3)}
+_COMPARISONS = frozenset(["Greater", "GreaterEqual", "Less", "LessEqual"])
+# A number made of draws and constants with these is a draw too.
+_KEEP_DRAWS = frozenset(["AddV2", "Sub", "Mul", "Cast", "Identity", "Reshape", "ExpandDims", "Squeeze", "BroadcastTo"])
+_SEEDED_DRAWS = "StatelessRandom"
 # What `tf.gradients` puts where it has no gradient; such an operation does not run.
 _PLACE_HOLDER = "SymbolicGradient"
 _RULE = (
@@ -75,6 +79,64 @@ def _check(operation, needed, name, outer):
             "The inner training is a graph whose derivatives are taken twice. The operation "
             f"{operation.type} at {name!r} calls Python (tf.py_function, tf.numpy_function), which has none. Write it "
             "with TensorFlow or keras.ops, or move it into the data.")
+
+
+def check_compared_draws(outputs: Tensors, parameters: Tensors, names: Any) -> None:
+    """Refuses draws that are compared with what follows from parameters, as a mask of dropout by its rate.
+
+    A comparison has no derivative, though the mean over draws of what depends on it has. What is left of the derivative
+    then, as that of the factor 1 / (1 - rate), is no estimate of it. A `tf.custom_gradient` around it has one.
+
+    Args:
+        outputs: Nest of tensors of a graph.
+        parameters: List of its tensors.
+        names: Names of the parameters, in their order.
+
+    Raises:
+        ValueError: If there is such a comparison; it and the parameter are named.
+    """
+    needed = _of_derivative([output for output in tf.nest.flatten(outputs) if output is not None])
+    for operation in [operation for operation in needed if operation.type in _COMPARISONS]:
+        for threshold, other in (operation.inputs, reversed(operation.inputs)):
+            above = {ancestor.name for ancestor in _of_derivative([threshold])} if _is_draw(other) else ()
+            found = [name for parameter, name in zip(parameters, names) if parameter.op.name in above]
+            if found:
+                raise ValueError(
+                    "A random number that is compared with an outer variable has no derivative, and a gradient of the "
+                    f"rest alone would be wrong without a word. The operation {operation.type} at {operation.name!r} "
+                    f"compares one with what depends on {', '.join(found)}. Where it is dropout, use stn.Dropout, or "
+                    "stn.with_strengths for a Keras model, which have the derivative of the mean over masks; otherwise "
+                    "a draw that depends smoothly on it, such as mean + deviation * noise, or name it in fixed.")
+
+
+def _of_derivative(tensors):
+    """The operations that tensors depend on, without what a `tf.custom_gradient` has a derivative of its own for."""
+    seen, stack = {}, [tensor.op for tensor in tensors]
+    while stack:
+        operation = stack.pop()
+        if operation.name in seen:
+            continue
+        seen[operation.name] = operation
+        inputs = operation.inputs
+        if operation.type == "IdentityN" and "_gradient_op_type" in operation.node_def.attr:
+            # Its results are used; its arguments stand behind them, for the gradient alone.
+            inputs = [given for given, result in zip(inputs, operation.outputs) if not result.consumers()]
+        stack.extend(tensor.op for tensor in inputs)
+    return list(seen.values())
+
+
+def _is_draw(tensor):
+    """Whether a tensor is a draw, scaled and shifted at most."""
+    drawn, stack = False, [tensor.op]
+    while stack:
+        operation = stack.pop()
+        if operation.type.startswith(_SEEDED_DRAWS) or operation.type in _DRAWS:
+            drawn = True
+        elif operation.type in _KEEP_DRAWS:
+            stack.extend(entry.op for entry in operation.inputs if entry.dtype.is_floating)
+        elif operation.type != "Const":
+            return False
+    return drawn
 
 
 def check_derivatives(outputs: Tensors, inputs: Tensors, second: bool = False) -> None:

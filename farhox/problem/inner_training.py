@@ -18,7 +18,7 @@ from farhox._core import tree
 from farhox._core.few import FewTensors, is_few
 from farhox._core.inner_state import InnerState, float_leaves, with_float_leaves
 from farhox._core.linearized import LinearizedMap
-from farhox._core.refusals import check_operations
+from farhox._core.refusals import check_compared_draws, check_operations
 from farhox._core.step_graph import StepGraph
 from farhox._core.types import Batch, InnerBatches, Nest, Objective, Tensor, Tensors, Variables
 from farhox.data.batches import RepeatedBatch, as_inner_batches, batch_at, num_steps
@@ -250,6 +250,9 @@ class InnerTraining:
 
         graph = StepGraph(step, tf.nest.flatten(self.start) + self.parameters + tf.nest.flatten(batch))
         check_operations(graph, graph.outputs)
+        given = graph.inputs[counts[0]:counts[0] + len(self.outer)]
+        check_compared_draws(graph.inside(float_leaves(graph.outputs.state)), given,
+                             [variable.name for variable in self.problem.outer_variables])
         return graph
 
     def inputs(self, state: Any, t: Tensor) -> Any:
