@@ -5,7 +5,8 @@ r"""CPU seconds and memory of `farhox.Tuner.fit` beside Keras' `fit` of as many 
 
 Networks on 10,000 synthetic images of 28 x 28 in batches of 100, 5,000 more to validate on: `mlp`, 128-128 units with
 L2 penalties and SGD with momentum; `cnn`, two convolutions with layer normalization and two dense layers with AdamW;
-`dropout`, the same with two dropout layers, which self-tuning layers tune.
+`dropout`, the same with two dropout layers, whose rate is tuned along the path; `translation`, convolutions that images
+are moved in front of, which self-tuning layers tune.
 
 One run of each in a process of its own: `fit_s` and `tuner_s` hold all of it, tracing, the sweep, validation at the end
 of epochs. `started_s` is what the tuner had used before its first epoch had ended, `epoch_s` the median of later epochs
@@ -25,7 +26,7 @@ from absl import flags
 from _shared import cases, program
 
 FLAGS = flags.FLAGS
-NETWORKS = ("mlp", "cnn", "dropout")
+NETWORKS = ("mlp", "cnn", "dropout", "translation")
 COLUMNS = [("network", "{}"), ("fit_s", "{:.1f}"), ("tuner_s", "{:.1f}"), ("ratio", "{:.2f}"),
            ("started_s", "{:.1f}"), ("keras_epoch_s", "{:.2f}"), ("epoch_s", "{:.2f}"), ("memory", "{:.2f}")]
 
@@ -108,7 +109,8 @@ def compiled(name):
         optimizer = keras.optimizers.SGD(0.02, momentum=0.9)
     else:
         drop = (lambda: [layers.Dropout(0.3)]) if name == "dropout" else (lambda: [])
-        body = [layers.Conv2D(16, 3, strides=2, activation="relu"), layers.LayerNormalization(),
+        moved = [layers.RandomTranslation(0.1, 0.1)] if name == "translation" else []
+        body = [*moved, layers.Conv2D(16, 3, strides=2, activation="relu"), layers.LayerNormalization(),
                 layers.Conv2D(32, 3, strides=2, activation="relu"), layers.LayerNormalization(), layers.Flatten(),
                 *drop(), layers.Dense(64, "relu"), *drop(), layers.Dense(10)]
         optimizer = keras.optimizers.AdamW(1e-3, weight_decay=1e-2)
