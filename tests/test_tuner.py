@@ -366,6 +366,24 @@ def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_a_second_round_
     assert chosen([0.4, 0.5], [0.3, 0.2], False) == ([0.5, 1.0], 1.0)
 
 
+@pytest.mark.parametrize("momentum, of_heats, of_training", [(0.95, 0.5, 0.9), (0.8, 0.5, 0.8), (0.3, 0.3, 0.3)])
+def test_heats_have_a_lower_momentum_and_a_rate_of_the_same_effect(momentum, of_heats, of_training, monkeypatch):
+    seen = []
+
+    def heat(search, rate, steps):
+        seen.append((search._training.momentum(), rate))
+        return abs(np.log(rate) - np.log(seen[1][1] if len(seen) > 1 else 1.0))  # The second rate is the best.
+
+    monkeypatch.setattr(RateSearch, "heat", heat)
+    tuner = farhox.Tuner(network(keras.optimizers.SGD(0.1, momentum=momentum)), online=False)
+    tuner.fit(*TRAIN, batch_size=16, epochs=1, validation_data=VALIDATION, verbose=0)
+    assert [entry[0] for entry in seen] == pytest.approx([of_heats] * len(seen))
+    chosen = seen[1][1] * (1 - of_training) / (1 - of_heats)
+    assert tuner.get_schedule()["learning_rate"][0] == pytest.approx(chosen, rel=1e-4)
+    assert tuner.get_hyperparameters()["momentum"] == pytest.approx(of_training)
+    assert f"heats: rate {report.number(chosen)} of" in " ".join(tuner.notes)
+
+
 def test_a_sweep_stops_where_the_smoothed_loss_has_risen():
     rates = np.geomspace(1e-4, 1.0, 9)
     still = read_sweep(rates, np.full(9, 2.0))

@@ -21,6 +21,9 @@ _HEAT_FACTOR = 3.0
 # In each of two rounds over so many steps, or a share of the training.
 _HEAT_STEPS, _HEAT_SHARES = (20, 60), (100, 33)
 _MOST_MOMENTUM = 0.9
+# Momentum that multiplies the effect of the rate is lower in heats: a short training with a high one has hardly come to
+# its speed, and ends with more noise.
+_MOST_MOMENTUM_OF_HEATS = 0.5
 
 
 class RateSearch:
@@ -44,6 +47,7 @@ class RateSearch:
         self._network, self._training, self._data, self._evaluated = network, training, data, evaluated
         self._total = total
         self._start = training.state()
+        self._times = 1.0
         self._beginnings = Beginnings(training, total)
         self.notes: list[str] = []
 
@@ -65,11 +69,16 @@ class RateSearch:
         self.notes.append(f"sweep: the loss {'rose at' if sweep.stopped else 'did not rise up to'} rate "
                           f"{sweep.stop:.2g}, in {len(coarse.losses) + len(sweep.losses)} steps{lowered}")
         stop = sweep.stop / (1.0 - training.momentum())
-        training.set_momentum([min(momentum, _MOST_MOMENTUM) for momentum in momenta])
+        momenta = [min(momentum, _MOST_MOMENTUM) for momentum in momenta]
+        training.set_momentum(momenta)
+        if (own := training.momentum()) > _MOST_MOMENTUM_OF_HEATS:
+            training.set_momentum([min(momentum, _MOST_MOMENTUM_OF_HEATS) for momentum in momenta])
+            self._times = (1.0 - own) / (1.0 - training.momentum())
         rate, loss, untrained = self.rate_of_heats(stop)
         self.notes += self._beginnings.choose(lambda: self._after(rate, self._heat_steps()[1]), rate, loss, untrained)
+        training.set_momentum(momenta)
         training.restart(self._start)
-        training.rate_row.hyperparameter.assign(rate)
+        training.rate_row.hyperparameter.assign(rate * self._times)
         return sweep.least + self._network.penalty() - penalty
 
     def _swept(self, interval: tuple[float, float], steps: int) -> Sweep:
@@ -85,7 +94,8 @@ class RateSearch:
     def rate_of_heats(self, stop: float) -> tuple[float, float, float]:
         """The rate below the stop, over 1 - momentum, with which a short annealed training ends best.
 
-        Returns it, the validation loss after the longer training with it, and that of the initial weights.
+        Returns it, for the momentum of heats, the validation loss after the longer training with it, and that of the
+        initial weights.
 
         While the lowest is the best, a lower one is tried: a network that a high rate has left where it learns nothing
         has a loss that does not rise, so that the sweep goes on beyond the rates that train. A second round of longer
@@ -108,11 +118,14 @@ class RateSearch:
         between = math.sqrt(_HEAT_FACTOR)
         rates = [middle * between] * (middle < first[0][1]) + [middle, middle / between]
         second = [judged(rate, long) for rate in rates]
-        tried = (f"{', '.join(report.number(rate) for _, rate in heats)} ({steps} steps)"
+        def shown(rate):
+            return report.number(rate * self._times)
+
+        tried = (f"{', '.join(shown(rate) for _, rate in heats)} ({steps} steps)"
                  for heats, steps in ((first, short), (second, long)))
         loss, rate = min(second)
-        self.notes.append(f"heats: rate {report.number(rate)} of {', then of '.join(tried)}, by the validation loss "
-                          "after annealed steps")
+        self.notes.append(f"heats: rate {shown(rate)} of {', then of '.join(tried)}, by the validation loss after "
+                          "annealed steps")
         return rate, loss, untrained
 
     def _heat_steps(self):
