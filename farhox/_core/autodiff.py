@@ -52,7 +52,7 @@ def gradients(function: Callable[..., Any], inputs: Tensors, exact: bool = False
         with exact_derivatives(stops=False) if exact else contextlib.nullcontext():
             value, auxiliary = function(inputs)
     if not eagerly:
-        refusals.check_derivatives([value], inputs)
+        refusals.check_derivatives([value], inputs, exact=exact)
     try:
         found = tf.gradients(value, inputs) if exact and not eagerly else tape.gradient(value, inputs)
     except LookupError as error:

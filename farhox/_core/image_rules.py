@@ -1,7 +1,8 @@
 """The adjoint of moving the pixels of images: rotation, translation, zoom, shear, perspective.
 
 TensorFlow's gradient of `ImageProjectiveTransformV3` moves the cotangent by the inverse transformation, which is near
-the adjoint where the image keeps its size and far from it where it does not.
+the adjoint where the image keeps its size and far from it where it does not, and leaves out the derivative with respect
+to the transformation.
 """
 
 import tensorflow as tf
@@ -11,13 +12,31 @@ import tensorflow as tf
 def _image_projective_transform(operation, cotangent):
     """Every pixel of the result is a weighted sum of at most four pixels: the cotangent goes back with their weights.
 
-    There is no derivative with respect to the transformation, as in TensorFlow.
+    Between pixels their weights, and so the result, have a derivative with respect to the transformation, which
+    TensorFlow leaves out; with interpolation to the nearest pixel there is none.
     """
-    images, transforms = operation.inputs[:2]
+    images, transforms, _, fill = operation.inputs
     nearest = operation.get_attr("interpolation") == b"NEAREST"
     mode = operation.get_attr("fill_mode")
     batch, height, width, channels = tf.unstack(tf.shape(images))
-    y, x, exists = _sources(transforms, tf.shape(cotangent)[1], tf.shape(cotangent)[2])
+    corners = _corners(transforms, tf.shape(cotangent), height, width, mode, nearest)
+    total, moved = 0.0, 0.0
+    flat = tf.reshape(tf.stop_gradient(images), [-1, channels])
+    for place, inside, weight in corners:
+        weight = tf.cast(weight, cotangent.dtype)[..., tf.newaxis]
+        # What lies outside goes nowhere: segments of negative number are dropped.
+        segments = tf.where(inside, place, -1)
+        total += tf.math.unsorted_segment_sum(
+            tf.reshape(cotangent * weight, [-1, channels]), tf.reshape(segments, [-1]), batch * height * width)
+        pixels = tf.gather(flat, tf.where(inside, place, 0))
+        moved += weight * tf.where(inside[..., tf.newaxis], pixels, tf.cast(fill, pixels.dtype))
+    of_transforms, of_fill = (None, None) if nearest else tf.gradients(moved, [transforms, fill], cotangent)
+    return tf.reshape(total, tf.shape(images)), of_transforms, None, of_fill
+
+
+def _corners(transforms, shape, height, width, mode, nearest):
+    """The pixels that each pixel of the result is made of: for each corner (number, whether it is inside, weight)."""
+    y, x, exists = _sources(transforms, shape[1], shape[2])
     y, x = _within(y, height, mode), _within(x, width, mode)
     if nearest:
         corners = [(_rounded(y), _rounded(x), tf.ones_like(x))]
@@ -26,17 +45,13 @@ def _image_projective_transform(operation, cotangent):
         corners = [(at_y, at_x, of_y * of_x)
                    for at_y, of_y in ((low_y, low_y + 1 - y), (low_y + 1, y - low_y))
                    for at_x, of_x in ((low_x, low_x + 1 - x), (low_x + 1, x - low_x))]
-    total = 0.0
-    first = tf.range(batch)[:, tf.newaxis, tf.newaxis] * height * width
+    first = tf.range(shape[0])[:, tf.newaxis, tf.newaxis] * height * width
     for at_y, at_x, weight in corners:
         at_y, at_x = tf.cast(at_y, tf.int32), tf.cast(at_x, tf.int32)
+        if mode != b"CONSTANT":  # At the last pixel the next one, of weight zero, is itself.
+            at_y, at_x = tf.minimum(at_y, height - 1), tf.minimum(at_x, width - 1)
         inside = exists & (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
-        # What lies outside goes nowhere: segments of negative number are dropped.
-        segments = tf.where(inside, first + at_y * width + at_x, -1)
-        values = cotangent * tf.cast(weight, cotangent.dtype)[..., tf.newaxis]
-        total += tf.math.unsorted_segment_sum(
-            tf.reshape(values, [-1, channels]), tf.reshape(segments, [-1]), batch * height * width)
-    return tf.reshape(total, tf.shape(images)), None, None, None
+        yield first + at_y * width + at_x, inside, weight
 
 
 def _sources(transforms, height, width):

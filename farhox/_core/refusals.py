@@ -139,13 +139,14 @@ def _is_draw(tensor):
     return drawn
 
 
-def check_derivatives(outputs: Tensors, inputs: Tensors, second: bool = False) -> None:
+def check_derivatives(outputs: Tensors, inputs: Tensors, second: bool = False, exact: bool = False) -> None:
     """Refuses operations between inputs and outputs of which TensorFlow would leave a derivative out unsaid.
 
     Args:
         outputs, inputs: Lists of tensors of one graph.
         second: Bool. The graph holds an inner gradient, whose derivative this is: calls of functions that were traced
             before, where no rule can be set, must not need one.
+        exact: Bool. The rules of `exact` are set on the operations, as they are for a second derivative.
 
     Raises:
         ValueError: If there is such an operation; it is named.
@@ -157,13 +158,19 @@ def check_derivatives(outputs: Tensors, inputs: Tensors, second: bool = False) -
             if found.type in _COUNTED_AS_CONSTANT:
                 raise ValueError(f"{_RULE}TensorFlow counts the operation {found.type} at {operation.name!r} as a "
                                  f"constant, which it is not.{_ADVICE}")
-        for place in _INPUTS_LEFT_OUT.get(operation.type, ()):
+        for place in () if _has_rule(operation, exact or second) else _INPUTS_LEFT_OUT.get(operation.type, ()):
             tensor = operation.inputs[place]
             if tensor.name in sources or tensor.op.name in reached:
                 raise ValueError(f"{_RULE}TensorFlow leaves out the derivative of the operation {operation.type} at "
                                  f"{operation.name!r} with respect to its input {place}.{_ADVICE}")
         if second:
             _check_calls(operation)
+
+
+def _has_rule(operation, exact):
+    """Whether a rule gives the derivatives that TensorFlow leaves out: of moved pixels, but to the nearest one."""
+    return exact and operation.type == "ImageProjectiveTransformV3" and (
+        operation.get_attr("interpolation") == b"BILINEAR")
 
 
 def _check_calls(operation):

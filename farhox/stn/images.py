@@ -27,8 +27,7 @@ class _Factor:
         rank: Int, the rank of what is drawn.
         greatest: Float, the greatest strength that Keras takes.
         direction: Tuple (lower, upper), the bounds at strength 1 of a layer that does nothing.
-        differentiable: Whether images have a derivative with respect to it. Of where pixels are moved TensorFlow has
-            none.
+        differentiable: Whether images have a derivative with respect to it.
     """
 
     bounds: tuple
@@ -38,9 +37,10 @@ class _Factor:
     differentiable: bool = False
 
 
-_SIZES = {f"{axis}_factor": _Factor((f"{axis}_lower", f"{axis}_upper"), 2, 1.0) for axis in ("height", "width")}
+_SIZES = {f"{axis}_factor": _Factor((f"{axis}_lower", f"{axis}_upper"), 2, 1.0, differentiable=True)
+          for axis in ("height", "width")}
 _FACTORS = {
-    keras.layers.RandomRotation: {"factor": _Factor(("factor",), 1, 1.0)},
+    keras.layers.RandomRotation: {"factor": _Factor(("factor",), 1, 1.0, differentiable=True)},
     keras.layers.RandomTranslation: _SIZES,
     keras.layers.RandomZoom: {name: dataclasses.replace(factor, greatest=0.99) for name, factor in _SIZES.items()},
     keras.layers.RandomContrast: {"factor": _Factor(("factor",), 4, 1.0, (0.0, 1.0), True)},
@@ -61,9 +61,13 @@ def augmentation_strengths(layer: keras.Layer) -> Any:
 
 
 def has_differentiable_factors(layer: keras.Layer) -> bool:
-    """Whether what a Keras augmentation layer computes has a derivative with respect to its factors."""
+    """Whether what a Keras augmentation layer computes has a derivative with respect to its factors.
+
+    Where pixels are moved, farhox' hypergradients have it, and a tape has none; to the nearest pixel there is none.
+    """
     factors = _FACTORS.get(type(layer), {}).values()
-    return bool(factors) and all(factor.differentiable for factor in factors)
+    nearest = getattr(layer, "interpolation", "bilinear") != "bilinear"
+    return bool(factors) and not nearest and all(factor.differentiable for factor in factors)
 
 
 @keras.saving.register_keras_serializable(package="farhox")
