@@ -72,34 +72,55 @@ def test_nothing_happens_outside_of_training_nor_at_strength_zero(name):
     assert not np.allclose(layer(x, training=True), layer(x, training=True), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if "dropout" not in name] + ["dropout by a factor", "L2"])
-def test_a_differentiable_layer_has_the_derivative_of_what_it_computes_and_another_none(name):
-    more = {"dropout by a factor": lambda s: stn.GaussianDropout(s, seed=1),
-            "L2": lambda s: stn.ActivityRegularization(l2=s)}
-    layer = {**LAYERS, **more}[name](strength_of(name))
-    entry = next(value for value in vars(layer).values() if isinstance(value, farhox.Hyperparameter))
-    x = tf.constant(images(high=1.0))
-    layer.build(x.shape)
-    random = list(layer.non_trainable_variables)
-    state, weights = [variable.numpy() for variable in random], RANDOM.normal(size=x.shape)
+def layer_of_keras(kind, *arguments, **settings):
+    layer = getattr(keras.layers, kind)(*arguments, seed=1, **settings)
+    name = "factor" if hasattr(layer, "factor") or kind == "RandomRotation" else "height_factor"
+    return lambda s: stn.Augmentation(layer, **{name: s})
 
-    def loss():
-        for variable, value in zip(random, state):
-            variable.assign(value)  # The same draws again.
-        outputs = tf.cast(layer(x, training=True), "float64")
-        return tf.reduce_sum(weights * outputs) + sum(map(lambda v: tf.cast(v, "float64"), layer.losses))
 
-    with tf.GradientTape() as tape:
-        tape.watch(entry.variable.value)
-        value = loss()
-    found = tape.gradient(value, entry.variable.value)
-    assert (found is not None) == layer.differentiable
-    if layer.differentiable:
-        u, ends = entry.variable.numpy(), []
-        for step in (1e-2, -1e-2):
-            entry.variable.assign(u + step)
-            ends.append(float(loss()))
-        np.testing.assert_allclose(float(found), (ends[0] - ends[1]) / 2e-2, rtol=2e-3, atol=1e-4)
+DERIVATIVES = {
+    **{name: make for name, make in LAYERS.items() if "dropout" not in name},
+    "dropout by a factor": lambda s: stn.GaussianDropout(s, seed=1),
+    "L2": lambda s: stn.ActivityRegularization(l2=s),
+    **{f"translation, {mode}": layer_of_keras("RandomTranslation", 0.1, 0.3, mode) for mode in (
+        "constant", "nearest", "wrap", "reflect")},
+    "zoom": layer_of_keras("RandomZoom", (0.1, 0.2), fill_value=0.4, fill_mode="constant"),
+    "to the nearest pixel": layer_of_keras("RandomRotation", 0.1, interpolation="nearest"),
+}
+
+
+# One of each way: noise, what moves pixels at two borders, what has no derivative.
+@pytest.mark.parametrize("name", [
+    name if name in ("noise", "rotation", "translation, wrap", "hue", "to the nearest pixel") else
+    pytest.param(name, marks=pytest.mark.slow) for name in DERIVATIVES])
+def test_a_differentiable_layer_has_an_exact_hypergradient_and_another_is_refused(name):
+    keras.utils.set_random_seed(0)
+    entry = hyperparameter(0.5 if name == "hue" else 0.9)
+    layer = DERIVATIVES[name](entry)
+    before = [keras.layers.Conv2D(3, 1)] if name in ("L2", "noise", "zoom") else []
+    network = keras.Sequential([keras.Input([9, 9, 3]), *before, layer, keras.layers.Flatten(), keras.layers.Dense(1)])
+    x = np.random.default_rng(0).uniform(size=(3, 6, 9, 9, 3)).astype("float32")
+    data, validation = (x, x.mean((2, 3, 4))[..., np.newaxis]), (x[0], np.ones([6, 1], "float32"))
+
+    def loss(batch, training):
+        return tf.reduce_mean(tf.square(batch[1] - network(batch[0], training=training))) + sum(network.losses)
+
+    problem = farhox.BilevelProblem(
+        lambda batch: loss(batch, True), lambda batch: loss(batch, False), network.trainable_variables, [entry],
+        state_variables=network.non_trainable_variables, dynamics=farhox.GradientDescent(0.01))
+    if not layer.differentiable:
+        with pytest.raises(ValueError, match="needs the derivative of every operation"):
+            farhox.ReverseHG().compute(problem, data, validation)
+        return
+    u, ends = entry.variable.numpy(), []
+    for step in (4e-3, -4e-3):
+        entry.variable.assign(u + step)
+        ends.append(float(problem.evaluate(data, validation).outer_loss))
+    entry.variable.assign(u)
+    expected = (ends[0] - ends[1]) / 8e-3
+    for method in (farhox.ReverseHG(), farhox.ForwardHG()):
+        found = float(method.compute(problem, data, validation).gradients[0])
+        np.testing.assert_allclose(found, expected, rtol=1e-2, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", [stn.Dropout, stn.AlphaDropout])

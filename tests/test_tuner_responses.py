@@ -20,7 +20,7 @@ TRAIN, VALIDATION = (X[:40], Y[:40]), (X[40:], Y[40:])
 def network(rates=(0.2, 0.4), loss=None, head=keras.layers.Dense):
     keras.utils.set_random_seed(1)
     model = keras.Sequential([
-        keras.Input([8, 8, 3]), keras.layers.RandomTranslation(0.1, 0.2, name="move"),
+        keras.Input([8, 8, 3]), keras.layers.RandomTranslation(0.1, 0.2, interpolation="nearest", name="move"),
         keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(4, 3, activation="relu", name="conv"),
         keras.layers.Flatten(), keras.layers.Dropout(rates[0], name="drop"),
         keras.layers.Dense(8, activation="relu", kernel_regularizer=keras.regularizers.L2(1e-3), name="hidden"),
@@ -300,7 +300,8 @@ def test_bad_strengths_are_refused():
     with pytest.raises(ValueError, match="must hold its value 0.3 and end at 0.9 at most"):
         farhox.Tuner(network(), ranges={"dropout_rate": (0.4, 0.6)})
     model = keras.Sequential([
-        keras.Input([4, 4, 1]), keras.layers.RandomRotation(0.2), keras.layers.LayerNormalization()])
+        keras.Input([4, 4, 1]), keras.layers.RandomRotation(0.2, interpolation="nearest"),
+        keras.layers.LayerNormalization()])
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="is tuned by layers that respond to it"):
         farhox.Tuner(model)

@@ -91,7 +91,8 @@ def with_strengths(model: keras.Model, strengths: Mapping[Any, Any]) -> keras.Mo
     """A copy of a functional or Sequential Keras model whose dropout, noise and augmentation layers read strengths.
 
     Its weights do not respond: strengths act along the path of training. Hypergradients of a `BilevelProblem` reach
-    those of layers that are `differentiable`: dropout (in the mean over masks), noise, contrast and brightness.
+    those of layers that are `differentiable`: dropout (in the mean over masks), noise, contrast, brightness, and what
+    moves pixels with bilinear interpolation.
 
     ```python
     strengths = stn.strengths_of(model)

@@ -16,9 +16,10 @@ from farhox.tuner.tunables import PATH, RESPONSE, Place
 class Responses:
     """The strengths of a model's layers that perturb, and the copy of the model that reads them.
 
-    Strengths of dropout, noise, contrast and brightness have a derivative along the path of training. To the others, of
-    where pixels are moved or what is counted, the weights learn how they answer: each example has a draw of its own
-    around the current value, and on validation data the strengths follow the derivative through that answer.
+    Strengths of dropout, noise and most augmentation have a derivative along the path of training. To the others, of
+    what is erased, counted or moved to the nearest pixel and of rates inside recurrent layers and attention, the
+    weights learn how they answer: each example has a draw of its own around the current value, and on validation data
+    the strengths follow the derivative through that answer.
 
     Args:
         model: The compiled model.
@@ -79,8 +80,9 @@ class Responses:
             return stn.with_strengths(model, strengths), None
         converted = stn.convert(model, responding, strengths=strengths)
         if not any(isinstance(layer, stn.SelfTuning) for layer in converted._flatten_layers()):
-            raise ValueError("Augmentation that moves pixels, and what is counted, is tuned by layers that respond to "
-                             f"it, such as Dense and Conv2D. Received: {model.name!r} without any: "
+            raise ValueError("A strength without a derivative, as of what is erased or moved to the nearest pixel, is "
+                             "tuned by layers that respond to it, such as Dense and Conv2D. Received: "
+                             f"{model.name!r} without any: "
                              f"fix={[entry.name for entry in responding]}")
         return converted, stn.TrainingDraws(converted)
 

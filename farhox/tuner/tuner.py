@@ -40,9 +40,9 @@ class Tuner:
     It finds the settings of the optimizer, the penalties of layers, their dropout, noise and augmentation, the
     smoothing of labels and the weights of outputs and classes. A sweep of the learning rate from the initial weights
     sets the rate and where weight decay begins, and training starts afresh. About every twentieth step the other
-    hyperparameters follow hypergradients of the validation loss through the last steps; augmentation that moves pixels
-    follows the response of self-tuning layers. The rate ends in a cosine. A guard goes back to the last good state when
-    the training loss rises. The model given is not changed.
+    hyperparameters follow hypergradients of the validation loss through the last steps; those without a derivative, as
+    of erased parts of images, follow the response of self-tuning layers. The rate ends in a cosine. A guard goes back
+    to the last good state when the training loss rises. The model given is not changed.
 
     Args:
         model: A functional or Sequential `keras.Model`, built and compiled.
