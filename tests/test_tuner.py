@@ -361,7 +361,11 @@ def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_a_second_round_
     assert chosen([0.5, 0.4, 0.6], [0.3, 0.2, 0.25]) == ([0.5, 1.0, 1.5], 1.0)
     assert chosen([0.4, 0.5, 0.6], [0.3, 0.2]) == ([0.0, 0.5], 0.5)
     assert chosen([0.5, 0.4, 0.3, 0.35], [0.1, 0.2, 0.2]) == ([1.5, 2.0, 2.5], 1.5)
-    assert chosen([2.31, 2.3, 2.3, 2.3, 0.9, 1.0], [2.4, 0.5, 0.4]) == ([3.5, 4.0, 4.5], 4.5)
+    # Below a rate that has not trained, a quarter of it is the highest.
+    assert chosen([2.31, 2.3, 2.3, 2.3, 0.9, 1.0], [0.5, 0.4]) == ([4.262, 4.762], 4.762)  # 3 + log 4 / log 3.
+    assert chosen([2.2, 0.9, 1.0], [0.5, 0.6]) == ([1.262, 1.762], 1.262)
+    assert chosen([2.2, 1.2, 0.9, 1.0], [0.5, 0.6, 0.7]) == ([1.5, 2.0, 2.5], 1.5)
+    assert chosen([2.0, 0.9, 1.0], [0.5, 0.6, 0.7]) == ([0.5, 1.0, 1.5], 0.5)
     assert chosen([np.inf] * 7, [np.inf] * 3) == ([5.5, 6.0, 6.5], 6.5)
     assert chosen([0.4, 0.5], [0.3, 0.2], False) == ([0.5, 1.0], 1.0)
 

@@ -18,6 +18,8 @@ _FINE = 300.0
 # a lower one of optimizers that normalise the gradient, of which short trainings favour rates that are too high.
 _HEATS, _FIRST_OF_NORMALISED = (4.0, 36.0, 4e3), 4.0 * math.sqrt(3.0)
 _HEAT_FACTOR = 3.0
+# A rate with less than this share of the progress of the best one has not trained.
+_LITTLE = 0.1
 # In each of two rounds over so many steps, or a share of the training.
 _HEAT_STEPS, _HEAT_SHARES = (20, 60), (100, 33)
 _MOST_MOMENTUM = 0.9
@@ -98,9 +100,9 @@ class RateSearch:
         initial weights.
 
         While the lowest is the best, a lower one is tried: a network that a high rate has left where it learns nothing
-        has a loss that does not rise, so that the sweep goes on beyond the rates that train. A second round of longer
-        trainings chooses among the best and rates beside it: a very short one favours rates that are too high, or,
-        where its loss is still noisy, too low.
+        has a loss that does not rise, so that the sweep goes on beyond the rates that train. The stop is then the
+        lowest rate that has not trained. A second round of longer trainings chooses among the best and rates beside it:
+        a very short one favours rates that are too high, or, where its loss is still noisy, too low.
         """
         self._training.restart(self._start)
         untrained = self._network.evaluate(self._evaluated)["val_loss"]
@@ -114,10 +116,13 @@ class RateSearch:
         while divisor <= _HEATS[1] or min(first)[1] == first[-1][1] and divisor <= _HEATS[2]:
             first.append(judged(stop / divisor * (1.0 - self._training.momentum()), short))
             divisor *= _HEAT_FACTOR
-        middle = min(first)[1]
-        between = math.sqrt(_HEAT_FACTOR)
-        rates = [middle * between] * (middle < first[0][1]) + [middle, middle / between]
+        best, middle = min(first)
+        lost = [rate for loss, rate in first if rate > middle and untrained - loss < _LITTLE * (untrained - best)]
+        highest = min(first[0][1], *(rate / _HEATS[0] for rate in lost), math.inf)
+        middle, between = min(middle, highest), math.sqrt(_HEAT_FACTOR)
+        rates = [middle * between] * (middle * between <= highest) + [middle, middle / between]
         second = [judged(rate, long) for rate in rates]
+
         def shown(rate):
             return report.number(rate * self._times)
 
