@@ -101,8 +101,9 @@ class RateSearch:
 
         While the lowest is the best, a lower one is tried: a network that a high rate has left where it learns nothing
         has a loss that does not rise, so that the sweep goes on beyond the rates that train. The stop is then the
-        lowest rate that has not trained. A second round of longer trainings chooses among the best and rates beside it:
-        a very short one favours rates that are too high, or, where its loss is still noisy, too low.
+        lowest rate that has not trained. A second round of longer trainings chooses among the best and rates beside it,
+        of an optimizer that normalises the gradient below it: a short training favours rates that are too high, or,
+        where its loss is still noisy, too low.
         """
         self._training.restart(self._start)
         untrained = self._network.evaluate(self._evaluated)["val_loss"]
@@ -120,7 +121,8 @@ class RateSearch:
         lost = [rate for loss, rate in first if rate > middle and untrained - loss < _LITTLE * (untrained - best)]
         highest = min(first[0][1], *(rate / _HEATS[0] for rate in lost), math.inf)
         middle, between = min(middle, highest), math.sqrt(_HEAT_FACTOR)
-        rates = [middle * between] * (middle * between <= highest) + [middle, middle / between]
+        above = self._training.steps_follow_size and middle * between <= highest
+        rates = [middle * between] * above + [middle, middle / between]
         second = [judged(rate, long) for rate in rates]
 
         def shown(rate):
