@@ -368,7 +368,7 @@ def test_heats_go_on_below_while_the_lowest_rate_is_the_best_and_a_second_round_
     assert chosen([2.0, 0.9, 1.0], [0.5, 0.6, 0.7]) == ([0.5, 1.0, 1.5], 0.5)
     assert chosen([np.inf] * 7, [np.inf] * 3) == ([5.5, 6.0, 6.5], 6.5)
     assert chosen([0.4, 0.5], [0.3, 0.2], False) == ([0.5, 1.0], 1.0)
-    assert chosen([0.5, 0.4], [0.3, 0.2], False) == ([1.5, 2.0], 2.0)
+    assert chosen([0.5, 0.4, 0.45], [0.3, 0.2], False) == ([1.5, 2.0], 2.0)
 
 
 @pytest.mark.parametrize("momentum, of_heats, of_training", [(0.95, 0.5, 0.9), (0.8, 0.5, 0.8), (0.3, 0.3, 0.3)])
