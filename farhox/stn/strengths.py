@@ -34,7 +34,8 @@ def kept(uniform: Tensor, rate: Tensor) -> Tensor:
 
         def gradient(upstream):
             slopes = tf.where(keeps, 0.5 / (rate - 1.0), -0.5 / rate)  # Where all are kept or dropped, one is infinite.
-            return tf.reduce_sum(upstream * slopes)
+            dtype = tf.float64 if upstream.dtype == tf.float64 else tf.float32  # Sums in half precision are coarse.
+            return tf.cast(tf.reduce_sum(tf.cast(upstream, dtype) * tf.cast(slopes, dtype)), rate.dtype)
 
         return tf.cast(keeps, uniform.dtype), gradient
 

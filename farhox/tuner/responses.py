@@ -43,7 +43,7 @@ class Responses:
         for hyperparameter, argument, layers in rows.values():
             kind_name = f"{_snake(type(layers[0]).__name__)}_{argument}"
             hyperparameter.name = kind_name if choice.granularity == "global" else f"{layers[0].name}.{argument}"
-            route = PATH if has_derivative(layers[0]) else RESPONSE
+            route = PATH if all(map(has_derivative, layers)) else RESPONSE
             self.found.append(choice.strength(
                 hyperparameter, kind_name, route, [Place(layer.name, None) for layer in layers]))
         own = {}
