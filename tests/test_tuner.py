@@ -409,6 +409,23 @@ def test_the_rate_sweeps_exponentially_and_ends_in_a_cosine():
     np.testing.assert_allclose(rate.at(np.arange(10)), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_under_mixed_float16_the_loss_is_not_scaled_while_tuning_and_is_again_afterwards():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = network()
+        assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        tuner = farhox.Tuner(model)
+        history = tuner.fit(*TRAIN, batch_size=16, epochs=2, validation_data=VALIDATION, verbose=0).history
+        assert np.all(np.isfinite(history["val_loss"])) and any("loss scaling" in note for note in tuner.notes)
+        best = tuner.get_model()
+        assert isinstance(best.optimizer, keras.optimizers.LossScaleOptimizer)
+        assert float(best.optimizer.inner_optimizer.learning_rate) == pytest.approx(
+            tuner.get_hyperparameters()["learning_rate"])
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
 def test_a_line_of_an_epoch_has_80_columns():
     logs = {f"a_rather_long_name_{k}": 0.123456 for k in range(5)}
     assert len(report.epoch_line(99, 1000, logs, 12.3)) <= 80

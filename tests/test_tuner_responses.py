@@ -103,6 +103,29 @@ def test_one_round_moves_strengths_by_the_response_and_penalties_by_the_path():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layers, routes", [
+    (lambda k: [k.RandomErasing(0.5), k.RandomZoom(0.1), k.Conv2D(4, 3), k.BatchNormalization(),
+                k.SpatialDropout2D(0.2), k.Flatten()],
+     {"random_erasing_factor": "response", "random_zoom_height_factor": "path", "spatial_dropout2_d_rate": "path"}),
+    (lambda k: [k.Reshape((8, 24)), k.GRU(5, dropout=0.2), k.GaussianNoise(0.1)],
+     {"gru_dropout": "response", "gaussian_noise_stddev": "path"})], ids=["images", "sequences"])
+def test_strengths_with_and_without_a_derivative_are_tuned_in_one_training(layers, routes):
+    if "random_erasing_factor" in routes and not hasattr(keras.layers, "RandomErasing"):
+        pytest.skip("This Keras has no RandomErasing.")
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([
+        keras.Input([8, 8, 3]), keras.layers.Rescaling(1 / 255), *layers(keras.layers), keras.layers.Dense(3)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    tuner = farhox.Tuner(model)
+    before = tuner.get_hyperparameters()
+    assert {name: row.route for name, row in rows_of(tuner).items() if name in routes} == routes
+    history = tuner.fit(*TRAIN, batch_size=5, epochs=4, validation_data=VALIDATION, verbose=0).history
+    for name in routes:
+        assert np.all(np.isfinite(history[name])) and history[name][-1] != pytest.approx(before[name], rel=1e-3)
+    assert [type(layer) for layer in tuner.get_model().layers] == [type(layer) for layer in model.layers]
+
+
+@pytest.mark.slow
 def test_the_readmes_own_model_is_tuned_on_a_folder_of_images_and_plain(tmp_path, capsys, monkeypatch):
     pytest.importorskip("PIL")
     for label in range(3):  # Pictures of three classes, as a user has them on disk.

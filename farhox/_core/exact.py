@@ -122,6 +122,11 @@ def graphs_inside(operation: tf.Operation) -> list[str]:
     return [name for name in names if getattr(operation, name, None) is not None]
 
 
+def is_stop(operation: tf.Operation) -> bool:
+    """Whether an operation stops derivatives, and no rule lets them pass."""
+    return operation.type == "StopGradient" and "_gradient_op_type" not in operation.node_def.attr
+
+
 def passes_to(tensors: Any) -> set[Any]:
     """The names of all operations whose derivatives may reach the tensors: not through integers, nor through stops
     that no rule lets pass."""
@@ -131,7 +136,7 @@ def passes_to(tensors: Any) -> set[Any]:
         if operation.name in seen:
             continue
         seen.add(operation.name)
-        if operation.type != "StopGradient" or "_gradient_op_type" in operation.node_def.attr:
+        if not is_stop(operation):
             stack.extend(tensor.op for tensor in operation.inputs
                          if tensor.dtype.is_floating or tensor.dtype.is_complex
                          or tensor.dtype in (tf.variant, tf.resource))

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from farhox._core.exact import needs_rule, operations_called, operations_inside, passes_to
+from farhox._core.exact import is_stop, needs_rule, operations_called, operations_inside, passes_to
 from farhox._core.types import Tensors
 
 _DRAWS = frozenset([
@@ -110,11 +110,12 @@ def check_compared_draws(outputs: Tensors, parameters: Tensors, names: Any) -> N
 
 
 def _of_derivative(tensors):
-    """The operations that tensors depend on, without what a `tf.custom_gradient` has a derivative of its own for."""
+    """The operations that tensors depend on, without what a `tf.custom_gradient` has a derivative of its own for, and
+    what is stopped and no rule lets pass."""
     seen, stack = {}, [tensor.op for tensor in tensors]
     while stack:
         operation = stack.pop()
-        if operation.name in seen:
+        if operation.name in seen or is_stop(operation):
             continue
         seen[operation.name] = operation
         inputs = operation.inputs

@@ -57,7 +57,8 @@ class Losses:
             factor = self._weights[index]
             if self._loss_weights is not None:
                 factor = self._loss_weights[index]
-            total += value_of(factor, dtype=prediction.dtype) * loss(target, prediction, sample_weight=weight)
+            value = loss(target, prediction, sample_weight=weight)  # Of half precision in single precision.
+            total += value_of(factor, dtype=value.dtype) * value
         return total
 
     def validation(self, targets: Tensor, predictions: Tensor, sample_weight: Tensor | None = None) -> Tensor:

@@ -93,14 +93,20 @@ class Tuner:
         self._outer_rate = checks.positive_number("outer_rate", outer_rate)
         self._seed = checks.integer("seed", seed)
         self._network = Network(model, choice, self._objective)
-        self._rows = optimizer_tunables(model.optimizer, choice) + self._network.found
+        # Steps are taken as they are, and a loss that is scaled for half precision is not.
+        scales = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        self._optimizer: Any = model.optimizer.inner_optimizer if scales else model.optimizer
+        self._rows = optimizer_tunables(self._optimizer, choice) + self._network.found
         choice.check_used(self._rows)
         self._rows = [report.switched_off(row, self._sweeps, bool(online)) for row in self._rows]
         self._network.build(self._rows)
         self._history: list[Any] = []
         self._best: Any = None
         self._values_before = self.get_hyperparameters()
-        self.notes = [self._objective.note]
+        self._says = [self._objective.note]
+        if scales:
+            self._says.append("loss scaling: left out while tuning; the model that is given back has it again")
+        self.notes = list(self._says)
 
     def summary(self) -> None:
         """Prints the table of hyperparameters: where, value, range, route, tuned or fixed and why."""
@@ -146,8 +152,8 @@ class Tuner:
             return self._fit(plan, saved, verbose, started)
 
     def _fit(self, plan, saved, verbose, started):
-        training = Training(self._network, self._model.optimizer, self._rows, self._truncation, self._outer_rate)
-        self.notes = [self._objective.note, *started]
+        training = Training(self._network, self._optimizer, self._rows, self._truncation, self._outer_rate)
+        self.notes = [*self._says, *started]
         self._history, self._best = [], None
         guard = Guard(training.state(), -(-SWEEP_STEPS // plan.inner_steps)) if self._guards else None
         if saved.state is not None:
@@ -331,7 +337,7 @@ class Tuner:
         return taken
 
     def _plain_optimizer(self, values):
-        optimizer = self._model.optimizer
+        optimizer = self._optimizer
         config = optimizer.get_config()
         settings = {name: value for name, value in values.items() if name in config and value is not None}
         if isinstance(vars(optimizer)["_learning_rate"], keras.optimizers.schedules.LearningRateSchedule):
