@@ -5,8 +5,8 @@ r"""CPU seconds and memory of `farhox.Tuner.fit` beside Keras' `fit` of as many 
 
 Networks on 10,000 synthetic images of 28 x 28 in batches of 100, 5,000 more to validate on: `mlp`, 128-128 units with
 L2 penalties and SGD with momentum; `cnn`, two convolutions with layer normalization and two dense layers with AdamW;
-`dropout`, the same with two dropout layers, whose rate is tuned along the path; `translation`, convolutions that images
-are moved in front of, which self-tuning layers tune.
+`dropout`, the same with two dropout layers; `translation`, with images moved in front; `nearest`, with images moved to
+the nearest pixel, which self-tuning layers tune.
 
 One run of each in a process of its own: `fit_s` and `tuner_s` hold all of it, tracing, the sweep, validation at the end
 of epochs. `started_s` is what the tuner had used before its first epoch had ended, `epoch_s` the median of later epochs
@@ -26,7 +26,8 @@ from absl import flags
 from _shared import cases, program
 
 FLAGS = flags.FLAGS
-NETWORKS = ("mlp", "cnn", "dropout", "translation")
+NETWORKS = ("mlp", "cnn", "dropout", "translation", "nearest")
+INTERPOLATIONS = {"translation": "bilinear", "nearest": "nearest"}
 COLUMNS = [("network", "{}"), ("fit_s", "{:.1f}"), ("tuner_s", "{:.1f}"), ("ratio", "{:.2f}"),
            ("started_s", "{:.1f}"), ("keras_epoch_s", "{:.2f}"), ("epoch_s", "{:.2f}"), ("memory", "{:.2f}")]
 
@@ -109,7 +110,8 @@ def compiled(name):
         optimizer = keras.optimizers.SGD(0.02, momentum=0.9)
     else:
         drop = (lambda: [layers.Dropout(0.3)]) if name == "dropout" else (lambda: [])
-        moved = [layers.RandomTranslation(0.1, 0.1)] if name == "translation" else []
+        moves = INTERPOLATIONS.get(name)
+        moved = [layers.RandomTranslation(0.1, 0.1, interpolation=moves)] if moves else []
         body = [*moved, layers.Conv2D(16, 3, strides=2, activation="relu"), layers.LayerNormalization(),
                 layers.Conv2D(32, 3, strides=2, activation="relu"), layers.LayerNormalization(), layers.Flatten(),
                 *drop(), layers.Dense(64, "relu"), *drop(), layers.Dense(10)]
