@@ -131,7 +131,7 @@ def _is_draw(tensor):
     drawn, stack = False, [tensor.op]
     while stack:
         operation = stack.pop()
-        if operation.type.startswith(_SEEDED_DRAWS) or operation.type in _DRAWS:
+        if operation.type.startswith(_SEEDED_DRAWS):  # Others are refused anyway.
             drawn = True
         elif operation.type in _KEEP_DRAWS:
             stack.extend(entry.op for entry in operation.inputs if entry.dtype.is_floating)
